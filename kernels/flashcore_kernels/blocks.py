@@ -1,0 +1,166 @@
+"""What the Triton kernels share: one block of keys under an online softmax, and the question which keys a row sees.
+
+Names: M rows (queries) and N keys in a block, D and DV the head dimensions padded to powers of two. Scores are kept in
+units of log2, so that exp2 serves; `score_scale` and `cap_scale` fold log2(e) in (see `launch.score_scales`).
+"""
+
+import triton
+import triton.language as tl
+
+# Words of a KeyRange line; key_range.py owns the layout, tests compare the two.
+FIRST = tl.constexpr(0)
+END = tl.constexpr(1)
+QUERY_START = tl.constexpr(2)
+LEFT = tl.constexpr(3)
+RIGHT = tl.constexpr(4)
+HOLES = tl.constexpr(5)
+BITMAP = tl.constexpr(6)
+
+# Further than any two keys are apart, and small enough that sums of two stay in int32.
+FAR = tl.constexpr(1 << 29)
+
+
+@triton.jit
+def sequence_bounds(Range, stride_rb, b, num_keys, query_start, window_left, window_right, HAS_RANGE: tl.constexpr):
+    """One sequence's (first, end, slot of query 0, left, right, holes), from its KeyRange line or the arguments."""
+    if HAS_RANGE:
+        line = Range + b * stride_rb
+        # Clamped, so that a wrong KeyRange can hide keys but never read outside of the tensors.
+        first = tl.maximum(tl.load(line + FIRST), 0)
+        end = tl.minimum(tl.load(line + END), num_keys)
+        start = tl.load(line + QUERY_START)
+        left = tl.load(line + LEFT)
+        right = tl.load(line + RIGHT)
+        holes = tl.load(line + HOLES)
+    else:
+        first = 0
+        end = num_keys
+        start = query_start
+        left = window_left
+        right = window_right
+        holes = 0
+    left = tl.where(left < 0, FAR, left)
+    right = tl.where(right < 0, FAR, right)
+    return first, end, start, left, right, holes
+
+
+@triton.jit
+def load_tile(base, offs_s, stride_s, offs_d, mask_s, SIZE_D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """[S, D] tile at `base`; rows outside of `mask_s` (looked at only where CHECK) and padding columns are 0."""
+    ptrs = base + offs_s.to(tl.int64)[:, None] * stride_s + offs_d[None, :]
+    if SIZE_D == BLOCK_D:
+        if CHECK:
+            return tl.load(ptrs, mask=mask_s[:, None], other=0.0)
+        return tl.load(ptrs)
+    columns = offs_d[None, :] < SIZE_D
+    if CHECK:
+        return tl.load(ptrs, mask=mask_s[:, None] & columns, other=0.0)
+    return tl.load(ptrs, mask=columns, other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh, exact to fp32 rounding: a series near 0, where 1 - exp(-2|x|) would cancel."""
+    t = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|)
+    big = (1.0 - t) / (1.0 + t)
+    big = tl.where(x < 0, -big, big)
+    x2 = x * x
+    # Taylor to x^11; at |x| = 0.3 the next term is below fp32 rounding.
+    series = -0.008863235529902197
+    series = series * x2 + 0.021869488536155203
+    series = series * x2 - 0.05396825396825397
+    series = series * x2 + 0.13333333333333333
+    series = series * x2 - 0.3333333333333333
+    return tl.where(tl.abs(x) < 0.3, x + x * x2 * series, big)
+
+
+@triton.jit
+def attend_block(
+    q,  # [M, D]
+    acc,  # [M, DV] fp32, unnormalised output
+    m,  # [M] fp32, running maximum of the scores (log2 units)
+    l,  # [M] fp32, running denominator
+    K,
+    V,  # of this sequence and KV head
+    stride_ks,
+    stride_vs,
+    n,  # first key of the block
+    lo,
+    hi,  # keys [lo, hi) are the ones that some row sees
+    row_lo,
+    row_hi,  # [M] each row sees keys [row_lo, row_hi)
+    bitmap,  # pointer to this sequence's bitmap
+    holes,  # 0, or 1: read it
+    bias_rows,  # [M] pointers to the rows of the dense mask
+    bias_valid,  # [M] which of them may be read
+    stride_mk,
+    score_scale,
+    cap_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,  # False: every row sees every key of the block
+    HAS_RANGE: tl.constexpr,
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    GAPS: tl.constexpr,  # keys in [lo, hi) may be seen by no row, and may then hold anything
+    SOFTCAP: tl.constexpr,
+):
+    """Fold keys [n, n + BLOCK_N) into the online softmax state (acc, m, l)."""
+    cols = n + tl.arange(0, BLOCK_N)  # [N]
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    present = (cols >= lo) & (cols < hi)  # [N]
+    if CHECK and HAS_RANGE:
+        word = tl.load(bitmap + (cols >> 5), mask=present & (holes + cols * 0 != 0), other=-1)  # [N]
+        present = present & (((word >> (cols & 31)) & 1) == 1)
+    k = load_tile(K, cols, stride_ks, offs_d, present, HEAD_DIM, BLOCK_D, CHECK)  # [N, D]
+    # fp32 means fp32: tl.dot would take tf32 by default.
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [M, N]
+    if SOFTCAP:
+        s = tanh(s) * cap_scale
+    if CHECK:
+        see = present[None, :] & (cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None])  # [M, N]
+        if MASK != 0:
+            at = bias_rows[:, None] + cols.to(tl.int64)[None, :] * stride_mk
+            bias = tl.load(at, mask=bias_valid[:, None] & present[None, :], other=0)  # [M, N]
+            if MASK == 1:
+                see = see & (bias != 0)
+            else:
+                bias = bias.to(tl.float32)
+                see = see & (bias > float("-inf"))
+                # finfo.min * log2(e) would overflow to -inf; finite stays finite.
+                s += tl.maximum(bias * 1.4426950408889634, -3.0e38)
+        s = tl.where(see, s, float("-inf"))
+        if GAPS:
+            # V may hold NaN where no row looks, and 0 * NaN is NaN.
+            present = present & (tl.max(see.to(tl.int32), axis=0) > 0)
+    v = load_tile(V, cols, stride_vs, offs_dv, present, VALUE_DIM, BLOCK_DV, CHECK)  # [N, DV]
+
+    m_new = tl.maximum(m, tl.max(s, axis=1))  # [M]
+    # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_finite[:, None])  # [M, N]
+    alpha = tl.exp2(m - m_finite)  # [M]
+    l = l * alpha + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, l
+
+
+@triton.jit
+def finish_rows(acc, m, l, Sinks, head, head_valid, HAS_SINKS: tl.constexpr):
+    """Normalise: returns the output [M, DV] and the natural-log lse [M]; rows that saw no key give 0."""
+    if HAS_SINKS:
+        sink = tl.load(Sinks + head, mask=head_valid, other=0.0).to(tl.float32) * 1.4426950408889634
+        m_new = tl.maximum(m, sink)
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - m_finite)
+        acc = acc * alpha[:, None]
+        l = l * alpha + tl.exp2(sink - m_finite)
+        m = m_new
+    # Not l > 0: a NaN in the inputs must stay one.
+    empty = l == 0.0
+    out = acc / tl.where(empty, 1.0, l)[:, None]
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * 0.6931471805599453)
+    return out, lse

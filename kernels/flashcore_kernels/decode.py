@@ -1,0 +1,253 @@
+"""Split-KV decode in one launch: few queries on many keys, cut into chunks; the last program of a head merges them."""
+
+import threading
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import BITMAP, attend_block, finish_rows, load_tile, sequence_bounds
+from .launch import launch, mask_argument, score_scales
+from .plan import Plan, max_splits_for
+from .problem import Problem
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right", "num_splits"])
+def flashcore_decode(
+    Q,
+    K,
+    V,
+    Out,
+    Lse,
+    Range,
+    Mask,
+    Sinks,
+    Partial,
+    Count,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_rb,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    num_kv_heads,
+    group,
+    num_queries,
+    num_keys,
+    query_start,
+    window_left,
+    window_right,
+    num_splits,
+    score_scale,
+    cap_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MAY_SPLIT: tl.constexpr,  # False: no sequence can have more than one chunk, and there is no workspace
+    HAS_RANGE: tl.constexpr,
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    HAS_SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """out = softmax(cap(scale * q k^T) + mask) v, with the rows of a KV head's whole group in one tile.
+
+    Row r of a KV head is query token r // group of query head `kv_head * group + r % group`. A sequence's visible keys
+    are cut into chunks of at least MIN_BLOCKS blocks and at most MAX_SPLITS chunks: a function of that sequence's own
+    length alone. So is the order of the merge; which program does it is not, and does not matter.
+
+    Shapes: as `flashcore_forward`; Partial fp32 `[B * Hkv * num_splits * rows, BLOCK_DV + 2]` (acc, m, l; the last two
+    behind all of the acc), Count int32 `[B * Hkv * row_tiles]`, all 0 at the start and again at the end.
+    Grid: `(num_splits * B * Hkv * row_tiles,)`; programs beyond a sequence's own number of chunks leave at once.
+    """
+    rows = num_queries * group
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    pid = tl.program_id(0)
+    split = pid % num_splits
+    unit = pid // num_splits
+    head_unit = unit // row_tiles
+    b = (head_unit // num_kv_heads).to(tl.int64)
+    kv_head = (head_unit % num_kv_heads).to(tl.int64)
+
+    first, end, start, left, right, holes = sequence_bounds(
+        Range, stride_rb, b, num_keys, query_start, window_left, window_right, HAS_RANGE
+    )
+    lo = tl.maximum(first, start - left)
+    hi = tl.maximum(tl.minimum(end, start + num_queries + right), lo)
+    begin = first + tl.maximum(lo - first, 0) // BLOCK_N * BLOCK_N
+    blocks = tl.cdiv(hi - begin, BLOCK_N)
+    per_split = tl.maximum(tl.cdiv(blocks, MAX_SPLITS), MIN_BLOCKS)
+    # One chunk at least: somebody has to write the zeros of a sequence without keys.
+    used = tl.maximum(tl.cdiv(blocks, per_split), 1)
+    if split < used:
+        r = (unit % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+        row_valid = r < rows
+        token = r // group
+        head = kv_head.to(tl.int32) * group + r % group
+        row_lo = tl.maximum(first, start + token - left)
+        row_hi = tl.minimum(end, start + token + right + 1)
+        q_rows = head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qs  # [M]
+        q = load_tile(Q + b * stride_qb, q_rows, 1, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        k_head = K + b * stride_kb + kv_head * stride_kh
+        v_head = V + b * stride_vb + kv_head * stride_vh
+        bitmap = Range + b * stride_rb + BITMAP if HAS_RANGE else Range
+        if MASK != 0:
+            bias_rows = Mask + b * stride_mb + head.to(tl.int64) * stride_mh + token.to(tl.int64) * stride_mq
+        else:
+            bias_rows = r
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+        n_begin = begin + split * per_split * BLOCK_N
+        n_end = tl.minimum(n_begin + per_split * BLOCK_N, hi)
+        for n in range(n_begin, n_end, BLOCK_N):
+            acc, m, l = attend_block(
+                q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_N, True, HAS_RANGE, MASK, MASK != 0, SOFTCAP,
+            )  # fmt: skip
+
+        last = used == 1
+        if MAY_SPLIT and used > 1:
+            all_rows = (tl.num_programs(0) // row_tiles).to(tl.int64) * rows  # B * Hkv * num_splits * rows
+            mine = (head_unit.to(tl.int64) * num_splits + split) * rows + r  # [M]
+            offs_dv = tl.arange(0, BLOCK_DV)
+            stats = Partial + all_rows * BLOCK_DV
+            tl.store(Partial + mine[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=row_valid[:, None])
+            tl.store(stats + mine * 2, m, mask=row_valid)
+            tl.store(stats + mine * 2 + 1, l, mask=row_valid)
+            # Every thread's stores must stand before the one thread that counts says that they do.
+            tl.debug_barrier()
+            last = tl.atomic_add(Count + unit, 1, sem="acq_rel", scope="gpu") == used - 1
+            if last:
+                acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                l = tl.zeros([BLOCK_M], tl.float32)
+                for s in range(0, used):
+                    part = (head_unit.to(tl.int64) * num_splits + s) * rows + r  # [M]
+                    # .cg: other programs wrote these; the L1 of this one may be stale.
+                    acc_s = tl.load(
+                        Partial + part[:, None] * BLOCK_DV + offs_dv[None, :],
+                        mask=row_valid[:, None], other=0.0, cache_modifier=".cg",
+                    )  # fmt: skip
+                    m_s = tl.load(stats + part * 2, mask=row_valid, other=float("-inf"), cache_modifier=".cg")
+                    l_s = tl.load(stats + part * 2 + 1, mask=row_valid, other=0.0, cache_modifier=".cg")
+                    m_new = tl.maximum(m, m_s)
+                    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+                    old = tl.exp2(m - m_finite)
+                    new = tl.exp2(m_s - m_finite)
+                    acc = acc * old[:, None] + acc_s * new[:, None]
+                    l = l * old + l_s * new
+                    m = m_new
+                tl.store(Count + unit, 0)
+        if last:
+            out, lse = finish_rows(acc, m, l, Sinks, head, row_valid, HAS_SINKS)
+            offs_v = tl.arange(0, BLOCK_DV)
+            out_rows = Out + b * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_os
+            keep = row_valid[:, None] & (offs_v[None, :] < VALUE_DIM)
+            tl.store(out_rows[:, None] + offs_v[None, :], out.to(Out.dtype.element_ty), mask=keep)
+            if HAS_LSE:
+                num_heads = num_kv_heads * group
+                tl.store(Lse + (b * num_heads + head) * num_queries + token, lse, mask=row_valid)
+
+
+class Counters:
+    """Zeroed counters for the merge, one buffer a device and stream.
+
+    A kernel leaves its counters at zero, and launches on one stream follow each other, so a stream can use one buffer
+    over and over. Two streams must not share one; neither may a graph, which replays whenever its owner likes. A launch
+    that fails may leave counts behind, so its buffer is forgotten.
+    """
+
+    def __init__(self):
+        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def _key(device: torch.device) -> tuple:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
+        return device.type, device.index, stream
+
+    def get(self, count: int, device: torch.device) -> torch.Tensor:
+        """int32 zeros, at least `count` of them, for one launch on the current stream."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)  # zeroed again at each replay
+        key = self._key(device)
+        with self._lock:
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.numel() < count:
+                buffer = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+                self._buffers[key] = buffer
+        return buffer
+
+    def forget(self, device: torch.device) -> None:
+        """Drop the current stream's buffer after a launch that failed."""
+        with self._lock:
+            self._buffers.pop(self._key(device), None)
+
+
+counters = Counters()
+
+
+def run_decode(
+    problem: Problem,
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_range: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Launch `flashcore_decode`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
+    rows = problem.num_queries * problem.group
+    units = problem.batch_size * problem.num_kv_heads * triton.cdiv(rows, plan.block_m)
+    num_splits = max_splits_for(problem.num_keys, plan)
+    partial = count = None
+    if num_splits > 1:
+        lines = problem.batch_size * problem.num_kv_heads * num_splits * rows
+        partial = torch.empty(lines * (plan.block_dv + 2), dtype=torch.float32, device=query.device)
+        count = counters.get(units, query.device)
+    mask, mask_strides = mask_argument(problem, mask)
+    try:
+        launch(
+            flashcore_decode,
+            num_splits * units,
+            (
+                query, key, value, out, lse, key_range, mask, sinks, partial, count,
+                *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+                0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
+            ),
+            (
+                problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
+                *score_scales(problem),
+            ),
+            (
+                problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
+                plan.min_blocks, plan.max_splits, num_splits > 1, problem.range_layout is not None,
+                (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0,
+                lse is not None,
+            ),
+            plan,
+        )  # fmt: skip
+    except BaseException:
+        counters.forget(query.device)
+        raise

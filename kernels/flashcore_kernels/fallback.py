@@ -1,0 +1,85 @@
+"""The same answers through PyTorch, where no kernel can serve; and the one place that says so."""
+
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from .naive import hide_unseen, naive_attention, visible_mask
+from .problem import Problem
+
+_warned: set[str] = set()
+
+
+class FlashcoreFallbackWarning(UserWarning):
+    """A call was served by PyTorch instead of a kernel: the same answer, slower. Given once for each reason."""
+
+
+@torch.compiler.assume_constant_result
+def note_fallback(reason: str) -> None:
+    """Say once that PyTorch serves a call and why; under `FLASHCORE_STRICT=1` raise instead.
+
+    Raises:
+        NotImplementedError: with FLASHCORE_STRICT=1.
+    """
+    message = f"flashcore serves this attention call through PyTorch: {reason}."
+    if os.environ.get("FLASHCORE_STRICT", "0") not in ("", "0"):
+        raise NotImplementedError(message + " FLASHCORE_STRICT=1 makes that an error; unset it to allow the fallback.")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(message + " FLASHCORE_STRICT=1 makes this an error.", FlashcoreFallbackWarning, stacklevel=3)
+
+
+def forget_warnings() -> None:
+    """Let every reason be said once more (tests use this)."""
+    _warned.clear()
+
+
+def torch_attention(
+    problem: Problem,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_range: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by PyTorch's own operators: any dtype and device, with gradients and dropout.
+
+    Args: as `flashcore_kernels.attention`, and `dropout`, the probability of dropping an attention weight.
+
+    Returns:
+        output `[B, H, Q, Dv]`; lse `[B, H, Q]` (float64 for float64 inputs, else float32) or None.
+    """
+    sdpa_can = not (problem.softcap or problem.has_sinks or return_lse or problem.head_dim != problem.value_dim)
+    if not sdpa_can:
+        if dropout:
+            raise NotImplementedError(
+                "dropout together with softcap, sinks, lse or a value head_dim of its own is not supported; "
+                "set attention_dropout=0 or load the model with attn_implementation='eager'"
+            )
+        # One of the two spellings of what is visible is in the KeyRange already.
+        window = None if key_range is not None else (problem.left, problem.right)
+        output, lse = naive_attention(
+            query, key, value, key_range=key_range, mask=mask, window=window, scale=problem.scale,
+            softcap=problem.softcap, sinks=sinks,
+        )  # fmt: skip
+        return output, (lse if return_lse else None)
+
+    seen = visible_mask(problem, query.device, key_range, mask)  # [B or 1, H or 1, Q, K]
+    key, value = hide_unseen(problem, key, value, seen)
+    # A softmax over no key is NaN, and so are its gradients: such rows look at everything, and are zeroed after.
+    empty = ~seen.any(dim=-1, keepdim=True)
+    attend = seen | empty
+    if problem.mask_kind == "float":
+        attend = torch.zeros_like(mask).expand(torch.broadcast_shapes(mask.shape, attend.shape)).masked_fill(
+            ~attend, -torch.inf
+        ) + mask.masked_fill(empty, 0.0)
+        attend = attend.to(query.dtype)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attend, dropout_p=dropout, scale=problem.scale, enable_gqa=problem.group > 1
+    )
+    return output.masked_fill(empty, 0.0), None

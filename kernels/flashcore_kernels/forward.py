@@ -1,0 +1,186 @@
+"""The portable Triton forward: prefill, encoders, any mask, any GPU that Triton compiles for."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import BITMAP, attend_block, finish_rows, load_tile, sequence_bounds
+from .launch import launch, mask_argument, score_scales
+from .plan import Plan
+from .problem import Problem
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right"])
+def flashcore_forward(
+    Q,
+    K,
+    V,
+    Out,
+    Lse,
+    Range,
+    Mask,
+    Sinks,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_rb,
+    stride_rs,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    num_heads,
+    group,
+    num_queries,
+    num_keys,
+    query_start,
+    window_left,
+    window_right,
+    score_scale,
+    cap_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RANGE: tl.constexpr,  # 0 none, 1 a line a sequence, 2 a line a query
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    HAS_SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """out = softmax(cap(scale * q k^T) + mask) v, for one tile of BLOCK_M queries of one head.
+
+    Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, DV]`, Out `[B, H, Q, DV]`, Lse `[B, H, Q]` fp32,
+    Range a KeyRange, Mask `[B, H, Q, K]` (strides may be 0), Sinks `[H]`.
+    Grid: `(cdiv(Q, BLOCK_M) * B * H,)`, the last queries first: under causal attention they take longest.
+    """
+    num_tiles = tl.cdiv(num_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    bh = pid // num_tiles
+    tile = num_tiles - 1 - pid % num_tiles
+    b = (bh // num_heads).to(tl.int64)
+    h = bh % num_heads
+    kv_head = (h // group).to(tl.int64)
+
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    row_valid = offs_m < num_queries
+    if RANGE == 2:
+        line = Range + b * stride_rb + offs_m * stride_rs
+        row_lo = tl.maximum(tl.load(line, mask=row_valid, other=0), 0)
+        row_hi = tl.minimum(tl.load(line + 1, mask=row_valid, other=0), num_keys)
+        first = 0
+        holes = 0
+    else:
+        first, end, start, left, right, holes = sequence_bounds(
+            Range, stride_rb, b, num_keys, query_start, window_left, window_right, RANGE == 1
+        )
+        row_lo = tl.maximum(first, start + offs_m - left)
+        row_hi = tl.minimum(end, start + offs_m + right + 1)
+    # Keys [lo, hi) are seen by some row of the tile, keys [full_lo, full_hi) by all of them.
+    some = row_valid & (row_lo < row_hi)
+    lo = tl.min(tl.where(some, row_lo, num_keys), axis=0)
+    hi = tl.max(tl.where(some, row_hi, 0), axis=0)
+    full_lo = tl.max(tl.where(row_valid, row_lo, 0), axis=0)
+    full_hi = tl.min(tl.where(row_valid, row_hi, num_keys), axis=0)
+    # Blocks lie on a grid that starts at the sequence's first key, so that padding does not move them.
+    n_begin = first + tl.maximum(lo - first, 0) // BLOCK_N * BLOCK_N
+    n_full = tl.minimum(first + tl.cdiv(tl.maximum(full_lo - first, 0), BLOCK_N) * BLOCK_N, hi)
+    n_edge = tl.maximum(first + tl.maximum(full_hi - first, 0) // BLOCK_N * BLOCK_N, n_full)
+    if RANGE == 1:
+        n_full = tl.where(holes != 0, hi, n_full)
+        n_edge = tl.where(holes != 0, hi, n_edge)
+
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q = load_tile(
+        Q + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, stride_qs, offs_d, row_valid, HEAD_DIM, BLOCK_D, True
+    )  # [M, D]
+    k_head = K + b * stride_kb + kv_head * stride_kh
+    v_head = V + b * stride_vb + kv_head * stride_vh
+    bitmap = Range + b * stride_rb + BITMAP if RANGE == 1 else Range
+    if MASK != 0:
+        bias_rows = Mask + b * stride_mb + h.to(tl.int64) * stride_mh + offs_m.to(tl.int64) * stride_mq  # [M]
+    else:
+        bias_rows = offs_m
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+
+    # The blocks at the left edge, those that every row sees whole, those at the right edge; in this order, always.
+    # A dense mask leaves no block that is known to be seen whole.
+    if MASK != 0:
+        n_full = hi
+    for n in range(n_begin, n_full, BLOCK_N):
+        acc, m, l = attend_block(
+            q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
+            bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            BLOCK_N, True, RANGE == 1, MASK, MASK != 0 or RANGE == 2, SOFTCAP,
+        )  # fmt: skip
+    if MASK == 0:
+        for n in range(n_full, n_edge, BLOCK_N):
+            acc, m, l = attend_block(
+                q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_N, False, RANGE == 1, MASK, False, SOFTCAP,
+            )  # fmt: skip
+        for n in range(n_edge, hi, BLOCK_N):
+            acc, m, l = attend_block(
+                q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_N, True, RANGE == 1, MASK, RANGE == 2, SOFTCAP,
+            )  # fmt: skip
+
+    out, lse = finish_rows(acc, m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS)
+    out_rows = Out + b * stride_ob + h.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_os
+    keep = row_valid[:, None] & (offs_dv[None, :] < VALUE_DIM)
+    tl.store(out_rows[:, None] + offs_dv[None, :], out.to(Out.dtype.element_ty), mask=keep)
+    if HAS_LSE:
+        tl.store(Lse + bh.to(tl.int64) * num_queries + offs_m, lse, mask=row_valid)
+
+
+def run_forward(
+    problem: Problem,
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_range: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Launch `flashcore_forward`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
+    mask, mask_strides = mask_argument(problem, mask)
+    range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
+    num_tiles = triton.cdiv(problem.num_queries, plan.block_m)
+    launch(
+        flashcore_forward,
+        num_tiles * problem.batch_size * problem.num_heads,
+        (
+            query, key, value, out, lse, key_range, mask, sinks,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *range_strides,
+            *mask_strides, problem.num_heads, problem.group,
+        ),
+        (
+            problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right,
+            *score_scales(problem),
+        ),
+        (
+            problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
+            (None, "sequence", "rows").index(problem.range_layout), (None, "bool", "float").index(problem.mask_kind),
+            problem.has_sinks, problem.softcap > 0.0, lse is not None,
+        ),
+        plan,
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+"""KeyRange: the small int32 tensor that says which keys each query sees.
+
+A `[Q, K]` mask costs memory and a pass over it in every layer. Almost everything that models ask for can be said in a
+few numbers per sequence instead, and the kernels read those numbers from device memory, so that nothing on the host
+depends on lengths (one CUDA graph serves every length).
+
+Two layouts, both 4-D, so that Transformers hands them through untouched where it expects a mask:
+
+`sequence`, `[B, 1, 1, 6 + ceil(K / 32)]`, one line of words for each sequence:
+
+    FIRST         first key slot that exists (left padding ends here)
+    END           one past the last key slot that exists (right padding or unfilled slots begin here)
+    QUERY_START   key slot at which the first query stands; query i stands at QUERY_START + i
+    LEFT          a query at slot p sees no key before p - LEFT; -1: no such limit
+    RIGHT         ... and no key after p + RIGHT; -1: no such limit. Causal attention is RIGHT = 0
+    HOLES         0, or 1 where [FIRST, END) has holes; only then is the bitmap read
+    bitmap        bit k % 32 of word k / 32 is 1 where key k exists
+
+`rows`, `[B, 1, Q, 2]`, a pair (first, end) for each query: query i sees keys [first, end). Packed sequences, chunked
+attention and blocks of image tokens are of this form.
+
+A mask that a user made could be int32 and 4-D too. The width is chosen so that it can be neither 1 nor K (one word of
+slack is added where it would be K), so no KeyRange has the shape of a mask that broadcasts to `[B, H, Q, K]`.
+"""
+
+import torch
+
+FIRST, END, QUERY_START, LEFT, RIGHT, HOLES, HEADER_WORDS = range(7)
+ROW_WORDS = 2
+UNLIMITED = -1
+
+
+def sequence_width(num_keys: int) -> int:
+    """Words in a line of the `sequence` layout for `num_keys` key slots."""
+    width = HEADER_WORDS + (num_keys + 31) // 32
+    return width + 1 if width == num_keys else width
+
+
+def rows_width(num_keys: int) -> int:
+    """Words in a line of the `rows` layout for `num_keys` key slots."""
+    return ROW_WORDS + 1 if num_keys == ROW_WORDS else ROW_WORDS
+
+
+def make_key_range(
+    batch_size: int,
+    num_keys: int,
+    *,
+    first: int | torch.Tensor = 0,
+    end: int | torch.Tensor | None = None,
+    query_start: int | torch.Tensor = 0,
+    left: int = UNLIMITED,
+    right: int = UNLIMITED,
+    key_mask: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Build a KeyRange of the `sequence` layout, on the device, without a synchronisation.
+
+    Args:
+        batch_size: B, the number of sequences.
+        num_keys: K, the number of key slots that the key tensor has.
+        first, end: keys [first, end) exist: an int, or an int tensor of shape `[]`, `[1]` or `[B]`; `end=None` is K.
+        query_start: key slot at which the first query stands, like `first`.
+        left, right: how far a query sees to each side of where it stands, in keys; -1 is without limit.
+        key_mask: bool `[B, K]`, True where a key exists. Intersected with [first, end); may have holes.
+        device: where to build; by default that of the first tensor argument, else CPU.
+
+    Returns:
+        int32 `[B, 1, 1, sequence_width(K)]`, freshly allocated: it never aliases an argument.
+
+    Raises:
+        ValueError: `key_mask` has another shape, or `left`/`right` is below -1.
+    """
+    if left < UNLIMITED or right < UNLIMITED:
+        raise ValueError(f"left and right count keys from 0, or are -1 for no limit; got left={left}, right={right}")
+    if key_mask is not None and tuple(key_mask.shape) != (batch_size, num_keys):
+        raise ValueError(f"key_mask must be [B, K] = {[batch_size, num_keys]}, got {list(key_mask.shape)}")
+    if device is None:
+        tensors = [t for t in (key_mask, first, end, query_start) if isinstance(t, torch.Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+
+    words = torch.zeros(batch_size, sequence_width(num_keys), dtype=torch.int32, device=device)
+    words[:, FIRST] = first
+    words[:, END] = num_keys if end is None else end
+    words[:, QUERY_START] = query_start
+    words[:, LEFT] = left
+    words[:, RIGHT] = right
+    if key_mask is not None:
+        _write_key_mask(words, key_mask.to(device=device, dtype=torch.bool))
+    return words[:, None, None, :]
+
+
+def _write_key_mask(words: torch.Tensor, key_mask: torch.Tensor) -> None:
+    """Narrow [FIRST, END) to the keys of `key_mask` (bool `[B, K]`), and write the bitmap and the HOLES flag."""
+    num_keys = key_mask.shape[1]
+    slot = torch.arange(num_keys, dtype=torch.int32, device=words.device)
+    exists = key_mask & (slot >= words[:, FIRST, None]) & (slot < words[:, END, None])  # [B, K]
+    count = exists.sum(-1, dtype=torch.int32)
+    # With no key at all, first = K and end = 0 say so by themselves.
+    first = torch.where(exists, slot, num_keys).amin(-1)
+    end = torch.where(exists, slot + 1, 0).amax(-1)
+    words[:, FIRST] = first
+    words[:, END] = end
+    words[:, HOLES] = ((count > 0) & (count != end - first)).to(torch.int32)
+
+    num_words = (num_keys + 31) // 32
+    bits = torch.nn.functional.pad(exists.to(torch.int32), (0, num_words * 32 - num_keys)).view(-1, num_words, 32)
+    bits = bits << torch.arange(32, dtype=torch.int32, device=words.device)
+    # Each bit occurs once, so an int32 sum is an OR; bit 31 is the sign.
+    words[:, HEADER_WORDS : HEADER_WORDS + num_words] = bits.sum(-1, dtype=torch.int32)
+
+
+def make_row_ranges(first: torch.Tensor, end: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Build a KeyRange of the `rows` layout: query i of sequence b sees keys [first[b, i], end[b, i]).
+
+    Args:
+        first, end: int tensors `[B, Q]` on one device.
+        num_keys: K.
+
+    Returns:
+        int32 `[B, 1, Q, rows_width(K)]`.
+    """
+    if first.shape != end.shape or first.dim() != 2:
+        raise ValueError(f"first and end must both be [B, Q], got {list(first.shape)} and {list(end.shape)}")
+    rows = torch.zeros(*first.shape, rows_width(num_keys), dtype=torch.int32, device=first.device)
+    rows[..., 0] = first
+    rows[..., 1] = end
+    return rows[:, None]
+
+
+def layout_of(key_range: torch.Tensor, batch_size: int, num_queries: int, num_keys: int) -> str:
+    """Tell by its shape which layout `key_range` has for a `[B, H, Q, K]` problem: "sequence" or "rows".
+
+    Raises:
+        ValueError: it is neither, for instance a mask that is int32, or a KeyRange made for another key length.
+    """
+    shape = tuple(key_range.shape)
+    sequence = (batch_size, 1, 1, sequence_width(num_keys))
+    rows = (batch_size, 1, num_queries, rows_width(num_keys))
+    if key_range.dtype != torch.int32:
+        raise ValueError(f"key_range must be int32, got {key_range.dtype}")
+    if shape == sequence:
+        return "sequence"
+    if shape == rows:
+        return "rows"
+    raise ValueError(
+        f"an int32 mask is taken for a KeyRange, and for {batch_size} sequences, {num_queries} queries and {num_keys} "
+        f"keys its shape is {list(sequence)} (a line a sequence) or {list(rows)} (a line a query), got {list(shape)}. "
+        "For a mask of your own use bool (True: may attend) or an additive float tensor."
+    )
+
+
+def visible(key_range: torch.Tensor, num_queries: int, num_keys: int) -> torch.Tensor:
+    """The dense mask that a KeyRange stands for: bool `[B, 1, Q, K]`, True where the query sees the key.
+
+    This is the definition that the kernels are tested against; it costs what they avoid.
+    """
+    layout = layout_of(key_range, key_range.shape[0], num_queries, num_keys)
+    slot = torch.arange(num_keys, dtype=torch.int32, device=key_range.device)  # [K]
+    if layout == "rows":
+        return (slot >= key_range[..., 0, None]) & (slot < key_range[..., 1, None])  # [B, 1, Q, K]
+
+    words = key_range[:, 0, 0]  # [B, W]
+    query = words[:, QUERY_START, None] + torch.arange(num_queries, dtype=torch.int32, device=key_range.device)
+    exists = (slot >= words[:, FIRST, None]) & (slot < words[:, END, None])  # [B, K]
+    bits = words[:, HEADER_WORDS + torch.div(slot, 32, rounding_mode="floor")] >> (slot % 32)
+    exists = exists & ((words[:, HOLES, None] == 0) | ((bits & 1) == 1))
+    left, right = words[:, LEFT, None, None], words[:, RIGHT, None, None]
+    distance = slot[None, None, :] - query[:, :, None]  # [B, Q, K]
+    near = ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))
+    return (near & exists[:, None, :])[:, None]

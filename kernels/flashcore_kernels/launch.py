@@ -1,0 +1,67 @@
+"""From Python to a launch: a cache of compiled kernels, because Triton's own lookup costs more than a decode layer may.
+
+`kernel[grid](...)` binds and hashes every argument, 18 us with 26 of them on Triton 3.6; calling the compiled kernel
+that it returns costs 5. So the compiled kernel is kept under a key made of what Triton specialises on.
+"""
+
+import torch
+
+from .plan import Plan
+from .problem import Problem
+
+_compiled: dict[tuple, object] = {}
+LOG2_E = 1.4426950408889634
+
+
+def score_scales(problem: Problem) -> tuple[float, float]:
+    """(score_scale, cap_scale) for blocks.attend_block: factors that leave the scores in units of log2."""
+    if problem.softcap:
+        return problem.scale / problem.softcap, problem.softcap * LOG2_E
+    return problem.scale * LOG2_E, 0.0
+
+
+def mask_argument(problem: Problem, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+    """The dense mask as the kernels read it (bytes where bool), and its strides over `[B, H, Q, K]`."""
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    if problem.mask_kind == "bool":
+        mask = mask.view(torch.uint8)
+    return mask, tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+
+
+def _specialization(argument) -> object:
+    """What Triton compiles a variant for: dtype and alignment of a pointer, divisibility and width of an int."""
+    if argument is None:
+        return None
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF
+
+
+def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: tuple, plan: Plan) -> None:
+    """Run `kernel` on the device and stream that are current.
+
+    Args:
+        kernel: a `triton.jit` function whose parameters are `arguments`, `scalars` and `constants`, in this order.
+        programs: size of the one-dimensional grid.
+        arguments: tensors (or None) and ints that Triton specialises on.
+        scalars: floats, and ints under `do_not_specialize`.
+        constants: the constexpr parameters.
+        plan: gives num_warps and num_stages.
+    """
+    if programs > 0x7FFFFFFF:
+        raise ValueError(f"batch * heads * tiles = {programs} programs are more than a grid holds ({0x7FFFFFFF})")
+    grid = (programs, 1, 1)
+    device = arguments[0].device
+    if device.type != "cuda":  # Triton's interpreter
+        kernel[grid](*arguments, *scalars, *constants)
+        return
+    key = (kernel, device.index, plan.num_warps, plan.num_stages, constants, *map(_specialization, arguments))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](
+            *arguments, *scalars, *constants, num_warps=plan.num_warps, num_stages=plan.num_stages
+        )
+    else:
+        # All parameters, constexprs too: Triton before 3.7 raises without them, 3.8 aborts the process.
+        compiled[grid](*arguments, *scalars, *constants)

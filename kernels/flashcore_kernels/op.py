@@ -1,0 +1,162 @@
+"""The operators: `attention` for callers, and `torch.ops.flashcore.attention`, which torch.compile keeps whole."""
+
+import functools
+from collections import Counter
+
+import torch
+
+from .fallback import note_fallback, torch_attention
+from .plan import Device, Plan, fallback_reason, plan
+from .problem import Problem, Window, check_problem
+
+# How many calls each path served since the process began (or since someone cleared it), by kernel name.
+path_counts: Counter[str] = Counter()
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """What `plan` needs to know of `device`."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from .forward import flashcore_forward
+    except ImportError as error:
+        return Device("torch", reason=f"Triton cannot be imported ({error})")
+    if isinstance(flashcore_forward, InterpretedFunction):
+        return Device("interpreter")
+    if device.type != "cuda" or torch.version.hip:
+        return Device("torch", reason=f"the kernels run on NVIDIA GPUs, and the tensors are on '{device.type}'")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return Device("torch", reason=f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
+    return Device("cuda", major * 10 + minor)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    key_range: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Grouped-query attention: softmax(cap(scale * Q K^T) + mask) V over the keys that each query sees.
+
+    Without a KeyRange the queries are the last tokens: query i of Q stands at key slot K - Q + i.
+
+    Args:
+        query: `[B, H, Q, D]`, any strides with a unit innermost one (another layout is copied).
+        key: `[B, Hkv, K, D]`; H must be a multiple of Hkv. Query head h reads KV head h // (H / Hkv).
+        value: `[B, Hkv, K, Dv]`.
+        key_range: int32 KeyRange that says what each query sees (see `make_key_range`), on query's device. It already
+            says causal and window, which must then be left out.
+        mask: broadcastable to `[B, H, Q, K]`: bool (True: may attend), or floating point, added to the scaled scores.
+            It narrows what key_range, is_causal and window leave.
+        is_causal: query at slot p sees keys up to p.
+        window: w >= 1: the w nearest keys, itself included (only backwards when causal; else w - 1 to each side);
+            or a pair (left, right) of distances, -1 for no limit.
+        scale: factor on Q K^T; D ** -0.5 where None.
+        softcap: c > 0 replaces scores s by c * tanh(s / c).
+        sinks: `[H]` logits that enter each head's denominator (and its lse) and nothing else.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        output `[B, H, Q, Dv]` in query's dtype, laid out so that `output.transpose(1, 2)` is contiguous; with
+        return_lse also `[B, H, Q]`: natural logarithm of each row's denominator, float32 (float64 for float64 inputs).
+        A query that sees no key gives zeros.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what it was, and what is accepted.
+        NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
+    """
+    problem = check_problem(query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks)
+    if problem.needs_grad:
+        note_fallback(fallback_reason(problem, Device("torch")))
+        path_counts["torch"] += 1
+        output, lse = torch_attention(problem, query, key, value, key_range, mask, sinks, return_lse)
+    else:
+        output, lse = torch.ops.flashcore.attention(
+            query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
+            return_lse,
+        )  # fmt: skip
+    return (output, lse) if return_lse else output
+
+
+def explain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, device: Device | None = None, **arguments
+) -> str:
+    """One line: which kernel `attention` would run for these arguments, with which configuration, and why.
+
+    Args: as `attention`; `device` asks about another device than the tensors', such as `Device("cuda", 90)`.
+    """
+    chosen = plan(check_problem(query, key, value, **arguments), device or device_of(query.device))
+    if chosen.kernel == "torch":
+        return f"torch: {chosen.reason}"
+    tiles = f"{chosen.block_m}x{chosen.block_n}, {chosen.num_warps} warps, {chosen.num_stages} stages"
+    return f"{chosen.kernel} ({tiles}): {chosen.reason}"
+
+
+_library = torch.library.Library("flashcore", "DEF")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_range, Tensor? mask, Tensor? sinks, "
+    "int left, int right, float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
+)
+
+
+def _empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Q, Dv]` with the heads inside the sequence in memory, and lse `[B, H, Q]` (or `[0]`)."""
+    batch_size, num_heads, num_queries, _ = query.shape
+    output = query.new_empty(batch_size, num_queries, num_heads, value.shape[3]).transpose(1, 2)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty((batch_size, num_heads, num_queries) if return_lse else (0,), dtype=dtype)
+
+
+def _run(query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse):
+    """The operator's implementation on every device."""
+    problem = check_problem(query, key, value, key_range, mask, False, None, scale, softcap, sinks)
+    problem = problem._replace(left=left, right=right)
+    device = device_of(query.device)
+    chosen = plan(problem, device)
+    path_counts[chosen.kernel] += 1
+    output, lse = _empty_outputs(query, value, return_lse)
+    if chosen.kernel == "torch":
+        note_fallback(chosen.reason)
+        answer, answer_lse = torch_attention(problem, query, key, value, key_range, mask, sinks, return_lse)
+        output.copy_(answer)
+        return output, (answer_lse if return_lse else lse)
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    if device.kind == "interpreter" and query.dtype == torch.bfloat16:
+        # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
+        query, key, value = query.float(), key.float(), value.float()
+    if query.is_cuda and query.device.index != torch.cuda.current_device():
+        with torch.cuda.device(query.device):
+            _launch(chosen, problem, query, key, value, key_range, mask, sinks, output, lse if return_lse else None)
+    else:
+        _launch(chosen, problem, query, key, value, key_range, mask, sinks, output, lse if return_lse else None)
+    return output, lse
+
+
+def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> None:
+    if chosen.kernel == "flashcore_decode":
+        from .decode import run_decode
+
+        run_decode(problem, chosen, *tensors)
+    else:
+        from .forward import run_forward
+
+        run_forward(problem, chosen, *tensors)
+
+
+def _fake(query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse):
+    return _empty_outputs(query, value, return_lse)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("attention", _run, _key)
+torch.library.register_fake("flashcore::attention", _fake, lib=_library)

@@ -1,0 +1,110 @@
+"""plan: a Problem and a Device in, the kernel and its configuration out. Pure: no GPU, no Triton, no state."""
+
+from typing import NamedTuple
+
+import torch
+
+from .problem import Problem
+from .tables import configuration
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+# Rows (query tokens x group) above which the decode kernel's tiles would outgrow its purpose.
+MAX_DECODE_QUERIES = 16
+
+
+class Device(NamedTuple):
+    """What `plan` needs to know of a device.
+
+    Attributes:
+        kind: "cuda", "interpreter" (Triton's, on any tensor) or "torch" (no kernel can run).
+        arch: compute capability as major * 10 + minor; 0 where it means nothing.
+        reason: for kind "torch", why no kernel can run.
+    """
+
+    kind: str
+    arch: int = 0
+    reason: str = ""
+
+
+class Plan(NamedTuple):
+    """Which kernel runs a call, and how.
+
+    Attributes:
+        kernel: "flashcore_forward", "flashcore_decode" or "torch".
+        reason: one sentence: the rule that chose it.
+        block_m, block_n: rows of a tile, keys of a block.
+        block_d, block_dv: head_dim and value_dim padded to powers of two.
+        num_warps, num_stages: of the launch.
+        min_blocks, max_splits: decode only: least blocks of a chunk, most chunks of a sequence.
+    """
+
+    kernel: str
+    reason: str
+    block_m: int = 0
+    block_n: int = 0
+    block_d: int = 0
+    block_dv: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    min_blocks: int = 1
+    max_splits: int = 1
+
+
+def fallback_reason(problem: Problem, device: Device) -> str | None:
+    """Why no kernel can serve this call, or None where one can."""
+    if problem.needs_grad:
+        return "gradients are asked for, and the kernels have no backward yet"
+    if device.kind == "torch":
+        return device.reason
+    if problem.dtype not in KERNEL_DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, not {problem.dtype}"
+    if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
+        return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.value_dim)}"
+    return None
+
+
+def plan(problem: Problem, device: Device) -> Plan:
+    """Choose the kernel and its configuration for one call.
+
+    Nothing here depends on the batch size or on how long the sequences are, so that a sequence is computed the same way
+    alone and in a batch; with one exception: calls of up to MAX_DECODE_QUERIES query tokens take the decode kernel.
+    """
+    reason = fallback_reason(problem, device)
+    if reason is not None:
+        return Plan("torch", reason)
+    head = max(problem.head_dim, problem.value_dim)
+    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows":
+        kernel, why = "flashcore_decode", f"{problem.num_queries} query tokens, at most {MAX_DECODE_QUERIES}"
+    elif problem.range_layout == "rows":
+        kernel, why = "flashcore_forward", "a key range for each query"
+    else:
+        kernel, why = "flashcore_forward", f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
+    row = configuration(kernel, device.arch, problem.dtype, head)
+    block_m = row.block_m
+    if kernel == "flashcore_decode":
+        # One tile holds the whole group and all query tokens where it can; 16 is tl.dot's least.
+        block_m = min(max(padded(problem.num_queries * problem.group), 16), row.block_m)
+    return Plan(
+        kernel,
+        why,
+        block_m,
+        row.block_n,
+        max(padded(problem.head_dim), 16),
+        max(padded(problem.value_dim), 16),
+        row.num_warps,
+        row.num_stages,
+        row.min_blocks,
+        row.max_splits,
+    )
+
+
+def max_splits_for(num_keys: int, plan: Plan) -> int:
+    """The most chunks that any sequence within `num_keys` slots can have: how many programs a head gets."""
+    blocks = -(-num_keys // plan.block_n)
+    return min(-(-blocks // plan.min_blocks), plan.max_splits)
+
+
+def padded(size: int) -> int:
+    """The power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,204 @@
+"""Problem: what one attention call asks, checked. Every ValueError about arguments is raised here, before a launch."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .key_range import UNLIMITED, layout_of
+
+Window = int | tuple[int, int] | None
+
+
+class Problem(NamedTuple):
+    """What one call asks, as plain values: enough to choose a kernel, and nothing that needs a GPU.
+
+    Attributes:
+        batch_size, num_heads, num_kv_heads, num_queries, num_keys: B, H, Hkv, Q, K.
+        head_dim, value_dim: D of query and key, Dv of value and output.
+        dtype, device_type: of query, key and value.
+        range_layout: None, "sequence" or "rows" (see key_range.py).
+        mask_kind: None, "bool" or "float".
+        scale: factor on the scores before softcap and softmax.
+        softcap: c in c * tanh(score / c), 0.0 for none.
+        left, right: visible distance in keys to each side of where a query stands, -1 for no limit.
+        query_start: key slot at which query 0 stands (K - Q: the queries are the last tokens).
+        has_sinks: whether each head has a sink logit in its softmax's denominator.
+        needs_grad: whether gradients must flow.
+    """
+
+    batch_size: int
+    num_heads: int
+    num_kv_heads: int
+    num_queries: int
+    num_keys: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device_type: str
+    range_layout: str | None
+    mask_kind: str | None
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    query_start: int
+    has_sinks: bool
+    needs_grad: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def _fail(what: str, got, accepted: str):
+    raise ValueError(f"{what}: got {got}; {accepted}")
+
+
+def check_problem(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_range: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Problem:
+    """Check the arguments of an attention call and say in a Problem what they ask.
+
+    Args: as `flashcore_kernels.attention`.
+
+    Raises:
+        ValueError: names the argument, what it was, and what is accepted.
+    """
+    batch_size, num_heads, num_queries, head_dim = _check_shapes(query, key, value)
+    num_kv_heads, num_keys = key.shape[1], key.shape[2]
+    _check_same("dtype", query.dtype, key.dtype, value.dtype)
+    _check_same("device", query.device, key.device, value.device)
+    if not query.dtype.is_floating_point:
+        _fail("query dtype", query.dtype, "a floating-point dtype is needed")
+
+    left, right = _check_window(window, is_causal)
+    range_layout = None
+    if key_range is not None:
+        if is_causal or window is not None:
+            _fail(
+                "key_range with is_causal or window",
+                f"is_causal={is_causal}, window={window}",
+                "a KeyRange already says what each query sees: give one or the other",
+            )
+        _check_device("key_range", key_range, query)
+        range_layout = layout_of(key_range, batch_size, num_queries, num_keys)
+    mask_kind = None
+    if mask is not None:
+        mask_kind = _check_mask(mask, query, (batch_size, num_heads, num_queries, num_keys))
+    if sinks is not None:
+        _check_device("sinks", sinks, query)
+        if tuple(sinks.shape) != (num_heads,) or not sinks.dtype.is_floating_point:
+            _fail("sinks", f"{sinks.dtype} {list(sinks.shape)}", f"one floating-point logit a head, [{num_heads}]")
+    return Problem(
+        batch_size,
+        num_heads,
+        num_kv_heads,
+        num_queries,
+        num_keys,
+        head_dim,
+        value.shape[3],
+        query.dtype,
+        query.device.type,
+        range_layout,
+        mask_kind,
+        _check_scale(scale, head_dim),
+        _check_softcap(softcap),
+        left,
+        right,
+        num_keys - num_queries,
+        sinks is not None,
+        torch.is_grad_enabled() and _any_requires_grad(query, key, value, mask, sinks),
+    )
+
+
+def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_shapes(query, key, value) -> tuple[int, int, int, int]:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            _fail(f"{name} shape", list(tensor.shape), "four dimensions are needed, [batch, heads, seq, head_dim]")
+        if 0 in tensor.shape:
+            _fail(f"{name} shape", list(tensor.shape), "every dimension must be at least 1 (head_dim and seq too)")
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    if key.shape[0] != batch_size or value.shape[0] != batch_size:
+        _fail("batch size of query, key, value", [t.shape[0] for t in (query, key, value)], "they must be equal")
+    if key.shape[3] != head_dim:
+        _fail("head_dim of query and key", [head_dim, key.shape[3]], "they must be equal (only value's may differ)")
+    if key.shape[1:3] != value.shape[1:3]:
+        _fail("[heads, seq] of key and value", [list(key.shape[1:3]), list(value.shape[1:3])], "they must be equal")
+    if num_heads % key.shape[1] != 0:
+        _fail(
+            "heads of query and key",
+            [num_heads, key.shape[1]],
+            "the number of query heads must be a multiple of the number of KV heads",
+        )
+    return batch_size, num_heads, num_queries, head_dim
+
+
+def _check_same(what: str, query, key, value) -> None:
+    if query != key or query != value:
+        _fail(f"{what} of query, key, value", [str(query), str(key), str(value)], "they must be the same")
+
+
+def _check_device(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+    if tensor.device != query.device:
+        _fail(f"{name} device", str(tensor.device), f"it must be on query's device, {query.device}")
+
+
+def _check_window(window: Window, is_causal: bool) -> tuple[int, int]:
+    """(left, right) distances; causal attention has right = 0."""
+    right = 0 if is_causal else UNLIMITED
+    if window is None:
+        return UNLIMITED, right
+    if isinstance(window, int) and not isinstance(window, bool):
+        if window < 1:
+            _fail("window", window, "at least 1 (a query sees itself), or None for no window")
+        return window - 1, (0 if is_causal else window - 1)
+    if not (isinstance(window, tuple) and len(window) == 2 and all(isinstance(side, int) for side in window)):
+        _fail("window", window, "an int >= 1, a pair (left, right) of ints >= -1, or None")
+    left, window_right = window
+    if left < UNLIMITED or window_right < UNLIMITED:
+        _fail("window", window, "left and right count keys from 0, or are -1 for no limit")
+    return left, (0 if is_causal else window_right)
+
+
+def _check_mask(mask: torch.Tensor, query: torch.Tensor, full: tuple[int, int, int, int]) -> str:
+    _check_device("mask", mask, query)
+    if mask.dim() != 4 or any(size not in (1, want) for size, want in zip(mask.shape, full)):
+        _fail("mask shape", list(mask.shape), f"it must broadcast to [B, H, Q, K] = {list(full)}")
+    if mask.dtype == torch.bool:
+        return "bool"
+    if mask.dtype.is_floating_point:
+        return "float"
+    _fail("mask dtype", mask.dtype, "bool (True: may attend) or floating point (added to the scores)")
+
+
+def _check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    scale = float(scale)
+    if not math.isfinite(scale):
+        _fail("scale", scale, "a finite number, or None for head_dim ** -0.5")
+    return scale
+
+
+def _check_softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    softcap = float(softcap)
+    if not math.isfinite(softcap) or softcap < 0.0:
+        _fail("softcap", softcap, "a finite number > 0, or None (or 0) for none")
+    return softcap

@@ -1,0 +1,27 @@
+"""Shipped configurations: which tiles each kernel uses on which GPU. No tuning happens at run time.
+
+One file an architecture, each row with the reason for it. `configuration` finds the row.
+"""
+
+import torch
+
+from . import sm80, sm89, sm90, sm100
+from .row import Row
+
+# Compute capability -> table. A capability that is not listed takes the nearest listed one below it.
+TABLES = {80: sm80.ROWS, 86: sm89.ROWS, 89: sm89.ROWS, 90: sm90.ROWS, 100: sm100.ROWS, 120: sm89.ROWS}
+
+
+def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Row:
+    """The row for `kernel` on compute capability `arch` (0: the interpreter), element type and largest head_dim.
+
+    Raises:
+        LookupError: no row fits, which a test excludes for everything that `plan` accepts.
+    """
+    listed = [known for known in sorted(TABLES) if known <= arch]
+    rows = TABLES[listed[-1] if listed else 80]
+    bits = dtype.itemsize * 8
+    for row in rows:
+        if row.kernel == kernel and row.bits == bits and head_dim <= row.head_dim:
+            return row
+    raise LookupError(f"no configuration of {kernel} for sm_{arch}, {bits} bits, head_dim {head_dim}")

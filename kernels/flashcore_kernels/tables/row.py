@@ -1,0 +1,21 @@
+"""The type of a table's rows."""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One configuration: for `kernel`, elements of `bits` bits and head dimensions up to `head_dim`.
+
+    `why` says what speaks for it: a measurement, or the limit that forces it.
+    """
+
+    kernel: str
+    bits: int
+    head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    why: str
+    min_blocks: int = 2
+    max_splits: int = 32
