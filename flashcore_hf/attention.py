@@ -1,0 +1,159 @@
+"""The function that Transformers calls in every layer: its arguments resolved, and one operator called."""
+
+import torch
+from flashcore_kernels import attention, make_row_ranges, naive_attention
+from flashcore_kernels.fallback import note_fallback, torch_attention
+from flashcore_kernels.op import path_counts
+from flashcore_kernels.problem import check_problem
+
+# Keywords that ride along through Transformers' layers and say nothing that attention would have to heed: positions
+# are in query and key already, and which keys exist is in the mask.
+_NOT_OURS = frozenset(
+    "position_ids cache_position position_embeddings use_cache output_hidden_states output_router_logits return_dict "
+    "deterministic max_length_q max_length_k max_seqlen max_seqlen_q max_seqlen_k num_items_in_batch logits_to_keep "
+    "labels past_key_values past_key_value layer_idx encoder_hidden_states encoder_attention_mask input_ids "
+    "inputs_embeds token_type_ids mm_token_type_ids".split()
+)
+
+
+def flashcore_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention for one layer of a Transformers model.
+
+    Args:
+        module: the layer; its `is_causal` counts where the call does not say.
+        query: `[B, H, Q, D]`, rotated.
+        key, value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`, as the cache returned them.
+        attention_mask: what `flashcore_mask` made, a KeyRange or a bool mask; or a user's own 4-D mask, bool or
+            additive; or None: causal if the layer is (then K must be Q), else everything.
+        scaling: factor on the scores, D ** -0.5 where None.
+        dropout: probability of dropping an attention weight; above 0 PyTorch serves the call.
+        sliding_window: tokens that a query sees, itself included. Heeded only without a mask: masks have it in them.
+        softcap, s_aux or sinks, position_bias: softcap, sinks and an additive mask of `flashcore_kernels.attention`.
+        cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, bounds of packed documents in one row.
+        output_attentions: also return the weights, computed exactly by PyTorch for this call.
+
+    Returns:
+        output `[B, Q, H, Dv]`, and the weights `[B, H, Q, K]` in query's dtype, or None.
+
+    Raises:
+        ValueError, NotImplementedError: the call asks for something that is not supported; the message says what.
+    """
+    _refuse_unknown(kwargs)
+    query, key, value = _autocast(query, key, value)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    arguments = {"scale": scaling, "softcap": softcap, "sinks": sinks if s_aux is None else s_aux}
+    if cu_seq_lens_q is not None:
+        if query.shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q describes one packed row, and query has batch size {query.shape[0]}")
+        cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        arguments["key_range"] = _document_ranges(
+            query.shape[2], key.shape[2], cu_seq_lens_q, cu_seq_lens_k, causal, sliding_window
+        )
+    elif attention_mask is None:
+        arguments |= _without_mask(query, key, causal, sliding_window)
+    elif attention_mask.dtype == torch.int32:
+        arguments["key_range"] = attention_mask
+    else:
+        arguments["mask"] = _fit_mask(attention_mask, key.shape[2])
+    if position_bias is not None:
+        arguments["mask"] = _add_bias(position_bias, arguments.get("mask"))
+
+    weights = None
+    if output_attentions:
+        note_fallback("output_attentions=True asks for the weights, which the kernels never form")
+        path_counts["torch"] += 1
+        output, weights = naive_attention(query, key, value, return_weights=True, **arguments)
+        weights = weights.to(query.dtype)
+    elif dropout:
+        note_fallback("dropout is asked for, which the kernels do not have")
+        path_counts["torch"] += 1
+        output, _ = torch_attention(
+            check_problem(query, key, value, **arguments), query, key, value, arguments.get("key_range"),
+            arguments.get("mask"), arguments["sinks"], dropout=dropout,
+        )  # fmt: skip
+    else:
+        output = attention(query, key, value, **arguments)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_unknown(kwargs: dict) -> None:
+    """A tensor that we do not know may change the answer; flags and numbers of other layers pass."""
+    for name, argument in kwargs.items():
+        if isinstance(argument, torch.Tensor) and name not in _NOT_OURS:
+            raise NotImplementedError(
+                f"flashcore got the attention argument '{name}' (a tensor of shape {list(argument.shape)}), which it "
+                "does not know and would have to ignore. Load this model with attn_implementation='eager' or 'sdpa'."
+            )
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What torch.autocast does to SDPA's inputs."""
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(tensor.to(dtype) for tensor in tensors)
+    return tensors
+
+
+def _without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool, sliding_window: int | None) -> dict:
+    """is_causal and window for a call that came without a mask."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if causal and num_queries > 1 and num_queries != num_keys:
+        raise ValueError(
+            f"attention_mask is None with {num_queries} causal queries on {num_keys} keys: that can mean the first or "
+            "the last of the keys. Pass the 2-D attention_mask of the whole text to the model, or a 4-D mask."
+        )
+    return {"is_causal": causal, "window": sliding_window}
+
+
+def _fit_mask(mask: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """A user's own mask may be longer than the keys, as eager allows."""
+    if mask.dim() == 4 and mask.shape[3] > num_keys:
+        return mask[..., :num_keys]
+    return mask
+
+
+def _add_bias(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """One additive mask from a position bias and what there is of a mask."""
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _document_ranges(
+    num_queries: int, num_keys: int, cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, window: int | None
+) -> torch.Tensor:
+    """A range for each query of one packed row; the queries of a document are its last tokens."""
+    cu_q, cu_k = cu_q.to(torch.int64), cu_k.to(torch.int64)
+    token = torch.arange(num_queries, device=cu_q.device)
+    document = torch.searchsorted(cu_q, token, right=True) - 1  # [Q]
+    document = document.clamp(max=cu_q.shape[0] - 2)
+    first, end = cu_k[document], cu_k[document + 1]
+    slot = end - (cu_q[document + 1] - token)  # where in the keys this query stands
+    if window is not None:
+        first, end_window = torch.maximum(first, slot - window + 1), slot + window
+        end = end if causal else torch.minimum(end, end_window)
+    if causal:
+        end = torch.minimum(end, slot + 1)
+    # Tokens behind the last document see nothing.
+    end = torch.where(token < cu_q[-1], end, first)
+    return make_row_ranges(first[None], end[None], num_keys)

@@ -1,0 +1,147 @@
+"""The name, and what makes Transformers accept it: two registries, and a check that reads "flash" in every name.
+
+`enable()` notes what stood in each place before it, `disable()` puts exactly that back.
+"""
+
+import functools
+import re
+import sys
+from inspect import getsource
+
+from . import compat
+from .attention import flashcore_attention
+from .masks import flashcore_mask
+
+NAME = "flashcore"
+
+_MISSING = object()
+_undo: list[tuple] = []  # (mapping or class, key or attribute, what stood there or _MISSING)
+
+
+def enable() -> None:
+    """Register the attention and mask functions under "flashcore", and let Transformers accept the name.
+
+    Calling it again changes nothing.
+
+    Raises:
+        ImportError: this Transformers has no attention interface (before 4.53).
+    """
+    if _undo:
+        return
+    _register(compat.attention_registry(), NAME, flashcore_attention)
+    _register(compat.mask_registry(), NAME, flashcore_mask)
+    model_class = compat.PreTrainedModel
+    if hasattr(model_class, "_check_and_adjust_attn_implementation"):
+        _patch(model_class, "_check_and_adjust_attn_implementation", _accept_name)
+        _patch(model_class, "set_attn_implementation", _refuse_before_setting)
+    else:
+        _patch(model_class, "_autoset_attn_implementation", _refuse_in_autoset)
+
+
+def disable() -> None:
+    """Put back every registry entry and function as it was before `enable()`. Calling it again changes nothing.
+
+    Models that were loaded with "flashcore" can no longer run; `model.set_attn_implementation("sdpa")` moves them.
+    """
+    while _undo:
+        place, key, before = _undo.pop()
+        if isinstance(place, dict):
+            if before is _MISSING:
+                place.pop(key, None)
+            else:
+                place[key] = before
+        elif before is _MISSING:
+            delattr(place, key)
+        else:
+            setattr(place, key, before)
+
+
+def status() -> dict[str, str]:
+    """What is registered and patched, name -> "registered" / "patched" / "not ...", for `env`."""
+    report = {}
+    for label, registry in (("attention", compat.attention_registry()), ("mask", compat.mask_registry())):
+        report[f"{label} function"] = "registered" if NAME in registry else "not registered"
+    patched = {key for place, key, _ in _undo if not isinstance(place, dict)}
+    for attribute in (
+        "_check_and_adjust_attn_implementation",
+        "set_attn_implementation",
+        "_autoset_attn_implementation",
+    ):
+        if hasattr(compat.PreTrainedModel, attribute):
+            report[f"PreTrainedModel.{attribute}"] = "patched" if attribute in patched else "not patched"
+    return report
+
+
+def _register(registry: dict, name: str, function) -> None:
+    _undo.append((registry, name, registry.get(name, _MISSING)))
+    registry[name] = function
+
+
+def _patch(owner: type, attribute: str, wrapper) -> None:
+    before = vars(owner).get(attribute, _MISSING)
+    _undo.append((owner, attribute, before))
+    setattr(owner, attribute, wrapper(before))
+
+
+def _accept_name(original):
+    """Transformers 5 takes every name with "flash" in it for a FlashAttention to import; ours it only needs to find."""
+
+    @functools.wraps(original)
+    def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, *args, **kwargs):
+        if attn_implementation == NAME:
+            _refuse_without_interface(type(self))
+            return self.get_correct_attn_implementation(attn_implementation, is_init_check)
+        return original(self, attn_implementation, is_init_check, *args, **kwargs)
+
+    return _check_and_adjust_attn_implementation
+
+
+def _refuse_before_setting(original):
+    """Transformers only logs that a model cannot be switched, and goes on with the old implementation."""
+
+    @functools.wraps(original)
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation == NAME:
+            _refuse_without_interface(type(self))
+        return original(self, attn_implementation, *args, **kwargs)
+
+    return set_attn_implementation
+
+
+def _refuse_in_autoset(original):
+    """Transformers 4.53 accepts any registered name for any model."""
+
+    @functools.wraps(original.__func__)
+    def _autoset_attn_implementation(cls, config, *args, **kwargs):
+        if getattr(config, "_attn_implementation_internal", None) == NAME:
+            _refuse_without_interface(cls)
+        return original.__func__(cls, config, *args, **kwargs)
+
+    return classmethod(_autoset_attn_implementation)
+
+
+@functools.cache
+def uses_interface(model_class: type) -> bool:
+    """Whether the model's attention goes through Transformers' registry of attention functions.
+
+    Read from the source of the file that defines the class, as Transformers itself does: a file with attention classes
+    of its own that never asks the registry runs its own attention whatever the name says. A file without attention
+    classes (composite models) says nothing, and the models inside are asked for themselves.
+    """
+    module = sys.modules.get(model_class.__module__)
+    try:
+        source = getsource(module)
+    except (OSError, TypeError):
+        return False
+    has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
+    return not has_attention or "ALL_ATTENTION_FUNCTIONS" in source
+
+
+def _refuse_without_interface(model_class: type) -> None:
+    if not uses_interface(model_class):
+        raise ValueError(
+            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which does not use Transformers\' '
+            "attention interface: its attention would run as it always does, and misread the masks. Supported are "
+            "models whose attention is looked up in ALL_ATTENTION_FUNCTIONS (LLaMA, Mistral, Qwen, Gemma and most "
+            'newer ones). Load this one with attn_implementation="sdpa" or "eager".'
+        )

@@ -1,0 +1,87 @@
+"""Everything that differs between Transformers versions, in this one room."""
+
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+try:
+    from transformers import masking_utils
+except ImportError as error:
+    raise ImportError(
+        f"Transformers {transformers.__version__} has no attention interface that a backend can join; "
+        'attn_implementation="flashcore" needs 4.53 or newer'
+    ) from error
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+__all__ = ["MaskCall", "PreTrainedModel", "attention_registry", "mask_call", "mask_registry", "masking_utils"]
+
+
+def attention_registry() -> dict:
+    """The class-level mapping from name to attention function, which every model's own view reads through."""
+    return AttentionInterface._global_mapping
+
+
+def mask_registry() -> dict:
+    """The class-level mapping from name to mask function."""
+    return AttentionMaskInterface._global_mapping
+
+
+class MaskCall(NamedTuple):
+    """What a mask function is asked, in one form for all versions.
+
+    Attributes:
+        batch_size, num_queries, num_keys: B, Q, K.
+        query_start: key slot at which the first query stands: an int, or a 0-d int tensor where the cache keeps its
+            length on the device. It may alias the cache's own counter, which this very forward advances.
+        key_offset: position of key slot 0 (sliding caches drop old keys): an int or a 0-d tensor.
+        key_mask: bool `[B, K]`, True where a key exists, or None.
+        device: of the masks.
+    """
+
+    batch_size: int
+    num_queries: int
+    num_keys: int
+    query_start: int | torch.Tensor
+    key_offset: int | torch.Tensor
+    key_mask: torch.Tensor | None
+    device: torch.device
+
+
+def mask_call(kwargs: dict) -> MaskCall:
+    """Normalise the keywords of a mask function.
+
+    Up to 5.0 a `cache_position` tensor `[Q]` says where the queries stand, from 5.4 on `q_length` and `q_offset`.
+    """
+    kv_length, kv_offset = kwargs["kv_length"], kwargs.get("kv_offset", 0)
+    padding = kwargs.get("attention_mask")
+    if "cache_position" in kwargs:
+        positions = kwargs["cache_position"]
+        num_queries, query_position, device = positions.shape[0], positions[0], positions.device
+    else:
+        num_queries, query_position = kwargs["q_length"], kwargs.get("q_offset", 0)
+        device = kwargs.get("device") or (padding.device if padding is not None else torch.device("cpu"))
+    return MaskCall(
+        kwargs["batch_size"],
+        num_queries,
+        kv_length,
+        query_position - kv_offset,
+        kv_offset,
+        None if padding is None else _key_mask(padding, kv_length, kv_offset, device),
+        device,
+    )
+
+
+def _key_mask(padding: torch.Tensor, kv_length: int, kv_offset: int | torch.Tensor, device) -> torch.Tensor:
+    """The part of a 2-D padding mask `[B, positions]` that belongs to the K key slots; slots beyond it do not exist."""
+    padding = padding.to(device=device, dtype=torch.bool)
+    if isinstance(kv_offset, torch.Tensor):
+        slots = torch.arange(kv_length, device=device) + kv_offset.to(device)
+        padding = torch.nn.functional.pad(padding, (0, kv_length))  # at least as long as any slot asks
+        return padding[:, slots.clamp(max=padding.shape[1] - 1)]
+    missing = kv_length + kv_offset - padding.shape[1]
+    if missing > 0:
+        padding = torch.nn.functional.pad(padding, (0, missing))
+    return padding[:, kv_offset : kv_offset + kv_length]
