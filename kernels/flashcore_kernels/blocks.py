@@ -134,8 +134,8 @@ def attend_block(
                 s += tl.maximum(bias * 1.4426950408889634, -3.0e38)
         s = tl.where(see, s, float("-inf"))
         if GAPS:
-            # V may hold NaN where no row looks, and 0 * NaN is NaN.
-            present = present & (tl.max(see.to(tl.int32), axis=0) > 0)
+            # V may hold NaN where no row looks, and 0 * NaN is NaN. Rows past the last one do not count as looking.
+            present = present & (tl.max((see & bias_valid[:, None]).to(tl.int32), axis=0) > 0)
     v = load_tile(V, cols, stride_vs, offs_dv, present, VALUE_DIM, BLOCK_DV, CHECK)  # [N, DV]
 
     m_new = tl.maximum(m, tl.max(s, axis=1))  # [M]

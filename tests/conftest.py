@@ -1,0 +1,45 @@
+"""What all tests share: the interpreter where there is no GPU, and memory that is NaN until somebody writes it."""
+
+import os
+
+import torch
+
+# Triton decides at its import whether functions are compiled or interpreted, so this stands before any of ours.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(config, items):
+    """`-m gpu` on a machine without one says so at each test instead of failing inside it."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU (and Triton's interpreter)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Fill every uninitialised floating-point tensor with NaN: whatever the code forgets to write shows.
+
+    Not torch.utils.deterministic.fill_uninitialized_memory: that needs deterministic algorithms, which forbid others.
+    """
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    def wrap(original):
+        return lambda *args, **kwargs: poison(original(*args, **kwargs))
+
+    monkeypatch.setattr(torch, "empty", wrap(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", wrap(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", wrap(torch.Tensor.new_empty))

@@ -1,0 +1,234 @@
+"""Compile the kernels ahead of time, without a GPU, and report what ptxas made of them.
+
+Run as a program, in a process without TRITON_INTERPRET (the interpreter and the compiler cannot share one):
+
+    python tests/kernels/aot.py --arch 90 --kernel flashcore_forward --head-dim 64 128 --features none all
+
+One JSON line for each compiled variant: shared memory in bytes, registers a thread, bytes of stack (spills), and for
+sm_90 the counts of instructions that betray trouble.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# Bytes of shared memory that one block may have (CUDA programming guide, "maximum per thread block").
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+FEATURES = {
+    "none": {},
+    "causal-range": {"range": "sequence"},
+    "rows": {"range": "rows"},
+    "bool-mask": {"mask": "bool"},
+    "float-mask": {"mask": "float"},
+    "softcap": {"softcap": True},
+    "sinks": {"sinks": True, "lse": True},
+    "all": {"range": "sequence", "mask": "float", "softcap": True, "sinks": True, "lse": True},
+}
+
+
+class Variant(NamedTuple):
+    """What is compiled: a kernel for an architecture, an element type, head dimensions, and a set of FEATURES."""
+
+    kernel: str
+    arch: int
+    dtype: str  # "fp16", "bf16" or "fp32"
+    head_dim: int
+    value_dim: int
+    features: str
+    rows: int = 64  # decode: query tokens x group, which choose the tile's height
+
+    def __str__(self):
+        return f"{self.kernel} sm_{self.arch} {self.dtype} {self.head_dim}/{self.value_dim} {self.features} {self.rows}"
+
+
+def chosen_plan(variant: Variant):
+    """The Plan that a call of this kind gets."""
+    import torch
+    from flashcore_kernels.plan import Device, plan
+    from flashcore_kernels.problem import Problem
+
+    features = FEATURES[variant.features]
+    decode = variant.kernel == "flashcore_decode"
+    queries = 1 if decode else 4096
+    group = variant.rows if decode else 4
+    problem = Problem(
+        batch_size=2, num_heads=8 * group, num_kv_heads=8, num_queries=queries, num_keys=4096,
+        head_dim=variant.head_dim, value_dim=variant.value_dim,
+        dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
+        device_type="cuda", range_layout=features.get("range"), mask_kind=features.get("mask"), scale=1.0,
+        softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
+        has_sinks=bool(features.get("sinks")), needs_grad=False,
+    )  # fmt: skip
+    chosen = plan(problem, Device("cuda", variant.arch))
+    assert chosen.kernel == variant.kernel, chosen
+    return chosen
+
+
+def source(variant: Variant, plan):
+    """The ASTSource of the variant, specialised as a launch on aligned tensors would be."""
+    from flashcore_kernels.decode import flashcore_decode
+    from flashcore_kernels.forward import flashcore_forward
+    from triton.compiler import ASTSource
+
+    fn = {"flashcore_forward": flashcore_forward, "flashcore_decode": flashcore_decode}[variant.kernel]
+    features = FEATURES[variant.features]
+    constants = {
+        "HEAD_DIM": variant.head_dim,
+        "VALUE_DIM": variant.value_dim,
+        "BLOCK_D": plan.block_d,
+        "BLOCK_DV": plan.block_dv,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "MIN_BLOCKS": plan.min_blocks,
+        "MAX_SPLITS": plan.max_splits,
+        "MAY_SPLIT": True,
+        "RANGE": (None, "sequence", "rows").index(features.get("range")),
+        "HAS_RANGE": "range" in features,
+        "MASK": (None, "bool", "float").index(features.get("mask")),
+        "HAS_SINKS": bool(features.get("sinks")),
+        "SOFTCAP": bool(features.get("softcap")),
+        "HAS_LSE": bool(features.get("lse")),
+    }
+    constants = {name: constant for name, constant in constants.items() if name in fn.arg_names}
+    pointers = {"Q": variant.dtype, "K": variant.dtype, "V": variant.dtype, "Out": variant.dtype}
+    absent = {
+        "Lse": None if features.get("lse") else "absent",
+        "Range": None if "range" in features else "absent",
+        "Mask": None if "mask" in features else "absent",
+        "Sinks": None if features.get("sinks") else "absent",
+    }
+    pointers |= {"Lse": "fp32", "Range": "i32", "Sinks": "fp32", "Partial": "fp32", "Count": "i32"}
+    pointers["Mask"] = "u8" if features.get("mask") == "bool" else variant.dtype
+
+    signature, attributes = {}, {}
+    for position, name in enumerate(fn.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif absent.get(name) == "absent":
+            signature[name] = "constexpr"
+            constants[name] = None
+        elif name in pointers:
+            signature[name] = "*" + pointers[name]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name in ("score_scale", "cap_scale"):
+            signature[name] = "fp32"
+        elif name == "stride_mk":
+            signature[name] = "constexpr"
+            constants[name] = 1
+        else:
+            signature[name] = "i32"
+            # A head_dim such as 40 leaves no stride divisible by 16; a KeyRange's width never promises it.
+            if name.startswith("stride_") and name[7] in "qkvo" and variant.head_dim % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    keys = {name: constant for name, constant in constants.items()}
+    return ASTSource(fn=fn, signature=signature, constexprs=keys, attrs=attributes)
+
+
+def compile_variant(variant: Variant, **override) -> dict:
+    """Compile one variant; `override` replaces fields of the Plan that the tables give."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    plan = chosen_plan(variant)._replace(**override)
+    began = time.perf_counter()
+    compiled = triton.compile(
+        source(variant, plan),
+        target=GPUTarget("cuda", variant.arch, 32),
+        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+    )
+    seconds = time.perf_counter() - began
+    report = variant._asdict() | {
+        "tile": [plan.block_m, plan.block_n, plan.num_warps, plan.num_stages],
+        "triton": triton.__version__,
+        "shared": compiled.metadata.shared,
+        "shared_limit": SHARED_LIMIT[variant.arch],
+        "seconds": round(seconds, 2),
+    }
+    return report | resources(compiled.asm["cubin"], variant.arch == 90)
+
+
+def resources(cubin: bytes, sass: bool) -> dict:
+    """Registers and stack bytes a thread, and with `sass` how often the telling instructions occur."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+        report = {"registers": int(found["REG"]), "stack": int(found["STACK"]) + int(found["LOCAL"])}
+        if sass:
+            text = _cuobjdump("-sass", file.name)
+            for name, pattern in (
+                ("spill_stores", r"\bSTL\b"),
+                ("spill_loads", r"\bLDL\b"),
+                ("wgmma", r"\bHGMMA\b"),
+                ("wgmma_arrive", r"\bWARPGROUP\.ARRIVE\b"),
+            ):
+                report[name] = len(re.findall(pattern, text))
+    return report
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    import triton
+
+    shipped = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = str(shipped) if shipped.exists() else shutil.which("cuobjdump")
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def problems(report: dict) -> list[str]:
+    """What is wrong with a compiled variant: an empty list is what tests want to see."""
+    wrong = []
+    if report["shared"] > report["shared_limit"]:
+        wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
+    if report["stack"]:
+        wrong.append(f"{report['stack']} bytes of stack a thread: registers spill")
+    # A ptxas that gives up on overlap waits for each wgmma by itself.
+    if report.get("wgmma") and report["wgmma_arrive"] > report["wgmma"] / 2:
+        wrong.append(f"{report['wgmma_arrive']} warpgroup.arrive for {report['wgmma']} wgmma: they are serialised")
+    return wrong
+
+
+def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
+    for kernel, arch, dtype, size, features in itertools.product(
+        arguments.kernel, arguments.arch, arguments.dtype, arguments.head_dim, arguments.features
+    ):
+        head_dim, _, value_dim = size.partition("/")
+        if kernel == "flashcore_decode" and features == "rows":
+            continue
+        for rows in arguments.rows if kernel == "flashcore_decode" else (64,):
+            yield Variant(kernel, arch, dtype, int(head_dim), int(value_dim or head_dim), features, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", nargs="+", default=["flashcore_forward", "flashcore_decode"])
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 89, 90, 100])
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--head-dim", nargs="+", default=["64", "128", "256"], help="D, or D/Dv")
+    parser.add_argument("--features", nargs="+", default=["none", "all"], choices=list(FEATURES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 64], help="decode: query tokens x group")
+    parser.add_argument("--tile", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table")
+    arguments = parser.parse_args()
+    names = ("block_m", "block_n", "num_warps", "num_stages")
+    override = dict(zip(names, arguments.tile)) if arguments.tile else {}
+    failed = False
+    for variant in variants(arguments):
+        report = compile_variant(variant, **override)
+        report["problems"] = problems(report)
+        failed |= bool(report["problems"])
+        print(json.dumps(report), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Every feature alone and in pairs, over odd lengths, by both kernels, under the error rule; NaN wherever nobody looks."""
+
+import itertools
+
+import pytest
+import torch
+
+from flashcore_kernels import path_counts
+
+from .reference import FEATURES, RANGES, assert_right, build, check
+
+LENGTHS = (1, 5, 17, 127, 129)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def together(one: str, other: str) -> bool:
+    """Whether two features can be asked for in one call."""
+    exclusive = ({"rows", *RANGES}, {"bool-mask", "float-mask"}, {"gqa-7to1", "mqa"})
+    if {one, other} <= set(RANGES):
+        return True
+    return not any({one, other} <= group for group in exclusive)
+
+
+PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if together(*pair)]
+
+
+def kernel_of(features, num_queries) -> str:
+    return "flashcore_forward" if "rows" in features or num_queries > 16 else "flashcore_decode"
+
+
+def checked(features, num_queries, num_keys, device, **options):
+    """Check one call, and that the kernel served it and not the fallback."""
+    call = build(features, num_queries, num_keys, device=device, **options)
+    path_counts.clear()
+    check(call)
+    assert dict(path_counts) == {kernel_of(features, num_queries): 1}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("feature", ["plain", *FEATURES])
+def test_alone(feature, length, device):
+    checked({feature} - {"plain"}, length, length, device, seed=length)
+
+
+@pytest.mark.parametrize("feature", ["plain", *FEATURES])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_alone_in_other_dtypes(feature, dtype, device):
+    for num_queries, num_keys in ((5, 129), (17, 127)):
+        checked({feature} - {"plain"}, num_queries, num_keys, device, dtype=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_pair_decode(pair, device):
+    place = PAIRS.index(pair)
+    checked(set(pair), (1, 5)[place % 2], (129, 127, 17)[place % 3], device, seed=place)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_pair_forward(pair, device):
+    place = PAIRS.index(pair)
+    checked(set(pair), (17, 127)[place % 2], (129, 127)[place // 2 % 2], device, heads=(2, 1), seed=place)
+
+
+@pytest.mark.parametrize("num_queries", [3, 40])
+def test_everything_together(num_queries, device):
+    everything = set(FEATURES) - {"rows", "bool-mask", "mqa"}
+    checked(everything, num_queries, 127, device, head_dim=40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_head_dim(head_dim, num_queries, dtype, device):
+    checked({"causal"}, num_queries, 65, device, head_dim=head_dim, dtype=DTYPES[dtype], heads=(2, 1))
+
+
+@pytest.mark.parametrize("head_dims", [(192, 128), (64, 256), (40, 16), (8, 24)], ids=str)
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_value_dim_of_its_own(head_dims, num_queries, device):
+    call = build({"causal"}, num_queries, 65, head_dim=head_dims[0], heads=(2, 1), device=device)
+    value = torch.randn(2, 1, 65, head_dims[1], dtype=torch.float16, device=device)
+    check(call._replace(value=value))
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 8])
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_small_head_dim(head_dim, num_queries, device):
+    checked({"causal"}, num_queries, 33, device, head_dim=head_dim)
+
+
+@pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
+@pytest.mark.parametrize("head_dim", [257, 512])
+def test_large_head_dim_goes_through_pytorch(head_dim, device):
+    call = build({"causal", "left-padding"}, 17, 33, head_dim=head_dim, device=device, dtype=torch.float32)
+    path_counts.clear()
+    check(call)
+    assert path_counts["torch"] == 1
+
+
+@pytest.mark.parametrize("ratio", [(1, 1), (6, 3), (16, 1), (33, 1)], ids=lambda heads: f"{heads[0]}to{heads[1]}")
+@pytest.mark.parametrize("num_queries", [1, 6, 16])
+def test_decode_tiles(ratio, num_queries, device):
+    """Up to 16 tokens of a group up to 33: more rows than a tile holds, and tiles that end inside a group."""
+    checked({"causal", "left-padding"}, num_queries, 65, device, heads=ratio)
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0, -0.5, 0.0])
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_scale(scale, num_queries, device):
+    call = build({"causal"}, num_queries, 65, device=device)
+    call.arguments["scale"] = scale
+    check(call)
+
+
+@pytest.mark.parametrize("window", [1, 3, (0, 0), (4, 0), (0, 4), (3, 5), (-1, 2), (2, -1), (10**6, 10**6)], ids=str)
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_window_sides(window, num_queries, device):
+    call = build((), num_queries, 65, device=device)
+    call.arguments["window"] = window
+    check(call)
+
+
+# Negative controls: each of these mistakes must break the rule that the tests above hold their outputs against.
+
+
+def mistaken(call, **changed) -> None:
+    with pytest.raises(AssertionError, match="error"):
+        assert_right(call.run(**changed), call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_queries", [1, 33])
+class TestNegativeControls:
+    def test_scale_one_and_a_half_times(self, num_queries, dtype, device):
+        call = build({"causal"}, num_queries, 65, device=device, dtype=DTYPES[dtype])
+        mistaken(call, scale=1.5 * 32**-0.5)
+
+    def test_padding_ignored(self, num_queries, dtype, device):
+        call = build({"left-padding"}, num_queries, 65, device=device, dtype=DTYPES[dtype])
+        call = call._replace(key=call.key.nan_to_num(), value=call.value.nan_to_num())
+        mistaken(call, key_range=None)
+
+    def test_window_off_by_one(self, num_queries, dtype, device):
+        call = build({"causal", "window"}, num_queries, 65, device=device, dtype=DTYPES[dtype])
+        call = call._replace(key=call.key.nan_to_num(), value=call.value.nan_to_num(nan=1.0))
+        mistaken(call, window=call.arguments["window"] + 1)
+        mistaken(call, window=call.arguments["window"] - 1)
+
+    def test_heads_permuted(self, num_queries, dtype, device):
+        call = build({"causal"}, num_queries, 65, device=device, dtype=DTYPES[dtype])
+        permuted = call._replace(key=call.key.flip(1), value=call.value.flip(1)).run()
+        with pytest.raises(AssertionError, match="error"):
+            assert_right(permuted, call)
+
+    def test_causal_off_by_one(self, num_queries, dtype, device):
+        call = build({"causal"}, num_queries, 65, device=device, dtype=DTYPES[dtype])
+        with pytest.raises(AssertionError, match="error"):
+            assert_right(call._replace(key=call.key[:, :, :-1], value=call.value[:, :, :-1]).run(), call)
