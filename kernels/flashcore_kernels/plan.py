@@ -80,7 +80,8 @@ def plan(problem: Problem, device: Device) -> Plan:
         kernel, why = "flashcore_forward", "a key range for each query"
     else:
         kernel, why = "flashcore_forward", f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
-    row = configuration(kernel, device.arch, problem.dtype, head)
+    gaps = problem.mask_kind is not None or problem.range_layout == "rows"
+    row = configuration(kernel, device.arch, problem.dtype, head, gaps)
     block_m = row.block_m
     if kernel == "flashcore_decode":
         # One tile holds the whole group and all query tokens where it can; 16 is tl.dot's least.

@@ -12,8 +12,11 @@ from .row import Row
 TABLES = {80: sm80.ROWS, 86: sm89.ROWS, 89: sm89.ROWS, 90: sm90.ROWS, 100: sm100.ROWS, 120: sm89.ROWS}
 
 
-def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> Row:
+def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, gaps: bool = False) -> Row:
     """The row for `kernel` on compute capability `arch` (0: the interpreter), element type and largest head_dim.
+
+    `gaps`: keys between the first and the last that a tile sees may be seen by none of its rows (dense masks, a key
+    range for each query). Such calls need registers for the mask, and have smaller tiles.
 
     Raises:
         LookupError: no row fits, which a test excludes for everything that `plan` accepts.
@@ -22,6 +25,6 @@ def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> 
     rows = TABLES[listed[-1] if listed else 80]
     bits = dtype.itemsize * 8
     for row in rows:
-        if row.kernel == kernel and row.bits == bits and head_dim <= row.head_dim:
+        if row.kernel == kernel and row.bits == bits and row.gaps == gaps and head_dim <= row.head_dim:
             return row
     raise LookupError(f"no configuration of {kernel} for sm_{arch}, {bits} bits, head_dim {head_dim}")

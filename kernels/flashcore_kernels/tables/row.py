@@ -6,6 +6,8 @@ from typing import NamedTuple
 class Row(NamedTuple):
     """One configuration: for `kernel`, elements of `bits` bits and head dimensions up to `head_dim`.
 
+    `gaps` rows serve calls with a dense mask or a key range for each query, and only those.
+
     `why` says what speaks for it: a measurement, or the limit that forces it.
     """
 
@@ -19,3 +21,4 @@ class Row(NamedTuple):
     why: str
     min_blocks: int = 2
     max_splits: int = 32
+    gaps: bool = False

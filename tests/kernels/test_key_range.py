@@ -1,0 +1,149 @@
+"""The KeyRange's layout: what it says, that it aliases nothing, and that its shape cannot be taken for a mask's."""
+
+import pytest
+import torch
+
+from flashcore_kernels import blocks, key_range
+from flashcore_kernels.key_range import (
+    FIRST,
+    HEADER_WORDS,
+    HOLES,
+    layout_of,
+    make_key_range,
+    make_row_ranges,
+    rows_width,
+    sequence_width,
+    visible,
+)
+
+
+def test_kernels_read_the_words_that_the_host_writes():
+    for name in ("FIRST", "END", "QUERY_START", "LEFT", "RIGHT", "HOLES"):
+        assert getattr(blocks, name).value == getattr(key_range, name), name
+    assert blocks.BITMAP.value == HEADER_WORDS
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 7, 64])
+def test_shape_is_never_that_of_a_mask(num_queries):
+    """No KeyRange broadcasts to `[B, H, Q, K]`, so an int32 mask of a user's own is told from one."""
+    for num_keys in range(1, 300):
+        for width in (sequence_width(num_keys), rows_width(num_keys)):
+            assert width not in (1, num_keys)
+
+
+def test_layouts_are_told_apart():
+    for num_keys in range(1, 300):
+        for num_queries in (1, 2, 5):
+            ranges = make_key_range(2, num_keys)
+            rows = make_row_ranges(*torch.zeros(2, 2, num_queries, dtype=torch.int32), num_keys)
+            assert layout_of(ranges, 2, num_queries, num_keys) == "sequence"
+            assert layout_of(rows, 2, num_queries, num_keys) == "rows"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(2, 1, 5, 40, dtype=torch.int32),  # an int mask
+        torch.zeros(2, 1, 1, 40, dtype=torch.int32),
+        make_key_range(3, 40),  # of another batch
+        make_key_range(2, 80),  # of other keys
+        make_row_ranges(*torch.zeros(2, 2, 4, dtype=torch.int32), 40),  # of other queries
+        make_key_range(2, 40)[:, 0],
+    ],
+    ids=lambda tensor: "x".join(map(str, tensor.shape)),
+)
+def test_another_shape_is_refused(wrong):
+    with pytest.raises(ValueError, match="taken for a KeyRange.*got"):
+        layout_of(wrong, 2, 5, 40)
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(ValueError, match="must be int32, got torch.int64"):
+        layout_of(make_key_range(2, 40).long(), 2, 5, 40)
+
+
+def test_defaults_see_everything():
+    assert visible(make_key_range(2, 40), 5, 40).all()
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_words(as_tensor):
+    first, end, start = [3, 0], [30, 17], [25, 12]
+    if as_tensor:
+        first, end, start = map(torch.tensor, (first, end, start))
+        seen = visible(make_key_range(2, 40, first=first, end=end, query_start=start, left=4, right=0), 5, 40)
+    else:
+        lines = zip(first, end, start)
+        seen = torch.cat(
+            [visible(make_key_range(1, 40, first=f, end=e, query_start=s, left=4, right=0), 5, 40) for f, e, s in lines]
+        )
+        first, end, start = map(torch.tensor, (first, end, start))
+    for b in range(2):
+        for q in range(5):
+            at = start[b].item() + q
+            want = [first[b] <= k < end[b] and at - 4 <= k <= at for k in range(40)]
+            assert seen[b, 0, q].tolist() == want
+
+
+@pytest.mark.parametrize("num_keys", [1, 5, 31, 32, 33, 64, 129])
+def test_bitmap(num_keys):
+    generator = torch.Generator().manual_seed(num_keys)
+    key_mask = torch.rand(8, num_keys, generator=generator) < 0.5
+    ranges = make_key_range(8, num_keys, key_mask=key_mask)
+    assert torch.equal(visible(ranges, 1, num_keys)[:, 0, 0], key_mask)
+    # Bit 31 is a word's sign.
+    assert torch.equal(visible(make_key_range(8, num_keys, key_mask=torch.ones_like(key_mask)), 1, num_keys)[:, 0, 0],
+                       torch.ones_like(key_mask))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mask, holes",
+    [([1, 1, 1, 1], 0), ([0, 0, 1, 1], 0), ([1, 1, 0, 0], 0), ([0, 1, 1, 0], 0), ([0, 0, 0, 0], 0), ([1, 0, 1, 1], 1)],
+    ids=str,
+)
+def test_holes_flag(mask, holes):
+    """The bitmap is read only where there really are holes."""
+    ranges = make_key_range(1, 4, key_mask=torch.tensor([mask], dtype=torch.bool))
+    assert ranges[0, 0, 0, HOLES] == holes
+    assert visible(ranges, 1, 4)[0, 0, 0].int().tolist() == mask
+
+
+def test_key_mask_narrows_first_and_end():
+    key_mask = torch.ones(1, 40, dtype=torch.bool)
+    key_mask[:, 10] = False
+    seen = visible(make_key_range(1, 40, first=5, end=20, key_mask=key_mask), 1, 40)[0, 0, 0]
+    assert seen.nonzero().flatten().tolist() == [k for k in range(5, 20) if k != 10]
+
+
+def test_aliases_nothing():
+    """Changing an argument afterwards, as a cache does with its lengths, changes no KeyRange."""
+    first, end = torch.tensor([1, 2]), torch.tensor([30, 40])
+    key_mask = torch.ones(2, 40, dtype=torch.bool)
+    ranges = make_key_range(2, 40, first=first, end=end, key_mask=key_mask)
+    rows = make_row_ranges(first[:, None], end[:, None], 40)
+    before = ranges.clone(), rows.clone()
+    first += 5
+    end += 5
+    key_mask.zero_()
+    assert torch.equal(ranges, before[0]) and torch.equal(rows, before[1])
+
+
+def test_rows():
+    first, end = torch.tensor([[0, 3, 5]]), torch.tensor([[2, 3, 9]])
+    seen = visible(make_row_ranges(first, end, 9), 3, 9)[0, 0]
+    assert seen.int().tolist() == [[1, 1] + [0] * 7, [0] * 9, [0] * 5 + [1] * 4]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="left and right.*left=-2"):
+        make_key_range(1, 4, left=-2)
+    with pytest.raises(ValueError, match=r"key_mask must be \[B, K\] = \[1, 4\], got \[1, 5\]"):
+        make_key_range(1, 4, key_mask=torch.ones(1, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"both be \[B, Q\]"):
+        make_row_ranges(torch.zeros(1, 2), torch.zeros(1, 3), 4)
+
+
+def test_built_where_its_tensors_are(device):
+    assert make_key_range(1, 4).device.type == "cpu"
+    assert make_key_range(1, 4, first=torch.zeros(1, device=device, dtype=torch.int32)).device.type == device.type
+    assert make_key_range(1, 4, device=device)[..., FIRST].device.type == device.type
