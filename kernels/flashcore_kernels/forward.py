@@ -92,12 +92,12 @@ def flashcore_forward(
     lo = tl.min(tl.where(some, row_lo, num_keys), axis=0)
     hi = tl.max(tl.where(some, row_hi, 0), axis=0)
     full_lo = tl.max(tl.where(row_valid, row_lo, 0), axis=0)
-    # Not past hi: where no row sees anything there is no block at all to visit.
-    full_hi = tl.minimum(tl.min(tl.where(row_valid, row_hi, num_keys), axis=0), hi)
+    full_hi = tl.min(tl.where(row_valid, row_hi, num_keys), axis=0)
     # Blocks lie on a grid that starts at the sequence's first key, so that padding does not move them.
     n_begin = first + tl.maximum(lo - first, 0) // BLOCK_N * BLOCK_N
     n_full = tl.minimum(first + tl.cdiv(tl.maximum(full_lo - first, 0), BLOCK_N) * BLOCK_N, hi)
-    n_edge = tl.maximum(first + tl.maximum(full_hi - first, 0) // BLOCK_N * BLOCK_N, n_full)
+    # Not past hi: where no row sees anything there is no block at all to visit.
+    n_edge = tl.maximum(tl.minimum(first + tl.maximum(full_hi - first, 0) // BLOCK_N * BLOCK_N, hi), n_full)
     if RANGE == 1:
         n_full = tl.where(holes != 0, hi, n_full)
         n_edge = tl.where(holes != 0, hi, n_edge)
