@@ -5,10 +5,10 @@ Every row of the table is one model, one way to generate (cache, batch) and one 
 1. float32: the tokens that flashcore generates freely are R's tokens, all of them.
 2. float16 and bfloat16: rounding decides between tokens that are nearly tied, in any backend. Once a token differs the
    texts are different texts, so R's tokens are forced upon flashcore and upon the other reference O, step by step along
-   the same caches, and at each step t of each sequence the logits of one prefix are compared. A step is *excusable* where
-   R's two largest logits are no further apart than the largest difference between R's and O's logits at that very step.
-   Each disagreement of flashcore with R's token, forced or (at its first divergence) free, must be at an excusable step.
-   Where more than 10 % of the steps are excusable the row says too little, and is void.
+   the same caches, and at each step of each sequence the logits of one prefix are compared. A step is *excusable* where
+   R's two largest logits are no further apart than the largest difference between R's and O's logits at that step.
+   Each disagreement of flashcore with R's token, forced or (at its first divergence) free, must be at an excusable
+   step. Where more than 10 % of the steps are excusable the row says too little, and is void.
 3. The calls of attention are counted by the path that served them. One call by PyTorch instead of a kernel fails the
    row, and so does a row without any call of a kernel: it would compare PyTorch with PyTorch.
 4. No logit may be NaN.

@@ -232,11 +232,11 @@ def wrong_scale(model, factor: float = 1.5) -> Iterator[None]:
 
 
 @contextmanager
-def wide_blocks(keys: int = 128) -> Iterator[None]:
+def wide_blocks(keys: int = 256) -> Iterator[None]:
     """While this holds, the kernels take at least `keys` keys in each block.
 
     For Triton's interpreter alone, where a block costs the same Python time whatever its width, and a GPU's blocks of
-    32 keys would make parity last four times as long. What the kernels compute stays the same.
+    32 keys would make parity last six times as long. What the kernels compute stays the same.
     """
     original = kernel_plan.configuration
 

@@ -33,7 +33,7 @@ _SHAPE = dict(
     pad_token_id=PAD_TOKEN_ID,
 )
 _EXTRA = {"llama": dict(mlp_bias=False), "mistral": dict(sliding_window=64)}
-_STEPS = 400
+STEPS = 400
 _BATCH, _LENGTH = 8, 256
 _LEARNING_RATE = 4e-3
 FAMILIES = tuple(_EXTRA)
@@ -66,7 +66,7 @@ def make_config(family: str):
     return kind(**_SHAPE, **_EXTRA[family])
 
 
-def train(family: str, steps: int = _STEPS, on_step: Callable[[int, float], None] | None = None):
+def train(family: str, steps: int = STEPS, on_step: Callable[[int, float], None] | None = None):
     """Train the tiny model of `family` on the shipped text, on the CPU, always from the same seed.
 
     Args:
@@ -107,7 +107,7 @@ def ensure_checkpoint(family: str, folder: Path, on_step: Callable[[int, float],
     A checkpoint is known by its configuration, its training and its text, so one that a changed package made is left
     alone and a new one is trained beside it.
     """
-    recipe = [_SHAPE, _EXTRA[family], _STEPS, _BATCH, _LENGTH, _LEARNING_RATE]
+    recipe = [_SHAPE, _EXTRA[family], STEPS, _BATCH, _LENGTH, _LEARNING_RATE]
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode() + CORPUS.read_bytes()).hexdigest()[:12]
     path = folder / f"tiny-{family}-{digest}"
     # Written last, so that an interrupted run is not taken for a finished one.

@@ -1,0 +1,265 @@
+"""`python -m flashcore_hf parity`: arguments, progress, the table and the JSON around `parity.compare_model`."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import queue
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__, import_error, tiny_models
+from .parity import REFERENCES, Row, Settings, compare_model
+from .parity_runs import Cell
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the command; `__main__` owns the arguments. Returns the exit status: 0 where every row passes."""
+    console = Console(width=None if sys.stdout.isatty() else 190, highlight=False)
+    if import_error is not None:
+        console.print(f"flashcore could not be enabled: {import_error}\n`python -m flashcore_hf env` says more.")
+        return 1
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    facts = describe(device, arguments.dtype, interpreted)
+    console.print(
+        f"flashcore parity: {facts['dtype']} on {facts['device']}; "
+        + (
+            "the kernels run in Triton's interpreter (times say nothing of a GPU)"
+            if interpreted
+            else "compiled kernels"
+        )
+        + f"; torch {facts['torch']}, triton {facts['triton']}, transformers {facts['transformers']}"
+    )
+
+    try:
+        jobs = _jobs(arguments, device, interpreted)
+    except (ValueError, OSError) as error:
+        console.print(f"parity cannot run: {error}")
+        return 1
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch, _progress(console) as progress:
+        rows = _run_jobs(jobs, Path(arguments.workdir or scratch), progress)
+    seconds = time.perf_counter() - began
+
+    console.print(table_of(rows))
+    for row in rows:
+        for failure in row.failures:
+            console.print(f"FAILED {row.model}, {row.cell}, beside {row.reference}: {failure}")
+    failed = sum(not row.passed for row in rows)
+    console.print(f"{len(rows) - failed} rows passed, {failed} failed, in {seconds:.0f} s")
+    if arguments.json:
+        record = {**facts, "seconds": seconds, "rows": [{**asdict(row), "passed": row.passed} for row in rows]}
+        Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if failed or not rows else 0
+
+
+def describe(device: str, dtype: str, interpreted: bool) -> dict[str, str]:
+    """Versions and hardware, for the first line and the JSON."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "absent"
+    gpu = device != "cpu" and torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "dtype": dtype,
+        "interpreted": interpreted,
+        "flashcore": __version__,
+        "torch": torch.__version__,
+        "triton": triton,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def table_of(rows: list[Row]) -> Table:
+    """One line a row: what was compared, how close it came, and who served the attention calls."""
+    table = Table(title="Greedy decoding beside a reference")
+    for heading in ("model", "generation", "beside"):
+        table.add_column(heading, overflow="fold")
+    for heading in (
+        "tokens equal", "first divergence", "top-2 gap there", "largest logit difference", "excusable steps",
+        "ms per token (reference)", "scale x1.5 caught at",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    table.add_column("attention calls served by", no_wrap=True)
+    table.add_column("verdict")
+    for row in rows:
+        where = row.first_divergence
+        table.add_row(
+            row.model,
+            row.cell,
+            row.reference,
+            f"{row.tokens_equal}/{row.tokens}",
+            "none" if where is None else f"token {where[1]} of sequence {where[0]}",
+            "" if row.gap_there is None else f"{row.gap_there:.2e}",
+            f"{row.largest_difference:.1e}",
+            f"{row.excusable_share:.1%}",
+            f"{row.milliseconds:.1f} ({row.reference_milliseconds:.1f})",
+            "never" if row.control_caught_at is None else f"token {row.control_caught_at}",
+            "\n".join(f"{name} {count}" for name, count in sorted(row.paths.items())) or "none",
+            "[green]passed[/]" if row.passed else "[red]FAILED[/]",
+        )
+    return table
+
+
+def read_prompts(path: str, tokenizer) -> list[list[int]]:
+    """Prompts of a file, one a line: text, or a JSON list of token ids.
+
+    Args:
+        tokenizer: turns text into token ids; None takes its bytes.
+
+    Raises:
+        ValueError: the file has no prompt.
+    """
+    prompts = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if not line.strip():
+            continue
+        if line.lstrip().startswith("["):
+            prompts.append([int(token) for token in json.loads(line)])
+        else:
+            prompts.append(list(line.encode()) if tokenizer is None else tokenizer(line)["input_ids"])
+    if not prompts:
+        raise ValueError(f"--prompts {path} has no prompt; write one on each line: text, or a JSON list of token ids")
+    return prompts
+
+
+def _cells(arguments: argparse.Namespace, tokenizer, pad_token_id: int) -> list[Cell]:
+    given = read_prompts(arguments.prompts, tokenizer) if arguments.prompts else None
+    sizes = arguments.batch or ([1, 4] if given is None else sorted({1, len(given)}))
+    if given is not None and max(sizes) > len(given):
+        raise ValueError(f"--batch {max(sizes)} needs as many prompts, and {arguments.prompts} has {len(given)}")
+    cells = []
+    for cache in arguments.cache or ("dynamic", "static"):
+        for size in sizes:
+            prompts = given[:size] if given is not None else tiny_models.prompts(size, arguments.prompt_length)
+            cells.append(Cell(cache, prompts, arguments.max_new_tokens, pad_token_id))
+    return cells
+
+
+def _jobs(arguments: argparse.Namespace, device: str, interpreted: bool) -> list[Settings]:
+    """One job for each model; the path of a tiny model that is still to be trained is empty."""
+    references = (arguments.reference,) if arguments.reference else REFERENCES
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model is None:
+        cells = _cells(arguments, None, tiny_models.PAD_TOKEN_ID)
+        return [Settings(family, "", dtype, device, references, cells, interpreted) for family in tiny_models.FAMILIES]
+    tokenizer, pad_token_id = _tokenizer(arguments.model)
+    cells = _cells(arguments, tokenizer, pad_token_id)
+    name = Path(arguments.model).name
+    return [Settings(name, arguments.model, dtype, device, references, cells, interpreted)]
+
+
+def _tokenizer(model: str):
+    """The model's tokenizer, or None where it has none (a model with random weights), and the id that pads."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        print(f"no tokenizer with {model} ({type(error).__name__}): prompts are taken as bytes, one a token")
+        return None, 0
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return tokenizer, next(token for token in candidates if token is not None)
+
+
+def run_job(settings: Settings, folder: Path, report) -> list[Row]:
+    """Train the tiny model where it is asked for, and compare.
+
+    Args:
+        report: called with (model, what is going on, steps done since the last call); a queue's put, or like it.
+    """
+    if not settings.path:
+        settings.path = str(
+            tiny_models.ensure_checkpoint(
+                settings.name,
+                folder,
+                lambda step, loss: report((settings.name, f"{settings.name}: training, loss {loss:.2f}", 1)),
+            )
+        )
+    return compare_model(settings, lambda what, steps: report((settings.name, what, steps)))
+
+
+def _run_in_worker(settings: Settings, folder: Path, reports) -> list[Row]:
+    # The workers share the cores.
+    torch.set_num_threads(max(torch.get_num_threads() // 2, 1))
+    return run_job(settings, folder, reports.put)
+
+
+def _run_jobs(jobs: list[Settings], folder: Path, progress: Progress) -> list[Row]:
+    """Run the jobs, beside each other where the interpreter would leave a core idle."""
+    bars = {
+        job.name: progress.add_task(job.name, total=job.total_steps() + (0 if job.path else tiny_models.STEPS))
+        for job in jobs
+    }
+
+    def show(message: tuple[str, str, int]) -> None:
+        name, what, steps = message
+        progress.update(bars[name], description=what, advance=steps)
+
+    if len(jobs) == 1 or not jobs[0].interpreted or (os.cpu_count() or 1) < 2:
+        return [row for job in jobs for row in run_job(job, folder, show)]
+
+    with multiprocessing.Manager() as manager:
+        reports = manager.Queue()
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(_run_in_worker, job, folder, reports) for job in jobs]
+            while not all(future.done() for future in futures) or not reports.empty():
+                try:
+                    show(reports.get(timeout=0.5))
+                except queue.Empty:
+                    continue
+            return [row for future in futures for row in future.result()]
+
+
+def _progress(console: Console):
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    if console.is_terminal:
+        return Progress(*columns, console=console)
+    return _LoggedProgress(console)
+
+
+class _LoggedProgress:
+    """Stands for a Progress where there is no terminal: a line when a task begins something new, at most every 10 s."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._totals: list[int] = []
+        self._done: list[int] = []
+        self._shown: list[tuple[str, float]] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+    def add_task(self, description: str, total: int) -> int:
+        self._totals.append(total)
+        self._done.append(0)
+        self._shown.append(("", 0.0))
+        return len(self._totals) - 1
+
+    def update(self, task: int, description: str, advance: int) -> None:
+        self._done[task] += advance
+        shown, when = self._shown[task]
+        if description != shown and time.monotonic() - when > 10:
+            self._shown[task] = description, time.monotonic()
+            self.console.print(f"{description} ({self._done[task]}/{self._totals[task]})")
