@@ -1,7 +1,7 @@
 """The function that Transformers calls in every layer: its arguments resolved, and one operator called."""
 
 import torch
-from flashcore_kernels import attention, make_row_ranges, naive_attention
+from flashcore_kernels import attention, make_key_range, make_row_ranges, naive_attention
 from flashcore_kernels.fallback import note_fallback, torch_attention
 from flashcore_kernels.op import path_counts
 from flashcore_kernels.problem import check_problem
@@ -43,7 +43,7 @@ def flashcore_attention(
         query: `[B, H, Q, D]`, rotated.
         key, value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`, as the cache returned them.
         attention_mask: what `flashcore_mask` made, a KeyRange or a bool mask; or a user's own 4-D mask, bool or
-            additive; or None: causal if the layer is (then K must be Q), else everything.
+            additive; or a 2-D padding mask; or None: causal if the layer is (then K must be Q), else everything.
         scaling: factor on the scores, D ** -0.5 where None.
         dropout: probability of dropping an attention weight; above 0 PyTorch serves the call.
         sliding_window: tokens that a query sees, itself included. Heeded only without a mask: masks have it in them.
@@ -70,6 +70,8 @@ def flashcore_attention(
         )
     elif attention_mask is None:
         arguments |= _without_mask(query, key, causal, sliding_window)
+    elif attention_mask.dim() == 2:
+        arguments["key_range"] = _padding_range(attention_mask, query, key, causal, sliding_window)
     elif attention_mask.dtype == torch.int32:
         arguments["key_range"] = attention_mask
     else:
@@ -123,6 +125,27 @@ def _without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool, sliding_
             "the last of the keys. Pass the 2-D attention_mask of the whole text to the model, or a 4-D mask."
         )
     return {"is_causal": causal, "window": sliding_window}
+
+
+def _padding_range(
+    padding: torch.Tensor, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None
+) -> torch.Tensor:
+    """A KeyRange from a 2-D padding mask `[B, L]`, which some models hand to whatever has "flash" in its name.
+
+    The queries are the last of the L tokens; key slots beyond L (of a static cache) are unfilled.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    length = padding.shape[1]
+    if not num_queries <= length <= num_keys and causal:
+        raise ValueError(
+            f"attention_mask {list(padding.shape)} does not fit {num_queries} queries on {num_keys} keys: a 2-D mask has "
+            "a column for each token so far"
+        )
+    left = -1 if window is None else window - 1
+    return make_key_range(
+        query.shape[0], num_keys, query_start=length - num_queries, left=left, right=0 if causal else left,
+        key_mask=torch.nn.functional.pad(padding.to(torch.bool), (0, num_keys - length)),
+    )  # fmt: skip
 
 
 def _fit_mask(mask: torch.Tensor, num_keys: int) -> torch.Tensor:

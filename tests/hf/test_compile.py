@@ -1,0 +1,86 @@
+"""torch.compile(fullgraph=True) of a static-cache decode: one graph, no recompiles, eager's logits."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import StaticCache
+
+from .compare import TOLERANCE
+from .models import model_pair, prompts
+
+STEPS = 64
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def decode(step, model, ids, mask, slots: int) -> torch.Tensor:
+    """Prefill with `model`, then STEPS tokens through `step`; all logits of the decode, `[B, STEPS, V]`.
+
+    The mask has a column for each slot from the start, as generate() has it too for a static cache that it compiles.
+    """
+    batch_size, length = ids.shape
+    cache = StaticCache(config=model.config, max_batch_size=batch_size, max_cache_len=slots)
+    full = torch.zeros(batch_size, slots, dtype=torch.long)
+    full[:, :length] = mask
+    full[:, length:] = 1
+    logits = []
+    with torch.no_grad():
+        out = model(
+            ids, attention_mask=full, past_key_values=cache, use_cache=True, cache_position=torch.arange(length)
+        )
+        for i in range(STEPS):
+            token = out.logits[:, -1:].argmax(-1)
+            position = torch.tensor([length + i])
+            ranks = (full[:, : length + i].sum(-1, keepdim=True)).long()
+            out = step(
+                token, attention_mask=full, past_key_values=cache, use_cache=True, cache_position=position,
+                position_ids=ranks,
+            )  # fmt: skip
+            logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+def test_static_decode_is_one_graph(model_type, padding):
+    eager, model = model_pair(model_type)
+    ids, mask = prompts(2, 9, padding)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    got = decode(compiled, model, ids, mask, 80)
+    expected = decode(eager, eager, ids, mask, 80)
+    assert counter.frame_count == 1
+    assert (got - expected).abs().max() / expected.abs().max() < TOLERANCE
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_operator_is_one_node():
+    """The graph holds the operator itself; nothing of it was traced into."""
+    from flashcore_kernels import attention
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 9, 16)
+    torch.compile(lambda q, k: attention(q, k, k) * 2, backend=keep, fullgraph=True)(query, key)
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("flashcore" in target for target in targets) == 1
+    assert len(targets) <= 3
+
+
+def test_a_whole_prefill_compiles():
+    eager, model = model_pair("mistral")
+    ids, mask = prompts(2, 13, "left")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        got = compiled(ids, attention_mask=mask).logits
+        expected = eager(ids, attention_mask=mask).logits
+    assert ((got - expected).abs() * mask[..., None]).max() / expected.abs().max() < TOLERANCE

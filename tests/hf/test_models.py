@@ -1,0 +1,77 @@
+"""Every family that gets KeyRanges, beside eager."""
+
+import pytest
+import torch
+from flashcore_kernels import key_range
+from transformers import CONFIG_MAPPING
+
+from flashcore_hf import compat, masks
+
+from .compare import TOLERANCE, greedy, logit_error
+from .models import FAMILIES, model_pair, prompts
+
+# What these versions of Transformers do not have, or refuse by themselves.
+PRESENT = sorted(family for family in FAMILIES if family in CONFIG_MAPPING)
+
+
+def build(model_type: str):
+    try:
+        return model_pair(model_type)
+    except ValueError as error:
+        if "does not use Transformers' attention interface" in str(error) or "GPT-OSS model does not" in str(error):
+            pytest.skip(f"refused on this version: {error}")
+        raise
+
+
+def test_every_family_is_tested():
+    assert masks.KEY_RANGE_MODELS == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", PRESENT)
+def test_family(model_type, paths, monkeypatch):
+    """Logits for every padding and 8 greedy tokens; on kernels alone, and never with a dense mask."""
+    eager, model = build(model_type)
+    answers = []
+
+    def listening(**kwargs):
+        answers.append(masks.flashcore_mask(**kwargs))
+        return answers[-1]
+
+    monkeypatch.setitem(compat.mask_registry(), "flashcore", listening)
+    for padding in (None, "left", "right"):
+        ids, mask = prompts(3, 13, padding)
+        assert logit_error(eager, model, ids, mask) < TOLERANCE, padding
+    ids, mask = prompts(2, 9, "left")
+    assert torch.equal(greedy(model, ids, mask, 8), greedy(eager, ids, mask, 8))
+    assert paths["flashcore_decode"] > 0 and paths["torch"] == 0
+    assert answers and all(answer.dtype == torch.int32 for answer in answers)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+def test_negative_controls(model_type, monkeypatch):
+    """A scale of 1.5x, padding that is ignored, a window off by one: the comparison above sees each."""
+    eager, model = build(model_type)
+    ids, mask = prompts(3, 13, "left")
+    assert logit_error(eager, model, ids, mask) < TOLERANCE
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 1.5
+    assert logit_error(eager, model, ids, mask) > 100 * TOLERANCE
+
+    eager, model = build(model_type)
+    made = masks.make_key_range
+
+    def ignoring_padding(*args, **kwargs):
+        return made(*args, **{**kwargs, "key_mask": None})
+
+    monkeypatch.setattr(masks, "make_key_range", ignoring_padding)
+    assert logit_error(eager, model, ids, mask) > 100 * TOLERANCE
+    if model_type != "llama":
+
+        def window_off_by_one(*args, **kwargs):
+            line = made(*args, **kwargs)
+            left = line[..., key_range.LEFT]
+            line[..., key_range.LEFT] = torch.where(left > 0, left + 1, left)
+            return line
+
+        monkeypatch.setattr(masks, "make_key_range", window_off_by_one)
+        assert logit_error(eager, model, ids, mask) > 100 * TOLERANCE
