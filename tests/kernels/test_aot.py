@@ -1,0 +1,70 @@
+"""Every shipped configuration compiles for its GPUs, fits into their shared memory, and spills no registers.
+
+Without a GPU, in subprocesses (see aot.py). FLASHCORE_AOT=full compiles every feature at every head dimension, about an
+hour; otherwise each row of the tables is compiled with the features that need the most registers.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashcore_kernels.tables import configuration
+
+from . import aot
+
+pytest.importorskip("triton.backends.nvidia")
+
+FULL = os.environ.get("FLASHCORE_AOT") == "full"
+HEAD_DIMS = ["16", "40", "64", "80", "96", "128", "192", "256", "192/128"] if FULL else ["64", "128", "256"]
+FEATURES = list(aot.FEATURES) if FULL else ["range-all", "mask-all"]
+ROWS = ["16", "64"] if FULL else ["64"]
+
+
+def compiled(*arguments) -> list[dict]:
+    """The reports of `python aot.py arguments...`."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(Path(aot.__file__)), *arguments], capture_output=True, text=True, env=environment
+    )
+    reports = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == (1 if any(report["problems"] for report in reports) else 0), result.stderr[-3000:]
+    assert reports, result.stderr[-3000:]
+    return reports
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"] if FULL else ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", ["flashcore_forward", "flashcore_decode"])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100], ids=lambda arch: f"sm_{arch}")
+def test_tables(arch, kernel, dtype):
+    reports = compiled(
+        "--arch", str(arch), "--kernel", kernel, "--dtype", dtype, "--head-dim", *HEAD_DIMS, "--features", *FEATURES,
+        "--rows", *ROWS,
+    )  # fmt: skip
+    wrong = [f"{report['head_dim']} {report['features']}: {report['problems']}" for report in reports]
+    assert not any(report["problems"] for report in reports), "\n".join(wrong)
+    used = {tuple(report["tile"]) for report in reports}
+    for gaps in (False, True):
+        row = configuration(kernel, arch, torch.float32 if dtype == "fp32" else torch.float16, 128, gaps)
+        assert (row.block_m, row.block_n, row.num_warps, row.num_stages) in used
+
+
+def test_a_tile_too_large_would_show():
+    """Negative control: more keys and rows than registers or shared memory hold are reported."""
+    tile = ["--tile", "128", "128", "4", "4"]
+    (report,) = compiled(
+        "--arch", "89", "--kernel", "flashcore_forward", "--dtype", "bf16", "--head-dim", "256", "--features", "none",
+        *tile,
+    )  # fmt: skip
+    assert len(report["problems"]) == 2, report
+    assert "shared memory" in report["problems"][0] and "spill" in report["problems"][1]
+
+
+def test_serialised_wgmma_would_show():
+    healthy = {"shared": 0, "shared_limit": 1, "stack": 0, "registers": 200, "wgmma": 32, "wgmma_arrive": 8}
+    assert aot.problems(healthy) == []
+    assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 32})[0]

@@ -1,0 +1,298 @@
+"""The planner: a pure function of the problem and the device, one test a rule; the tables; the launch cache's key."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+
+from flashcore_kernels import explain, launch
+from flashcore_kernels.plan import (
+    MAX_DECODE_QUERIES,
+    MAX_HEAD_DIM,
+    Device,
+    fallback_reason,
+    max_splits_for,
+    padded,
+    plan,
+)
+from flashcore_kernels.problem import check_problem
+from flashcore_kernels.tables import TABLES, configuration
+
+H200 = Device("cuda", 90)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ARCHS = (0, 80, 86, 87, 89, 90, 100, 103, 120)
+
+
+def problem(num_queries=64, num_keys=64, *, heads=(4, 2), head_dim=64, value_dim=None, dtype=torch.float16, **changed):
+    """A Problem of these shapes, without the tensors' memory."""
+    sizes = ((heads[0], num_queries, head_dim), (heads[1], num_keys, head_dim), (heads[1], num_keys, value_dim or head_dim))
+    return check_problem(*(torch.empty(2, *size, dtype=dtype, device="meta") for size in sizes))._replace(**changed)
+
+
+class TestWhichKernel:
+    @pytest.mark.parametrize("num_queries", [1, 2, MAX_DECODE_QUERIES])
+    def test_few_queries_decode(self, num_queries):
+        assert plan(problem(num_queries), H200).kernel == "flashcore_decode"
+
+    @pytest.mark.parametrize("num_queries", [MAX_DECODE_QUERIES + 1, 4096])
+    def test_more_queries_prefill(self, num_queries):
+        assert plan(problem(num_queries), H200).kernel == "flashcore_forward"
+
+    def test_a_range_for_each_query_prefills(self):
+        assert plan(problem(1, range_layout="rows"), H200).kernel == "flashcore_forward"
+        assert plan(problem(1, range_layout="sequence"), H200).kernel == "flashcore_decode"
+
+    def test_the_reason_says_the_rule(self):
+        assert "1 query tokens, at most 16" in plan(problem(1), H200).reason
+        assert "64 query tokens, more than 16" in plan(problem(64), H200).reason
+
+
+class TestFallback:
+    def test_gradients(self):
+        assert "gradients" in fallback_reason(problem(needs_grad=True), H200)
+
+    def test_no_device(self):
+        chosen = plan(problem(), Device("torch", reason="no Triton here"))
+        assert chosen.kernel == "torch" and chosen.reason == "no Triton here"
+
+    @pytest.mark.parametrize("dtype", [torch.float64])
+    def test_dtype(self, dtype):
+        assert "not torch.float64" in fallback_reason(problem(dtype=dtype), H200)
+
+    @pytest.mark.parametrize("sizes", [(257, 64), (64, 257), (512, 512)], ids=str)
+    def test_head_dim(self, sizes):
+        assert f"up to {MAX_HEAD_DIM}" in fallback_reason(problem(head_dim=sizes[0], value_dim=sizes[1]), H200)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("head_dim", [1, 16, 40, 256])
+    def test_not_otherwise(self, head_dim, dtype):
+        assert fallback_reason(problem(head_dim=head_dim, dtype=dtype), H200) is None
+
+
+class TestSameForEveryBatch:
+    """A sequence is computed the same way alone and in a batch: the plan knows neither of batch nor of length."""
+
+    @pytest.mark.parametrize("num_queries", [1, 64])
+    def test_batch_and_length(self, num_queries):
+        plans = {
+            plan(problem(num_queries, num_keys)._replace(batch_size=batch), H200)
+            for batch, num_keys in itertools.product((1, 2, 64), (1, 100, 10**6))
+        }
+        assert len(plans) == 1
+
+    def test_no_state(self):
+        assert plan(problem(), H200) == plan(problem(), H200)
+
+
+class TestDecodeTiles:
+    @pytest.mark.parametrize("group, num_queries", [(1, 1), (7, 1), (4, 4), (16, 1)])
+    def test_at_least_16_rows(self, group, num_queries):
+        """tl.dot takes no fewer."""
+        assert plan(problem(num_queries, heads=(group, 1)), H200).block_m == 16
+
+    def test_whole_group_in_a_tile(self):
+        assert plan(problem(2, heads=(16, 1), head_dim=64), H200).block_m == 32
+
+    def test_no_more_than_the_row_says(self):
+        chosen = plan(problem(16, heads=(64, 1)), H200)
+        assert chosen.block_m == configuration("flashcore_decode", 90, torch.float16, 64).block_m
+
+    def test_splits(self):
+        chosen = plan(problem(1), H200)
+        least = chosen.min_blocks * chosen.block_n
+        assert max_splits_for(1, chosen) == max_splits_for(least, chosen) == 1
+        assert max_splits_for(least + 1, chosen) == 2
+        assert max_splits_for(10**9, chosen) == chosen.max_splits
+
+    @pytest.mark.parametrize("num_keys", [1, 17, 129, 1000, 4097, 100_000])
+    def test_no_sequence_needs_more_programs_than_there_are(self, num_keys):
+        """The kernel's own arithmetic: chunks of a sequence of any length within the slots."""
+        chosen = plan(problem(1), H200)
+        for length in {1, num_keys // 3 + 1, num_keys - 1 or 1, num_keys}:
+            blocks = -(-length // chosen.block_n)
+            chunk = max(-(-blocks // chosen.max_splits), chosen.min_blocks)
+            assert -(-blocks // chunk) <= max_splits_for(num_keys, chosen)
+
+
+class TestBlockSizes:
+    @pytest.mark.parametrize("head_dim, block", [(1, 16), (16, 16), (40, 64), (80, 128), (96, 128), (192, 256)])
+    def test_head_dim_is_padded(self, head_dim, block):
+        chosen = plan(problem(head_dim=head_dim), H200)
+        assert chosen.block_d == chosen.block_dv == block
+
+    def test_value_dim_of_its_own(self):
+        chosen = plan(problem(head_dim=192, value_dim=128), H200)
+        assert (chosen.block_d, chosen.block_dv) == (256, 128)
+
+    def test_padded(self):
+        assert [padded(n) for n in (1, 2, 3, 16, 17, 255, 256)] == [1, 2, 4, 16, 32, 256, 256]
+
+    @pytest.mark.parametrize("changed", [{"mask_kind": "bool"}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str)
+    def test_masks_have_rows_of_their_own(self, changed):
+        row = configuration("flashcore_forward", 90, torch.float16, 64, gaps=True)
+        chosen = plan(problem(**changed), H200)
+        assert (chosen.block_m, chosen.block_n) == (row.block_m, row.block_n)
+
+
+class TestTables:
+    @pytest.mark.parametrize("gaps", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("arch", ARCHS)
+    @pytest.mark.parametrize("kernel", ["flashcore_forward", "flashcore_decode"])
+    def test_a_row_for_everything(self, kernel, arch, dtype, gaps):
+        for head_dim in range(1, MAX_HEAD_DIM + 1):
+            row = configuration(kernel, arch, dtype, head_dim, gaps)
+            assert row.head_dim >= head_dim and row.gaps == gaps
+
+    @pytest.mark.parametrize("arch", TABLES)
+    def test_rows_are_sane(self, arch):
+        for row in TABLES[arch]:
+            for size in (row.block_m, row.block_n, row.num_warps):
+                assert size == padded(size), row
+            assert row.block_m >= 16 and row.block_n >= 16, "tl.dot takes no less"
+            assert row.num_stages >= 1 and row.min_blocks >= 1 and row.max_splits >= 1
+            assert len(row.why) > 10, f"no reason given: {row}"
+
+    @pytest.mark.parametrize("arch", TABLES)
+    def test_no_row_is_hidden_behind_another(self, arch):
+        """The first that fits is taken, so smaller head dimensions stand first."""
+        seen = {}
+        for row in TABLES[arch]:
+            kind = (row.kernel, row.bits, row.gaps)
+            assert seen.get(kind, 0) < row.head_dim, row
+            seen[kind] = row.head_dim
+
+    def test_unknown_capabilities_take_the_next_below(self):
+        assert configuration("flashcore_decode", 103, torch.float16, 64) in TABLES[100]
+        assert configuration("flashcore_decode", 87, torch.float16, 64) in TABLES[86]
+
+    def test_nothing_fits(self):
+        with pytest.raises(LookupError, match="sm_90, 16 bits, head_dim 300"):
+            configuration("flashcore_decode", 90, torch.float16, 300)
+        with pytest.raises(LookupError, match="64 bits"):
+            configuration("flashcore_decode", 90, torch.float64, 64)
+
+
+class TestExplain:
+    def test_kernel(self):
+        query, key = torch.zeros(1, 4, 1, 64, dtype=torch.float16), torch.zeros(1, 2, 9, 64, dtype=torch.float16)
+        assert explain(query, key, key, device=H200).startswith("flashcore_decode (16x")
+
+    def test_fallback(self):
+        query = torch.zeros(1, 4, 1, 300)
+        assert explain(query, query, query, device=H200).startswith("torch: the kernels take head_dim up to 256")
+
+
+class FakeKernel:
+    """Stands where a triton.jit function stands, and counts how often it is compiled."""
+
+    def __init__(self):
+        self.compiled = self.reused = 0
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, num_warps, num_stages):
+            self.compiled += 1
+            return self.Compiled(self)
+
+        return compile_and_launch
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch_again(*arguments):
+                self.kernel.reused += 1
+
+            return launch_again
+
+
+class FakeTensor(torch.Tensor):
+    """A CPU tensor that says it is on a GPU, at an address of our choice."""
+
+    address = 0
+    device = torch.device("cuda", 0)
+
+    def data_ptr(self):
+        return self.address
+
+
+def fake(dtype=torch.float16, address=4096, index=0):
+    tensor = torch.zeros(1, dtype=dtype).as_subclass(FakeTensor)
+    tensor.address, tensor.device = address, torch.device("cuda", index)
+    return tensor
+
+
+class TestLaunchCache:
+    """A compiled kernel is used again exactly where Triton itself would have compiled the same one."""
+
+    BASE = ((fake(), 64, 3), (5, 0.5), (64, True))
+
+    @pytest.fixture(autouse=True)
+    def empty_cache(self, monkeypatch):
+        monkeypatch.setattr(launch, "_compiled", {})
+
+    def launched(self, first, second, plans=(None, None)):
+        kernel = FakeKernel()
+        usual = plan(problem(), H200)
+        for call, chosen in zip((first, second), plans):
+            launch.launch(kernel, 7, *call, chosen or usual)
+        return kernel.compiled, kernel.reused
+
+    def test_reused(self):
+        assert self.launched(self.BASE, self.BASE) == (1, 1)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [(fake(), 128, 3), (fake(), 64, 5), (fake(address=8192), 64, 3)],
+        ids=["another multiple of 16", "another odd int", "another aligned address"],
+    )
+    def test_reused_for(self, arguments):
+        assert self.launched(self.BASE, (arguments, *self.BASE[1:])) == (1, 1)
+
+    def test_reused_for_other_scalars(self):
+        """Lengths must not compile anew: one kernel serves every length."""
+        assert self.launched(self.BASE, (self.BASE[0], (4096, 2.5), self.BASE[2])) == (1, 1)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (fake(torch.bfloat16), 64, 3),
+            (fake(address=4098), 64, 3),
+            (fake(index=1), 64, 3),
+            (None, 64, 3),
+            (fake(), 65, 3),
+            (fake(), 64, 1),
+            (fake(), 64, 16),
+            (fake(), 2**40, 3),
+        ],
+        ids=["dtype", "alignment", "device", "None", "% 16", "== 1", "3 -> 16", "int64"],
+    )
+    def test_compiled_anew_for(self, arguments):
+        first = self.BASE if arguments[0] is not None else ((fake(), fake(), 64), *self.BASE[1:])
+        second = arguments if arguments[0] is not None else (fake(), None, 64)
+        assert self.launched(first, (second, *self.BASE[1:])) == (2, 0)
+
+    def test_compiled_anew_for_constants(self):
+        assert self.launched(self.BASE, (*self.BASE[:2], (64, False))) == (2, 0)
+
+    @pytest.mark.parametrize("field", ["num_warps", "num_stages"])
+    def test_compiled_anew_for_options(self, field):
+        usual = plan(problem(), H200)
+        assert self.launched(self.BASE, self.BASE, (usual, usual._replace(**{field: 7}))) == (2, 0)
+
+    def test_a_grid_too_large_is_refused(self):
+        with pytest.raises(ValueError, match="more than a grid holds"):
+            launch.launch(FakeKernel(), 2**31, *self.BASE, plan(problem(), H200))
+
+    def test_arguments_are_the_kernels_parameters(self):
+        """Positions, not names, go to Triton: a parameter moved in one place alone would go unnoticed."""
+        from flashcore_kernels.decode import flashcore_decode
+        from flashcore_kernels.forward import flashcore_forward
+
+        for kernel in (flashcore_forward, flashcore_decode):
+            parameters = inspect.signature(kernel.fn).parameters
+            assert list(parameters)[:4] == ["Q", "K", "V", "Out"]
+            constant = ["constexpr" in str(parameter.annotation) for parameter in parameters.values()]
+            assert constant == sorted(constant), "constexprs stand last"
