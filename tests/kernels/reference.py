@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
 from flashcore_kernels import attention, make_key_range, make_row_ranges, naive_attention
 from flashcore_kernels.naive import hide_unseen, visible_mask
 from flashcore_kernels.problem import check_problem

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from flashcore_kernels.tables import configuration
 
 from . import aot

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from flashcore_kernels import attention, make_key_range, naive_attention, path_counts
 
 

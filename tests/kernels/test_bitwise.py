@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from flashcore_kernels import attention, explain, make_key_range
 from flashcore_kernels.plan import Device, max_splits_for, plan
 from flashcore_kernels.problem import check_problem
@@ -53,9 +52,7 @@ class TestAloneAndInABatch:
     def test_same_bits(self, padding, num_queries, dtype, device):
         query, key, value, key_range, own = self.batch(padding, num_queries, dtype, device)
         batched, lse = attention(query, key, value, key_range=key_range, return_lse=True)
-        alone, lse_alone = attention(
-            query[1:2], key[1:2, :, own], value[1:2, :, own], is_causal=True, return_lse=True
-        )
+        alone, lse_alone = attention(query[1:2], key[1:2, :, own], value[1:2, :, own], is_causal=True, return_lse=True)
         assert torch.equal(batched[1:2], alone) and torch.equal(lse[1:2], lse_alone)
 
 

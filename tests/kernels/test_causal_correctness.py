@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from flashcore_kernels import attention, attention_with_kv_cache, make_key_range
 from flashcore_kernels.key_range import visible
 

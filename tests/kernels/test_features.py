@@ -1,10 +1,9 @@
-"""Every feature alone and in pairs, over odd lengths, by both kernels, under the error rule; NaN wherever nobody looks."""
+"""Every feature alone and in pairs, over odd lengths, by both kernels; NaN wherever nobody looks."""
 
 import itertools
 
 import pytest
 import torch
-
 from flashcore_kernels import path_counts
 
 from .reference import FEATURES, RANGES, assert_right, build, check

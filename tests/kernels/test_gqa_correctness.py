@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from flashcore_kernels import attention, attention_with_kv_cache, path_counts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .reference import Call, assert_right
 

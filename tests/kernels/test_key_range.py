@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from flashcore_kernels import blocks, key_range
 from flashcore_kernels.key_range import (
     FIRST,

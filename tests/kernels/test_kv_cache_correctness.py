@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from flashcore_kernels import KVCache, attention, attention_with_kv_cache, make_key_range, path_counts
 
 from .reference import Call, assert_right
@@ -16,9 +15,7 @@ def tokens(length, device, *, batch_size=2, heads=(4, 2), head_dim=32, value_dim
     """query, key, value of `length` tokens."""
     generator = torch.Generator().manual_seed(seed)
     sizes = ((heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim or head_dim))
-    return tuple(
-        torch.randn(batch_size, h, length, d, generator=generator).to(dtype).to(device) for h, d in sizes
-    )
+    return tuple(torch.randn(batch_size, h, length, d, generator=generator).to(dtype).to(device) for h, d in sizes)
 
 
 def part(qkv, begin, end):
@@ -188,7 +185,11 @@ class TestPerSequenceLengths:
         qkv, (first, second, third) = self.grown(device, **options)
         for b, length in enumerate(self.LENGTHS):
             alone = tuple(tensor[b : b + 1] for tensor in qkv)
-            for output, begin, end in ((first, 0, length), (second, length, length + 1), (third, length + 1, length + 3)):
+            for output, begin, end in (
+                (first, 0, length),
+                (second, length, length + 1),
+                (third, length + 1, length + 3),
+            ):
                 call = Call(alone[0][:, :, begin:end], *part(alone[1:], 0, end), {"is_causal": True, **options})
                 assert_right(output[b : b + 1, :, : end - begin], call)
 

@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-
 from flashcore_kernels import attention, make_key_range, naive_attention
 
-from .reference import Call, assert_right, build, check, poison_unseen
+from .reference import assert_right, build, check, poison_unseen
 
 BROADCASTS = list(itertools.product((False, True), repeat=4))
 

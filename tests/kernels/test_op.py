@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-
 from flashcore_kernels import FlashcoreFallbackWarning, attention, decode, make_key_range, naive_attention, path_counts
 from flashcore_kernels.fallback import forget_warnings
 
@@ -22,7 +21,8 @@ def operator_arguments(call):
     causal, window = a.get("is_causal", False), a.get("window")
     return (
         call.query, call.key, call.value, a.get("key_range"), a.get("mask"), a.get("sinks"),
-        -1 if window is None else window - 1, 0 if causal else -1, 0.2, a.get("softcap", 0.0), a.get("return_lse", False),
+        -1 if window is None else window - 1, 0 if causal else -1, 0.2, a.get("softcap", 0.0),
+        a.get("return_lse", False),
     )  # fmt: skip
 
 
@@ -113,7 +113,9 @@ class TestCompile:
 
         @torch.compile(fullgraph=True, backend=count)
         def step(query, key, value, position):
-            return attention(query, key, value, key_range=make_key_range(1, 80, end=position + 1, query_start=position, right=0))
+            return attention(
+                query, key, value, key_range=make_key_range(1, 80, end=position + 1, query_start=position, right=0)
+            )
 
         query, key = torch.randn(1, 4, 1, 16, device=device), torch.randn(1, 2, 80, 16, device=device)
         for position in range(64):

@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-
 from flashcore_kernels import explain, launch
 from flashcore_kernels.plan import (
     MAX_DECODE_QUERIES,
@@ -26,7 +25,11 @@ ARCHS = (0, 80, 86, 87, 89, 90, 100, 103, 120)
 
 def problem(num_queries=64, num_keys=64, *, heads=(4, 2), head_dim=64, value_dim=None, dtype=torch.float16, **changed):
     """A Problem of these shapes, without the tensors' memory."""
-    sizes = ((heads[0], num_queries, head_dim), (heads[1], num_keys, head_dim), (heads[1], num_keys, value_dim or head_dim))
+    sizes = (
+        (heads[0], num_queries, head_dim),
+        (heads[1], num_keys, head_dim),
+        (heads[1], num_keys, value_dim or head_dim),
+    )
     return check_problem(*(torch.empty(2, *size, dtype=dtype, device="meta") for size in sizes))._replace(**changed)
 
 
@@ -128,7 +131,9 @@ class TestBlockSizes:
     def test_padded(self):
         assert [padded(n) for n in (1, 2, 3, 16, 17, 255, 256)] == [1, 2, 4, 16, 32, 256, 256]
 
-    @pytest.mark.parametrize("changed", [{"mask_kind": "bool"}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str)
+    @pytest.mark.parametrize(
+        "changed", [{"mask_kind": "bool"}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str
+    )
     def test_masks_have_rows_of_their_own(self, changed):
         row = configuration("flashcore_forward", 90, torch.float16, 64, gaps=True)
         chosen = plan(problem(**changed), H200)

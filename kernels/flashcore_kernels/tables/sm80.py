@@ -25,9 +25,9 @@ ROWS = (
     Row("flashcore_decode", 32, 128, 16, 32, 4, 2, "seed", min_blocks=4),
     Row("flashcore_decode", 32, 256, 16, 16, 4, 1, "seed", min_blocks=8),
     Row("flashcore_decode", 16, 64, 32, 64, 4, 3, "seed", gaps=True),
-    Row("flashcore_decode", 16, 128, 16, 64, 4, 2, "seed", gaps=True),
-    Row("flashcore_decode", 16, 256, 16, 32, 4, 2, "seed", min_blocks=4, gaps=True),
-    Row("flashcore_decode", 32, 64, 16, 32, 4, 2, "seed", min_blocks=4, gaps=True),
+    Row("flashcore_decode", 16, 128, 16, 32, 4, 2, "seed", min_blocks=4, gaps=True),
+    Row("flashcore_decode", 16, 256, 16, 32, 4, 1, "seed", min_blocks=4, gaps=True),
+    Row("flashcore_decode", 32, 64, 16, 32, 4, 1, "seed", min_blocks=4, gaps=True),
     Row("flashcore_decode", 32, 128, 16, 32, 4, 1, "seed", min_blocks=4, gaps=True),
     Row("flashcore_decode", 32, 256, 16, 16, 4, 1, "seed", min_blocks=8, gaps=True),
 )
