@@ -64,14 +64,6 @@ def test_a_tile_too_large_would_show():
 
 
 def test_serialised_wgmma_would_show():
-    healthy = {
-        "triton": "3.9.0",
-        "shared": 0,
-        "shared_limit": 1,
-        "stack": 0,
-        "registers": 200,
-        "wgmma": 32,
-        "wgmma_arrive": 8,
-    }
-    assert aot.problems(healthy) == []
+    healthy = {"triton": "3.9.0", "shared": 0, "shared_limit": 1, "stack": 0, "registers": 200, "wgmma": 32}
+    assert aot.problems({**healthy, "wgmma_arrive": 8}) == []
     assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 32})[0]

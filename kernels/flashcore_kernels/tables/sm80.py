@@ -7,16 +7,12 @@ all there are), and bytes of shared memory or of spilled registers. Triton 3.9; 
 from .row import Row
 
 ROWS = (
-    Row(
-        "flashcore_forward", 16, 64, 128, 64, 8, 2, "202 registers, 32 KiB; a third stage spills 8 bytes on Triton 3.6"
-    ),
-    Row(
-        "flashcore_forward", 16, 128, 128, 32, 8, 3, "223 registers, 64 KiB; 128x64 takes 255, spills 48 on Triton 3.6"
-    ),
+    Row("flashcore_forward", 16, 64, 128, 64, 8, 2, "202 registers, 32 KiB; 3 stages spill 8 bytes on Triton 3.6"),
+    Row("flashcore_forward", 16, 128, 128, 32, 8, 3, "223 registers, 64 KiB; 128x64 takes 255, on 3.6 spills 48"),
     Row("flashcore_forward", 16, 256, 64, 32, 8, 2, "224 registers, 68 KiB; 128x32 spills 312 bytes"),
     Row("flashcore_forward", 32, 64, 64, 32, 8, 2, "128 registers, 40 KiB; 64x64 spills 176 bytes"),
     Row("flashcore_forward", 32, 128, 32, 32, 8, 2, "80 registers, 52 KiB; 4 warps take 255 and spill 24 bytes"),
-    Row("flashcore_forward", 32, 256, 32, 16, 8, 1, "106 registers, 50 KiB; half of that for 16x16"),
+    Row("flashcore_forward", 32, 256, 32, 16, 8, 1, "106 registers, 50 KiB"),
     Row("flashcore_forward", 16, 64, 64, 32, 8, 2, "255 registers; 128x32 spills 24 bytes", gaps=True),
     Row("flashcore_forward", 16, 128, 64, 32, 8, 2, "239 registers; 128x32 spills 216 bytes, 64x64 96", gaps=True),
     Row("flashcore_forward", 16, 256, 32, 32, 8, 1, "166 registers; 64x32 takes 254, with 2 stages spills", gaps=True),

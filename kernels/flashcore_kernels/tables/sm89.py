@@ -1,4 +1,4 @@
-"""Configurations for compute capability 8.6, 8.9 and 12.0 (RTX 30 to 50, A10, L4, L40: 99 KiB of shared memory a block).
+"""Configurations for compute capability 8.6, 8.9 and 12.0 (RTX 30 to 50, L4, L40: 99 KiB of shared memory a block).
 
 The rows of 8.0 need 68 KiB at most; registers hold them back, not shared memory, and of those these GPUs have as many.
 """
