@@ -39,8 +39,8 @@ def sequence_bounds(Range, stride_rb, b, num_keys, query_start, window_left, win
         left = window_left
         right = window_right
         holes = 0
-    left = tl.where(left < 0, FAR, left)
-    right = tl.where(right < 0, FAR, right)
+    left = tl.where(left < 0, FAR, tl.minimum(left, FAR))
+    right = tl.where(right < 0, FAR, tl.minimum(right, FAR))
     return first, end, start, left, right, holes
 
 

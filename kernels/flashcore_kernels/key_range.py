@@ -28,6 +28,8 @@ import torch
 FIRST, END, QUERY_START, LEFT, RIGHT, HOLES, HEADER_WORDS = range(7)
 ROW_WORDS = 2
 UNLIMITED = -1
+# Further than any two keys are apart. Larger distances mean the same, and would overflow an int32 when added to a slot.
+FARTHEST = 1 << 29
 
 
 def sequence_width(num_keys: int) -> int:
@@ -82,8 +84,8 @@ def make_key_range(
     words[:, FIRST] = first
     words[:, END] = num_keys if end is None else end
     words[:, QUERY_START] = query_start
-    words[:, LEFT] = left
-    words[:, RIGHT] = right
+    words[:, LEFT] = min(left, FARTHEST)
+    words[:, RIGHT] = min(right, FARTHEST)
     if key_mask is not None:
         _write_key_mask(words, key_mask.to(device=device, dtype=torch.bool))
     return words[:, None, None, :]

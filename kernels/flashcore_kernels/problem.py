@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .key_range import UNLIMITED, layout_of
+from .key_range import FARTHEST, UNLIMITED, layout_of
 
 Window = int | tuple[int, int] | None
 
@@ -166,13 +166,14 @@ def _check_window(window: Window, is_causal: bool) -> tuple[int, int]:
     if isinstance(window, int) and not isinstance(window, bool):
         if window < 1:
             _fail("window", window, "at least 1 (a query sees itself), or None for no window")
-        return window - 1, (0 if is_causal else window - 1)
+        side = min(window - 1, FARTHEST)
+        return side, (0 if is_causal else side)
     if not (isinstance(window, tuple) and len(window) == 2 and all(isinstance(side, int) for side in window)):
         _fail("window", window, "an int >= 1, a pair (left, right) of ints >= -1, or None")
     left, window_right = window
     if left < UNLIMITED or window_right < UNLIMITED:
         _fail("window", window, "left and right count keys from 0, or are -1 for no limit")
-    return left, (0 if is_causal else window_right)
+    return min(left, FARTHEST), (0 if is_causal else min(window_right, FARTHEST))
 
 
 def _check_mask(mask: torch.Tensor, query: torch.Tensor, full: tuple[int, int, int, int]) -> str:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from flashcore_kernels import path_counts
+from flashcore_kernels import make_key_range, path_counts
 
 from .reference import FEATURES, RANGES, assert_right, build, check
 
@@ -119,6 +119,17 @@ def test_window_sides(window, num_queries, device):
     call = build((), num_queries, 65, device=device)
     call.arguments["window"] = window
     check(call)
+
+
+@pytest.mark.parametrize("far", [2**29, 2**31 - 1, 2**31, 2**40])
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_a_window_wider_than_int32(num_queries, far, device):
+    """A slot plus 2**31 - 1 once overflowed, and hid keys that stand well within the window."""
+    call = build((), num_queries, 65, device=device)
+    want = call.run()
+    assert torch.equal(call.run(window=far), want) and torch.equal(call.run(window=(far, far)), want)
+    key_range = make_key_range(2, 65, query_start=65 - num_queries, left=far, right=far).to(device)
+    assert torch.equal(call.run(key_range=key_range), want)
 
 
 # Negative controls: each of these mistakes must break the rule that the tests above hold their outputs against.

@@ -20,6 +20,7 @@ def test_kernels_read_the_words_that_the_host_writes():
     for name in ("FIRST", "END", "QUERY_START", "LEFT", "RIGHT", "HOLES"):
         assert getattr(blocks, name).value == getattr(key_range, name), name
     assert blocks.BITMAP.value == HEADER_WORDS
+    assert blocks.FAR.value == key_range.FARTHEST
 
 
 @pytest.mark.parametrize("num_queries", [1, 2, 7, 64])
