@@ -33,7 +33,7 @@ _SHAPE = dict(
     pad_token_id=PAD_TOKEN_ID,
 )
 _EXTRA = {"llama": dict(mlp_bias=False), "mistral": dict(sliding_window=64)}
-STEPS = 400
+STEPS = 320
 _BATCH, _LENGTH = 8, 256
 _LEARNING_RATE = 4e-3
 FAMILIES = tuple(_EXTRA)

@@ -105,7 +105,9 @@ def test_shadowing_would_be_noticed(tmp_path):
     for owner in ("ours", "theirs"):
         (tmp_path / owner / "kernels").mkdir(parents=True)
         (tmp_path / owner / "kernels" / "__init__.py").write_text(f"name = {owner!r}\n")
-    assert python("import kernels; print(kernels.name)", folder=tmp_path / "ours", path=(tmp_path / "theirs",)) == "ours"
+    assert (
+        python("import kernels; print(kernels.name)", folder=tmp_path / "ours", path=(tmp_path / "theirs",)) == "ours"
+    )
 
 
 def test_transformers_works_from_the_repository_root():
