@@ -1,0 +1,37 @@
+"""Each example runs as it stands, with its small default model, and says what it promises."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def example(name: str):
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "name, argv, says",
+    [
+        ("load_and_chat", ["--max-new-tokens", "4", "Hi", "So?"], "tokens in the cache"),
+        ("static_cache_compile", ["--max-new-tokens", "5"], "with and without compiling: True"),
+        ("left_padded_batch", ["--max-new-tokens", "3"], "the same alone and in the batch: True"),
+        ("kernel_alone", ["--steps", "3"], "flashcore_decode"),
+    ],
+)
+def test_example(name, argv, says, capsys, paths):
+    example(name).main(argv)
+    said = capsys.readouterr().out
+    assert says in said and "False" not in said
+    assert paths and set(paths) <= {"flashcore_forward", "flashcore_decode"}
+
+
+def test_every_example_is_run():
+    tested = {mark.args[1][i][0] for mark in test_example.pytestmark for i in range(len(mark.args[1]))}
+    assert tested == {path.stem for path in EXAMPLES.glob("*.py")}
