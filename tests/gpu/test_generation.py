@@ -1,0 +1,34 @@
+"""Tiny models on the GPU in fp32: generate()'s tokens equal eager's, with the caches that only a GPU has."""
+
+import pytest
+import torch
+
+from ..hf.compare import greedy
+from ..hf.models import model_pair, prompts
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2"])
+def pair(request):
+    return tuple(model.cuda() for model in model_pair(request.param))
+
+
+@pytest.mark.parametrize("cache", [None, "static", "offloaded"])
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_greedy(pair, cache, padding):
+    """The static cache is compiled and replayed as a CUDA graph by generate() itself."""
+    import flashcore_hf  # noqa: F401
+
+    eager, model = pair
+    ids, mask = (tensor.cuda() for tensor in prompts(3, 9, padding))
+    options = {"cache_implementation": cache} if cache else {}
+    expected = greedy(eager, ids, mask, 32, **options, disable_compile=True)
+    assert torch.equal(greedy(model, ids, mask, 32, **options), expected)
+    # Once more through the graphs that the first run captured.
+    assert torch.equal(greedy(model, ids, mask, 32, **options), expected)
+
+
+def test_beams_and_prompt_lookup(pair):
+    eager, model = pair
+    ids, mask = (tensor.cuda() for tensor in prompts(1, 9))
+    for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(greedy(model, ids, mask, 20, **options), greedy(eager, ids, mask, 20, **options))
