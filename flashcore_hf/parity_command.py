@@ -173,8 +173,10 @@ def _tokenizer(model: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        print(f"no tokenizer with {model} ({type(error).__name__}): prompts are taken as bytes, one a token")
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        # Which error tells of a folder without a tokenizer differs between versions.
+        reason = str(error).strip().partition("\n")[0]
+        print(f"no tokenizer with {model}: prompts are taken as bytes, one a token ({type(error).__name__}: {reason})")
         return None, 0
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return tokenizer, next(token for token in candidates if token is not None)
