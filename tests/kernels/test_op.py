@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 from flashcore_kernels import FlashcoreFallbackWarning, attention, decode, make_key_range, naive_attention, path_counts
-from flashcore_kernels.fallback import forget_warnings
+from flashcore_kernels.fallback import forget_warnings, torch_attention
+from flashcore_kernels.problem import check_problem
 
 from .reference import build, check
 
@@ -172,6 +173,23 @@ class TestFallback:
             answer, want = (answer,), want[:1]
         torch.testing.assert_close(answer, want, atol=1e-10, rtol=1e-10)
         assert path_counts["torch"] == 1
+
+
+class TestDropout:
+    """Only the fallback drops out; where it cannot, it says so and drops nothing silently."""
+
+    def test_drops(self, device):
+        call = build((), 33, 33, device=device)
+        problem = check_problem(*call[:3])
+        whole, _ = torch_attention(problem, *call[:3])
+        assert not torch.equal(torch_attention(problem, *call[:3], dropout=0.5)[0], whole)
+
+    @pytest.mark.parametrize("feature", ["softcap", "sinks", "value-dim"])
+    def test_is_refused_beside(self, feature, device):
+        call = build({feature}, 5, 9, device=device)
+        problem = check_problem(*call[:3], **call.arguments)
+        with pytest.raises(NotImplementedError, match="dropout together with"):
+            torch_attention(problem, *call[:3], sinks=call.arguments.get("sinks"), dropout=0.5)
 
 
 @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
