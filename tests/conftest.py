@@ -1,6 +1,7 @@
 """What all tests share: the interpreter where there is no GPU, and memory that is NaN until somebody writes it."""
 
 import os
+import sys
 
 import torch
 
@@ -43,3 +44,29 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", wrap(torch.empty))
     monkeypatch.setattr(torch, "empty_like", wrap(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", wrap(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untraced_kernels():
+    """Keep coverage out of the interpreter while it runs a kernel: tracing it takes as long again as all else.
+
+    Kernel bodies are excluded from the report anyway.
+    """
+    try:
+        from triton.runtime.interpreter import GridExecutor
+    except ImportError:
+        yield
+        return
+    original = GridExecutor.__call__
+
+    def untraced(*args, **kwargs):
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            sys.settrace(tracer)
+
+    GridExecutor.__call__ = untraced
+    yield
+    GridExecutor.__call__ = original
