@@ -138,8 +138,8 @@ def _padding_range(
     length = padding.shape[1]
     if not num_queries <= length <= num_keys and causal:
         raise ValueError(
-            f"attention_mask {list(padding.shape)} does not fit {num_queries} queries on {num_keys} keys: a 2-D mask has "
-            "a column for each token so far"
+            f"attention_mask {list(padding.shape)} does not fit {num_queries} queries on {num_keys} keys: "
+            "a 2-D mask has a column for each token so far"
         )
     left = -1 if window is None else window - 1
     return make_key_range(

@@ -2,6 +2,9 @@
 
 Names: M rows (queries) and N keys in a block, D and DV the head dimensions padded to powers of two. Scores are kept in
 units of log2, so that exp2 serves; `score_scale` and `cap_scale` fold log2(e) in (see `launch.score_scales`).
+
+A row's bits must not depend on whether its block was checked for visibility or not, since that depends on the tile it
+is in. So whatever a compiler could contract in one of the two loops and not in the other is an explicit fma in both.
 """
 
 import triton
@@ -75,8 +78,31 @@ def tanh(x):
 
 
 @triton.jit
+def exact_scores(
+    q_rows, K, stride_ks, cols, present, row_valid, score_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr,
+):  # fmt: skip
+    """[M, N] fp32 scores in units of log2, IEEE products, summed over 32 elements of head_dim at a time.
+
+    tl.dot adds one product after another to one sum; over 192 of them that loses twice what PyTorch's tiles lose.
+    """
+    CHUNK: tl.constexpr = 32 if BLOCK_D > 32 else BLOCK_D
+    s = tl.zeros([q_rows.shape[0], cols.shape[0]], tl.float32)
+    for c in tl.static_range(0, BLOCK_D, CHUNK):
+        offs_d = c + tl.arange(0, CHUNK)
+        q = tl.load(
+            q_rows[:, None] + offs_d[None, :], mask=row_valid[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0
+        )
+        k = load_tile(K, cols, stride_ks, offs_d, present, HEAD_DIM, BLOCK_D, CHECK)  # [N, CHUNK]
+        # fp32 means fp32: tl.dot would take tf32 by default.
+        part = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.fma(part, score_scale + tl.zeros_like(part), s)
+    return s
+
+
+@triton.jit
 def attend_block(
-    q,  # [M, D]
+    q,  # [M, D]; where EXACT, [M] pointers to its rows
     acc,  # [M, DV] fp32, unnormalised output
     m,  # [M] fp32, running maximum of the scores (log2 units)
     l,  # [M] fp32, running denominator
@@ -101,6 +127,7 @@ def attend_block(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,  # fp32: keep the sums short
     CHECK: tl.constexpr,  # False: every row sees every key of the block
     HAS_RANGE: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
@@ -109,17 +136,21 @@ def attend_block(
 ):
     """Fold keys [n, n + BLOCK_N) into the online softmax state (acc, m, l)."""
     cols = n + tl.arange(0, BLOCK_N)  # [N]
-    offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     present = (cols >= lo) & (cols < hi)  # [N]
     if CHECK and HAS_RANGE:
         word = tl.load(bitmap + (cols >> 5), mask=present & (holes + cols * 0 != 0), other=-1)  # [N]
         present = present & (((word >> (cols & 31)) & 1) == 1)
-    k = load_tile(K, cols, stride_ks, offs_d, present, HEAD_DIM, BLOCK_D, CHECK)  # [N, D]
-    # fp32 means fp32: tl.dot would take tf32 by default.
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [M, N]
+    # s * unit are the scores in units of log2.
+    if EXACT:
+        s = exact_scores(q, K, stride_ks, cols, present, bias_valid, score_scale, HEAD_DIM, BLOCK_D, CHECK)  # [M, N]
+    else:
+        k = load_tile(K, cols, stride_ks, tl.arange(0, BLOCK_D), present, HEAD_DIM, BLOCK_D, CHECK)  # [N, D]
+        s = tl.dot(q, tl.trans(k))  # [M, N]
+    unit = 1.0 if EXACT else score_scale
     if SOFTCAP:
-        s = tanh(s) * cap_scale
+        s = tanh(s * unit)
+        unit = cap_scale
     if CHECK:
         see = present[None, :] & (cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None])  # [M, N]
         if MASK != 0:
@@ -131,20 +162,26 @@ def attend_block(
                 bias = bias.to(tl.float32)
                 see = see & (bias > float("-inf"))
                 # finfo.min * log2(e) would overflow to -inf; finite stays finite.
-                s += tl.maximum(bias * 1.4426950408889634, -3.0e38)
+                s = s * unit + tl.maximum(bias * 1.4426950408889634, -3.0e38)
+                unit = 1.0
         s = tl.where(see, s, float("-inf"))
         if GAPS:
             # V may hold NaN where no row looks, and 0 * NaN is NaN. Rows past the last one do not count as looking.
             present = present & (tl.max((see & bias_valid[:, None]).to(tl.int32), axis=0) > 0)
     v = load_tile(V, cols, stride_vs, offs_dv, present, VALUE_DIM, BLOCK_DV, CHECK)  # [N, DV]
 
-    m_new = tl.maximum(m, tl.max(s, axis=1))  # [M]
+    m_new = tl.maximum(m, tl.max(s, axis=1) * unit)  # [M]
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_finite[:, None])  # [M, N]
+    p = tl.exp2(tl.fma(s, unit + tl.zeros_like(s), tl.zeros_like(s) - m_finite[:, None]))  # [M, N]
     alpha = tl.exp2(m - m_finite)  # [M]
     l = l * alpha + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    if EXACT:
+        # An fma of the block's own sum: as an addition it would become the start of the dot, and one long sum again.
+        pv = tl.dot(p, v, input_precision="ieee")  # [M, DV]
+        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), pv)
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, m_new, l
 
 

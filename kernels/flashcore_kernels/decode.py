@@ -57,6 +57,7 @@ def flashcore_decode(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,  # fp32
     MIN_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     MAY_SPLIT: tl.constexpr,  # False: no sequence can have more than one chunk, and there is no workspace
@@ -103,7 +104,10 @@ def flashcore_decode(
         row_lo = tl.maximum(first, start + token - left)
         row_hi = tl.minimum(end, start + token + right + 1)
         q_rows = head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qs  # [M]
-        q = load_tile(Q + b * stride_qb, q_rows, 1, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        if EXACT:
+            q = Q + b * stride_qb + q_rows  # [M]
+        else:
+            q = load_tile(Q + b * stride_qb, q_rows, 1, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)
         k_head = K + b * stride_kb + kv_head * stride_kh
         v_head = V + b * stride_vb + kv_head * stride_vh
         bitmap = Range + b * stride_rb + BITMAP if HAS_RANGE else Range
@@ -120,7 +124,7 @@ def flashcore_decode(
             acc, m, l = attend_block(
                 q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
                 bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_N, True, HAS_RANGE, MASK, MASK != 0, SOFTCAP,
+                BLOCK_N, EXACT, True, HAS_RANGE, MASK, MASK != 0, SOFTCAP,
             )  # fmt: skip
 
         last = used == 1
@@ -242,6 +246,7 @@ def run_decode(
             ),
             (
                 problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
+                problem.dtype == torch.float32,
                 plan.min_blocks, plan.max_splits, num_splits > 1, problem.range_layout is not None,
                 (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0,
                 lse is not None,

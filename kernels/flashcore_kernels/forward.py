@@ -53,6 +53,7 @@ def flashcore_forward(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,  # fp32
     RANGE: tl.constexpr,  # 0 none, 1 a line a sequence, 2 a line a query
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     HAS_SINKS: tl.constexpr,
@@ -102,11 +103,12 @@ def flashcore_forward(
         n_full = tl.where(holes != 0, hi, n_full)
         n_edge = tl.where(holes != 0, hi, n_edge)
 
-    offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    q = load_tile(
-        Q + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, stride_qs, offs_d, row_valid, HEAD_DIM, BLOCK_D, True
-    )  # [M, D]
+    q_head = Q + b * stride_qb + h.to(tl.int64) * stride_qh
+    if EXACT:
+        q = q_head + offs_m.to(tl.int64) * stride_qs  # [M]
+    else:
+        q = load_tile(q_head, offs_m, stride_qs, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
     k_head = K + b * stride_kb + kv_head * stride_kh
     v_head = V + b * stride_vb + kv_head * stride_vh
     bitmap = Range + b * stride_rb + BITMAP if RANGE == 1 else Range
@@ -126,20 +128,20 @@ def flashcore_forward(
         acc, m, l = attend_block(
             q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
             bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            BLOCK_N, True, RANGE == 1, MASK, MASK != 0 or RANGE == 2, SOFTCAP,
+            BLOCK_N, EXACT, True, RANGE == 1, MASK, MASK != 0 or RANGE == 2, SOFTCAP,
         )  # fmt: skip
     if MASK == 0:
         for n in range(n_full, n_edge, BLOCK_N):
             acc, m, l = attend_block(
                 q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
                 bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_N, False, RANGE == 1, MASK, False, SOFTCAP,
+                BLOCK_N, EXACT, False, RANGE == 1, MASK, False, SOFTCAP,
             )  # fmt: skip
         for n in range(n_edge, hi, BLOCK_N):
             acc, m, l = attend_block(
                 q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
                 bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_N, True, RANGE == 1, MASK, RANGE == 2, SOFTCAP,
+                BLOCK_N, EXACT, True, RANGE == 1, MASK, RANGE == 2, SOFTCAP,
             )  # fmt: skip
 
     out, lse = finish_rows(acc, m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS)
@@ -180,6 +182,7 @@ def run_forward(
         ),
         (
             problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
+            problem.dtype == torch.float32,
             (None, "sequence", "rows").index(problem.range_layout), (None, "bool", "float").index(problem.mask_kind),
             problem.has_sinks, problem.softcap > 0.0, lse is not None,
         ),

@@ -131,6 +131,10 @@ def _run(query, key, value, key_range, mask, sinks, left, right, scale, softcap,
         output.copy_(answer)
         return output, (answer_lse if return_lse else lse)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    if problem.scale <= 0.0:
+        # The kernels take the largest product for the largest score.
+        query = query * (-1.0 if problem.scale < 0.0 else 0.0)
+        problem = problem._replace(scale=-problem.scale or 1.0)
     if device.kind == "interpreter" and query.dtype == torch.bfloat16:
         # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
         query, key, value = query.float(), key.float(), value.float()

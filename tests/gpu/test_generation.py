@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from ..hf.compare import greedy
 from ..hf.models import model_pair, prompts
@@ -12,7 +13,7 @@ def pair(request):
     return tuple(model.cuda() for model in model_pair(request.param))
 
 
-@pytest.mark.parametrize("cache", [None, "static", "offloaded"])
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_greedy(pair, cache, padding):
     """The static cache is compiled and replayed as a CUDA graph by generate() itself."""
@@ -25,6 +26,21 @@ def test_greedy(pair, cache, padding):
     assert torch.equal(greedy(model, ids, mask, 32, **options), expected)
     # Once more through the graphs that the first run captured.
     assert torch.equal(greedy(model, ids, mask, 32, **options), expected)
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_offloaded(pair, padding):
+    """The tokens of a cache that stays on the GPU.
+
+    Transformers copies layers back on a side stream that does not wait for the copies away from the GPU; with layers as
+    small as these eager trips over that too. So the side stream is made to wait here: what is tested is ours.
+    """
+    eager, model = pair
+    ids, mask = (tensor.cuda() for tensor in prompts(3, 9, padding))
+    expected = greedy(eager, ids, mask, 32)
+    cache = DynamicCache(config=model.config, offloading=True)
+    cache.prefetch_stream = torch.cuda.current_stream()
+    assert torch.equal(greedy(model, ids, mask, 32, past_key_values=cache), expected)
 
 
 def test_beams_and_prompt_lookup(pair):

@@ -11,6 +11,8 @@ SHAPES = {
     "decode of 5": dict(num_queries=5, num_keys=777, head_dim=64),
     "prefill": dict(num_queries=513, num_keys=513, head_dim=128),
     "prefill, head_dim 64": dict(num_queries=300, num_keys=1000, head_dim=64),
+    "prefill, head_dim 256": dict(num_queries=300, num_keys=400, head_dim=256),
+    "prefill, fp32": dict(num_queries=300, num_keys=400, head_dim=96, dtype=torch.float32),
 }
 
 
@@ -27,18 +29,20 @@ def test_repeats(name):
         assert torch.equal(call.run(), first)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("name", SHAPES)
-def test_alone_batched_and_padded(name):
+def test_alone_batched_and_padded(name, softcap):
     """Each sequence of a left-padded batch gives the bits that it gives alone."""
     call = make(name, ())
     batch_size, num_keys, num_queries = 4, call.key.shape[2], call.query.shape[2]
     first = torch.tensor([0, 3, 77, 129], device="cuda")
     padded = make_key_range(batch_size, num_keys, first=first, query_start=num_keys - num_queries, right=0)
-    batched = attention(call.query, call.key, call.value, key_range=padded)
+    batched = attention(call.query, call.key, call.value, key_range=padded, softcap=softcap)
     for b, start in enumerate(first.tolist()):
         real = min(num_queries, num_keys - start)
         query = call.query[b : b + 1, :, num_queries - real :]
-        alone = attention(query, call.key[b : b + 1, :, start:], call.value[b : b + 1, :, start:], is_causal=True)
+        key, value = call.key[b : b + 1, :, start:], call.value[b : b + 1, :, start:]
+        alone = attention(query, key, value, is_causal=True, softcap=softcap)
         assert torch.equal(batched[b : b + 1, :, num_queries - real :], alone)
 
 
