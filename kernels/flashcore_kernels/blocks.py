@@ -78,11 +78,11 @@ def tanh(x):
 
 
 @triton.jit
-def exact_scores(
-    q_rows, K, stride_ks, cols, present, row_valid, score_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+def short_sums(
+    q_rows, K, stride_ks, cols, present, row_valid, one, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """[M, N] fp32 scores in units of log2, IEEE products, summed over 32 elements of head_dim at a time.
+    """[M, N] fp32 q k^T, IEEE products, summed over 32 elements of head_dim at a time.
 
     tl.dot adds one product after another to one sum; over 192 of them that loses twice what PyTorch's tiles lose.
     """
@@ -96,7 +96,8 @@ def exact_scores(
         k = load_tile(K, cols, stride_ks, offs_d, present, HEAD_DIM, BLOCK_D, CHECK)  # [N, CHUNK]
         # fp32 means fp32: tl.dot would take tf32 by default.
         part = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = tl.fma(part, score_scale + tl.zeros_like(part), s)
+        # As a plain addition it would become the start of the dot, and one long sum again.
+        s = tl.fma(part, one + tl.zeros_like(part), s)
     return s
 
 
@@ -141,13 +142,15 @@ def attend_block(
     if CHECK and HAS_RANGE:
         word = tl.load(bitmap + (cols >> 5), mask=present & (holes + cols * 0 != 0), other=-1)  # [N]
         present = present & (((word >> (cols & 31)) & 1) == 1)
-    # s * unit are the scores in units of log2.
     if EXACT:
-        s = exact_scores(q, K, stride_ks, cols, present, bias_valid, score_scale, HEAD_DIM, BLOCK_D, CHECK)  # [M, N]
+        # 1.0, but not to the compiler.
+        one = score_scale / score_scale
+        s = short_sums(q, K, stride_ks, cols, present, bias_valid, one, HEAD_DIM, BLOCK_D, CHECK)  # [M, N]
     else:
         k = load_tile(K, cols, stride_ks, tl.arange(0, BLOCK_D), present, HEAD_DIM, BLOCK_D, CHECK)  # [N, D]
         s = tl.dot(q, tl.trans(k))  # [M, N]
-    unit = 1.0 if EXACT else score_scale
+    # s * unit are the scores in units of log2; multiplied out only with the maximum at hand, by one fma.
+    unit = score_scale
     if SOFTCAP:
         s = tanh(s * unit)
         unit = cap_scale
@@ -177,7 +180,7 @@ def attend_block(
     alpha = tl.exp2(m - m_finite)  # [M]
     l = l * alpha + tl.sum(p, axis=1)
     if EXACT:
-        # An fma of the block's own sum: as an addition it would become the start of the dot, and one long sum again.
+        # An fma here too, for the same reason as in short_sums.
         pv = tl.dot(p, v, input_precision="ieee")  # [M, DV]
         acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), pv)
     else:
@@ -198,6 +201,7 @@ def finish_rows(acc, m, l, Sinks, head, head_valid, HAS_SINKS: tl.constexpr):
         m = m_new
     # Not l > 0: a NaN in the inputs must stay one.
     empty = l == 0.0
-    out = acc / tl.where(empty, 1.0, l)[:, None]
+    # The plain division is off by up to two roundings.
+    out = tl.div_rn(acc, tl.broadcast_to(tl.where(empty, 1.0, l)[:, None], acc.shape))
     lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * 0.6931471805599453)
     return out, lse
