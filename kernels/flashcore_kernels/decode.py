@@ -177,6 +177,9 @@ class Counters:
     A kernel leaves its counters at zero, and launches on one stream follow each other, so a stream can use one buffer
     over and over. Two streams must not share one; neither may a graph, which replays whenever its owner likes. A launch
     that fails may leave counts behind, so its buffer is forgotten.
+
+    A buffer outlives the call, so it must not come out of a graph's private memory pool. torch.compile warms its graphs
+    up inside of one, without capturing; but pools catch the allocations of a thread or a stream, never another's.
     """
 
     def __init__(self):
@@ -196,14 +199,31 @@ class Counters:
         with self._lock:
             buffer = self._buffers.get(key)
             if buffer is None or buffer.numel() < count:
-                buffer = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-                self._buffers[key] = buffer
+                buffer = self._buffers[key] = _lasting_zeros(max(count, 4096), device)
         return buffer
 
     def forget(self, device: torch.device) -> None:
         """Drop the current stream's buffer after a launch that failed."""
         with self._lock:
             self._buffers.pop(self._key(device), None)
+
+
+def _lasting_zeros(count: int, device: torch.device) -> torch.Tensor:
+    """int32 zeros from the device's common memory, ready for use on the current stream."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    made = []
+
+    def make() -> None:
+        with torch.cuda.device(device):  # on the default stream of a thread of its own
+            made.append(torch.zeros(count, dtype=torch.int32, device=device))
+            torch.cuda.current_stream().synchronize()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    made[0].record_stream(torch.cuda.current_stream(device))
+    return made[0]
 
 
 counters = Counters()

@@ -16,11 +16,12 @@ SHAPES = {
     },
 }  # fmt: skip
 
-# A random model as such tells rounding from defects badly: in bf16 eager and sdpa disagree on every second token. Three
-# things that trained models have make this one steadier. Each layer adds a little to the residual stream instead of
-# replacing it (output projections divided by sqrt(2 * layers), as in GPT-2; embeddings of size EMBEDDING), and few
-# tokens compete at each step (LIKELY_TOKENS rows of the output embedding are HOW_MUCH times longer).
-EMBEDDING, LIKELY_TOKENS, HOW_MUCH = 3.0, 8, 64.0
+# A random model as such tells rounding from defects badly: in bf16 eager and sdpa disagree on every second token. What
+# trained models have makes this one steadier: embeddings that no single layer drowns (of size EMBEDDING, and the MLPs'
+# outputs divided by sqrt(2 * layers), as in GPT-2), and few tokens that compete (LIKELY_TOKENS rows of the output
+# embedding are HOW_MUCH times longer). Tried on a smaller model: 6 % of the steps are then within the distance of eager
+# to sdpa, and a softmax scale of x1.5 still changes 10 % of the tokens.
+EMBEDDING, LIKELY_TOKENS, HOW_MUCH = 20.0, 100, 8.0
 
 
 def make_model(name: str, *, device: str = "cuda", seed: int = 0, layers: int | None = None):
@@ -43,8 +44,7 @@ def make_model(name: str, *, device: str = "cuda", seed: int = 0, layers: int | 
         with torch.no_grad():
             model.model.embed_tokens.weight.normal_(0.0, EMBEDDING)
             for layer in model.model.layers:
-                for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                    projection.weight /= (2 * config.num_hidden_layers) ** 0.5
+                layer.mlp.down_proj.weight /= (2 * config.num_hidden_layers) ** 0.5
             model.lm_head.weight[torch.randperm(config.vocab_size)[:LIKELY_TOKENS]] *= HOW_MUCH
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

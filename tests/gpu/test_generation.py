@@ -48,3 +48,19 @@ def test_beams_and_prompt_lookup(pair):
     ids, mask = (tensor.cuda() for tensor in prompts(1, 9))
     for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
         assert torch.equal(greedy(model, ids, mask, 20, **options), greedy(eager, ids, mask, 20, **options))
+
+
+def test_a_compiled_decode_may_be_the_first_call():
+    """torch.compile warms up inside a graph's memory pool; what the kernels keep must not come out of it."""
+    from flashcore_kernels import attention
+    from flashcore_kernels.decode import counters
+
+    torch._dynamo.reset()
+    counters._buffers.clear()
+    query, key = torch.randn(2, 4, 1, 64, device="cuda"), torch.randn(2, 2, 2000, 64, device="cuda")
+    step = torch.compile(lambda q, k: attention(q, k, k).clone(), mode="reduce-overhead", fullgraph=True)
+    want = attention(query, key, key)
+    counters._buffers.clear()
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert torch.equal(step(query, key), want)
