@@ -75,8 +75,6 @@ class KVCache:
                 raise ValueError(
                     f"{name}: got {new.dtype} on {new.device}; this cache holds {held.dtype} on {held.device}"
                 )
-        if key.shape[2] != value.shape[2]:
-            raise ValueError(f"length of key and value: got {[key.shape[2], value.shape[2]]}; they must be equal")
 
     def _reserve(self, count: int) -> None:
         """Make room for `count` more tokens in every sequence, or raise before anything has changed."""

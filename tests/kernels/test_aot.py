@@ -64,6 +64,28 @@ def test_a_tile_too_large_would_show():
 
 
 def test_serialised_wgmma_would_show():
-    healthy = {"triton": "3.9.0", "shared": 0, "shared_limit": 1, "stack": 0, "registers": 200, "wgmma": 32}
+    healthy = {"triton": "3.9.0", "shared": 0, "shared_limit": 1, "stack": 0, "loop_spills": 0, "registers": 200}
+    healthy["wgmma"] = 32
     assert aot.problems({**healthy, "wgmma_arrive": 8}) == []
     assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 32})[0]
+
+
+SASS = """
+        /*0100*/                   STL [R1], R8 ;
+        /*0110*/                   HMMA.16816.F32 R4, R8, R2, R4 ;
+        {spill}
+        /*0130*/               @P0 BRA 0x110 ;
+        /*0140*/                   LDL.LU R3, [R1] ;
+        /*0150*/                   BRA 0x150 ;
+"""
+
+
+def test_spills_in_a_loop_would_show():
+    """A value parked across the loops costs nothing; one that is fetched in each round does."""
+    assert aot.loop_spills(SASS.format(spill="/*0120*/ IADD3 R1, R1, 0x1, RZ ;")) == 0
+    assert aot.loop_spills(SASS.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == 1
+    healthy = {"triton": "3.9.0", "shared": 0, "shared_limit": 1, "stack": 8, "registers": 255}
+    assert aot.problems({**healthy, "loop_spills": 0}) == []
+    assert "1 in loops" in aot.problems({**healthy, "loop_spills": 1})[0]
+    assert aot.problems({**healthy, "loop_spills": 1, "registers": 168}) == [], "traded for another block on an SM"
+    assert "spill" in aot.problems({**healthy, "loop_spills": 0, "stack": 256})[0]

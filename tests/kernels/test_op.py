@@ -281,8 +281,11 @@ class TestCounters:
                 self.split_call(device).run()
         check(self.split_call(device))
 
-    def test_poisoned_counters_would_show(self, device):
-        """Negative control: with counts left behind the merge happens too early, or never."""
+    def test_poisoned_counters_would_show(self, device, poisoned_empty):
+        """Negative control: with counts left behind the merge happens too early, or never.
+
+        Poisoned, for in the first run's memory a merge that comes too early would find that run's numbers.
+        """
         call = self.split_call(device)
         right = call.run()
         (buffer,) = decode.counters._buffers.values()
