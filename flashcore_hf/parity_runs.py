@@ -157,7 +157,7 @@ def generate(
     options["logits_processor"] = LogitsProcessorList(processors)
     with torch.inference_mode():
         if warm_up:
-            model.generate(input_ids, **options)
+            model.generate(input_ids, **{**options, "logits_processor": LogitsProcessorList(processors[1:])})
         path_counts.clear()
         began = time.perf_counter()
         answer = model.generate(input_ids, output_logits=True, return_dict_in_generate=True, **options)

@@ -14,8 +14,9 @@ for part in "$@"; do
     tests) python3 -m pytest -m gpu tests/gpu -q -n "${FLASHCORE_JOBS:-4}" --dist loadgroup --durations 10 \
              --junitxml "$results/gpu-tests.xml" || status=1
            python3 scripts/junit_to_json.py "$results/gpu-tests.xml" "$results/gpu-tests.json" && rm -f "$results/gpu-tests.xml" ;;
-    parity) for dtype in float32 bfloat16; do
-              python3 -m flashcore_hf parity --device cuda --dtype $dtype --json "$results/parity-$dtype.json" || status=1
+    parity) # One training serves both.
+            for dtype in float32 bfloat16; do
+              python3 -m flashcore_hf parity --device cuda --dtype $dtype --workdir "$work/tiny" --json "$results/parity-$dtype.json" || status=1
             done ;;
     llama) python3 scripts/validate_models.py --name Llama-3.1-8B --workdir "$work" --json "$results/llama-3.1-8b.json" || status=1 ;;
     mistral) python3 scripts/validate_models.py --name Mistral-7B-v0.1 --workdir "$work" --json "$results/mistral-7b.json" || status=1 ;;
