@@ -25,13 +25,11 @@ from typing import NamedTuple
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 # Bytes of stack a thread. Spills that stay outside of the loops park values, and cost next to nothing. Within loops
-# ptxas may trade a few for one more block on an SM: it stops at 80 or 128 registers. At 255 it had no choice, and the
-# newest Triton must not come to that.
+# ptxas may trade a few for one more block on an SM: it stops at 80 or 128 registers. At 255 it had no choice.
 PARKED_STACK = 128
 OCCUPANCY_STACK = 24
 # The tables are chosen for this Triton and newer. With older ones they must compile, fit, and spill little.
 TUNED_SINCE = (3, 6)
-NEWEST = (3, 9)
 OLD_STACK = 256
 
 FEATURES = {
@@ -207,14 +205,13 @@ def _cuobjdump(option: str, path: str) -> str:
 def problems(report: dict) -> list[str]:
     """What is wrong with a compiled variant: an empty list is what tests want to see."""
     wrong = []
-    version = tuple(map(int, report["triton"].split(".")[:2]))
-    old = version < TUNED_SINCE
+    old = tuple(map(int, report["triton"].split(".")[:2])) < TUNED_SINCE
     if old:
         allowed = OLD_STACK
     elif not report["loop_spills"]:
         allowed = PARKED_STACK
     else:
-        allowed = 0 if report["registers"] == 255 and version >= NEWEST else OCCUPANCY_STACK
+        allowed = 0 if report["registers"] == 255 else OCCUPANCY_STACK
     if report["shared"] > report["shared_limit"]:
         wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
     if report["stack"] > allowed:

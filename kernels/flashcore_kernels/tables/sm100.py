@@ -1,13 +1,15 @@
 """Configurations for compute capability 10.0 (B200: 227 KiB of shared memory a block, tcgen05).
 
-Those of 9.0, compiled for 10.0 and free of spills there too, but for the row below. None has been timed.
+Those of 9.0, compiled for 10.0 and free of spills there too, but for the rows below. None has been timed.
 """
 
 from .row import Row
 from .sm90 import ROWS as SM90
 
-_TWO_STAGES = Row(
-    "flashcore_forward", 16, 128, 128, 64, 8, 2, "253 registers, 97 KiB; 3 stages spill 24 bytes, on 3.6 two do 8"
+_OWN = (
+    Row("flashcore_forward", 16, 64, 128, 32, 8, 3, "128 registers, 40 KiB; 128x64 spills 32 bytes at head_dim 40"),
+    Row("flashcore_forward", 16, 128, 128, 32, 8, 3, "172 registers, 80 KiB; 128x64 spills 24 bytes"),
+    Row("flashcore_forward", 16, 256, 64, 32, 8, 2, "175 registers, 97 KiB; 128x32 spills 24 bytes"),
 )
 
-ROWS = tuple(_TWO_STAGES if row[:3] == _TWO_STAGES[:3] and not row.gaps else row for row in SM90)
+ROWS = _OWN + tuple(row for row in SM90 if row.gaps or row[:3] not in {own[:3] for own in _OWN})
