@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"flashcore_hf": ROOT / "flashcore_hf", "flashcore_kernels": ROOT / "kernels" / "flashcore_kernels"}
@@ -24,11 +25,11 @@ def sources() -> dict[str, Path]:
     }
 
 
-def python(code: str, *arguments: str, folder: Path, path: tuple[Path, ...] = ()) -> str:
+def python(code: str, *arguments: str, folder: Path, path: tuple[Path, ...] = (), flags: tuple[str, ...] = ()) -> str:
     """Run `code` in a new Python that starts in `folder` with `path` in PYTHONPATH; returns what it prints."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, *flags, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -86,7 +87,11 @@ def test_editable_install_finds_every_module(checkout, tmp_path):
     files = [name for name in sources() if name.endswith(".py")]
     modules = [name[:-3].replace("/", ".").removesuffix(".__init__") for name in files]
     assert "flashcore_kernels.tables.sm90" in modules
-    origins = python(FIND_IN_EDITABLE, str(site_packages), *modules, folder=tmp_path).splitlines()
+    # Without `site`: an editable installation that is in use here has a finder of the same name.
+    here = Path(torch.__file__).parents[1]
+    origins = python(
+        FIND_IN_EDITABLE, str(site_packages), *modules, folder=tmp_path, path=(here,), flags=("-S",)
+    ).splitlines()
     for file, origin in zip(files, origins, strict=True):
         assert Path(origin) in (checkout / file, checkout / "kernels" / file)
 
