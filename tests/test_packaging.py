@@ -87,10 +87,10 @@ def test_editable_install_finds_every_module(checkout, tmp_path):
     files = [name for name in sources() if name.endswith(".py")]
     modules = [name[:-3].replace("/", ".").removesuffix(".__init__") for name in files]
     assert "flashcore_kernels.tables.sm90" in modules
-    # Without `site`: an editable installation that is in use here has a finder of the same name.
+    # Without `site`, and first on the path: an editable installation in use here has a finder of the same name.
     here = Path(torch.__file__).parents[1]
     origins = python(
-        FIND_IN_EDITABLE, str(site_packages), *modules, folder=tmp_path, path=(here,), flags=("-S",)
+        FIND_IN_EDITABLE, str(site_packages), *modules, folder=tmp_path, path=(site_packages, here), flags=("-S",)
     ).splitlines()
     for file, origin in zip(files, origins, strict=True):
         assert Path(origin) in (checkout / file, checkout / "kernels" / file)
