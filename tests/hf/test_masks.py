@@ -197,12 +197,12 @@ LENGTH, SLOTS = 83, 113
 
 
 @pytest.mark.parametrize("implementation", ["flashcore", "sdpa"])
-@pytest.mark.parametrize("kind", [None, "left", "right", "holes"])
+@pytest.mark.parametrize("kind", [None, "left", "holes"])
 @pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_no_tensor_of_queries_times_keys(model_type, cache, kind, implementation):
     """sdpa beside it is the negative control: with padding, the same look finds its mask."""
-    if implementation == "sdpa" and (kind is None or model_type == "gemma2" or cache == "static"):
+    if implementation == "sdpa" and (kind is None or cache == "static"):
         pytest.skip("sdpa makes no mask there, or does not run")
     from transformers import StaticCache
 
