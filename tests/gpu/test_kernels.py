@@ -1,25 +1,14 @@
 """The compiled kernels against float64 by the error rule: features alone and in pairs, and seeded random calls."""
 
-import itertools
 import random
 
 import pytest
 import torch
 from flashcore_kernels import attention, make_key_range, path_counts
 
-from ..kernels.reference import FEATURES, RANGES, assert_right, build, check
+from ..kernels.reference import DTYPES, FEATURES, PAIRS, assert_right, build, check, together
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = (8, 16, 40, 64, 80, 96, 128, 192, 256)
-
-
-def together(one: str, other: str) -> bool:
-    """Whether two features can be asked for in one call."""
-    exclusive = ({"rows", *RANGES}, {"bool-mask", "float-mask"}, {"gqa-7to1", "mqa"})
-    return {one, other} <= set(RANGES) or not any({one, other} <= group for group in exclusive)
-
-
-PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if together(*pair)]
 
 
 @pytest.mark.parametrize(

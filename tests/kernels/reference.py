@@ -5,6 +5,7 @@ peer, plus a floor of two roundings of the output. The peer is PyTorch's fused S
 a feature it is `naive_attention` with fp32 scores and probabilities in that dtype. A log-sum-exp is within 1e-3.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,18 @@ FEATURES = (
     "lse", "strides",
 )  # fmt: skip
 WINDOW = 7
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def together(one: str, other: str) -> bool:
+    """Whether two features can be asked for in one call."""
+    exclusive = ({"rows", *RANGES}, {"bool-mask", "float-mask"}, {"gqa-7to1", "mqa"})
+    if {one, other} <= set(RANGES):
+        return True
+    return not any({one, other} <= group for group in exclusive)
+
+
+PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if together(*pair)]
 
 
 def build(

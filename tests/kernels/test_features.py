@@ -1,28 +1,14 @@
 """Every feature alone and in pairs, over odd lengths, by both kernels; NaN wherever nobody looks."""
 
-import itertools
-
 import pytest
 import torch
 from flashcore_kernels import make_key_range, path_counts
 
-from .reference import FEATURES, RANGES, assert_right, build, check
+from .reference import DTYPES, FEATURES, PAIRS, assert_right, build, check
 
 LENGTHS = (1, 5, 17, 127, 129)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-
-def together(one: str, other: str) -> bool:
-    """Whether two features can be asked for in one call."""
-    exclusive = ({"rows", *RANGES}, {"bool-mask", "float-mask"}, {"gqa-7to1", "mqa"})
-    if {one, other} <= set(RANGES):
-        return True
-    return not any({one, other} <= group for group in exclusive)
-
-
-PAIRS = [pair for pair in itertools.combinations(FEATURES, 2) if together(*pair)]
 
 
 def kernel_of(features, num_queries) -> str:

@@ -11,6 +11,7 @@ import torch
 from flashcore_kernels import FlashcoreFallbackWarning, attention, decode, make_key_range, naive_attention, path_counts
 from flashcore_kernels.fallback import forget_warnings, torch_attention
 from flashcore_kernels.problem import check_problem
+from torch._dynamo.testing import CompileCounter
 
 from .reference import build, check
 
@@ -88,31 +89,23 @@ class TestCompile:
     def test_growing_keys_compile_at_most_twice(self, device):
         """The first length is taken for a constant, the second makes it a symbol, and that serves all others."""
         torch._dynamo.reset()
-        graphs = []
+        counter = CompileCounter()
 
-        def count(module, inputs):
-            graphs.append(module)
-            return module.forward
-
-        @torch.compile(fullgraph=True, backend=count)
+        @torch.compile(fullgraph=True, backend=counter)
         def step(query, key, value):
             return attention(query, key, value, is_causal=True)
 
         query, key = torch.randn(1, 4, 1, 16, device=device), torch.randn(1, 2, 64, 16, device=device)
         for length in range(20, 52):
             step(query, key[:, :, :length].clone(), key[:, :, :length].clone())
-        assert len(graphs) <= 2
+        assert counter.frame_count <= 2
 
     def test_static_cache_never_compiles_again(self, device):
         """The lengths stand in the KeyRange, on the device: 64 steps, one graph."""
         torch._dynamo.reset()
-        graphs = []
+        counter = CompileCounter()
 
-        def count(module, inputs):
-            graphs.append(module)
-            return module.forward
-
-        @torch.compile(fullgraph=True, backend=count)
+        @torch.compile(fullgraph=True, backend=counter)
         def step(query, key, value, position):
             return attention(
                 query, key, value, key_range=make_key_range(1, 80, end=position + 1, query_start=position, right=0)
@@ -124,7 +117,7 @@ class TestCompile:
             output = step(query, key, key, at)
             want = attention(query, key[:, :, : position + 1], key[:, :, : position + 1])
             assert torch.equal(output, want)
-        assert len(graphs) == 1
+        assert counter.frame_count == 1
 
 
 class TestFallback:
