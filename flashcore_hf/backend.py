@@ -21,15 +21,15 @@ _undo: list[tuple] = []  # (mapping or class, key or attribute, what stood there
 def enable() -> None:
     """Register the attention and mask functions under "flashcore", and let Transformers accept the name.
 
-    Calling it again changes nothing.
-
-    Raises:
-        ImportError: this Transformers has no attention interface (before 4.53).
+    Before 4.53 Transformers goes on refusing the name, and says what to call instead: see `legacy`. Calling it again
+    changes nothing.
     """
     if _undo:
         return
-    _register(compat.attention_registry(), NAME, flashcore_attention)
-    _register(compat.mask_registry(), NAME, flashcore_mask)
+    if compat.attention_registry() is not None:
+        _register(compat.attention_registry(), NAME, flashcore_attention)
+    if compat.HAS_INTERFACE:
+        _register(compat.mask_registry(), NAME, flashcore_mask)
     model_class = compat.PreTrainedModel
     if hasattr(model_class, "_check_and_adjust_attn_implementation"):
         _patch(model_class, "_check_and_adjust_attn_implementation", _accept_name)
@@ -60,7 +60,8 @@ def status() -> dict[str, str]:
     """What is registered and patched, name -> "registered" / "patched" / "not ...", for `env`."""
     report = {}
     for label, registry in (("attention", compat.attention_registry()), ("mask", compat.mask_registry())):
-        report[f"{label} function"] = "registered" if NAME in registry else "not registered"
+        if registry is not None:
+            report[f"{label} function"] = "registered" if NAME in registry else "not registered"
     patched = {key for place, key, _ in _undo if not isinstance(place, dict)}
     for attribute in (
         "_check_and_adjust_attn_implementation",
@@ -109,11 +110,17 @@ def _refuse_before_setting(original):
 
 
 def _refuse_in_autoset(original):
-    """Transformers 4.53 accepts any registered name for any model."""
+    """Transformers 4.53 accepts any registered name for any model, and older ones have another way in."""
 
     @functools.wraps(original.__func__)
     def _autoset_attn_implementation(cls, config, *args, **kwargs):
         if getattr(config, "_attn_implementation_internal", None) == NAME:
+            if not compat.HAS_INTERFACE:
+                raise ValueError(
+                    f'attn_implementation="{NAME}" needs Transformers 4.53 or newer, and this is '
+                    f'{compat.transformers.__version__}. Here, load the model with attn_implementation="sdpa" and call '
+                    "flashcore_hf.legacy.replace_attention_with_flashcore(model), for LLaMA, Mistral and Qwen2."
+                )
             _refuse_without_interface(cls)
         return original.__func__(cls, config, *args, **kwargs)
 

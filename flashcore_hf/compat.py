@@ -4,29 +4,46 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 
 try:
     from transformers import masking_utils
-except ImportError as error:
-    raise ImportError(
-        f"Transformers {transformers.__version__} has no attention interface that a backend can join; "
-        'attn_implementation="flashcore" needs 4.53 or newer'
-    ) from error
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+except ImportError:
+    masking_utils = None
 
-__all__ = ["MaskCall", "PreTrainedModel", "attention_registry", "mask_call", "mask_registry", "masking_utils"]
+__all__ = [
+    "HAS_INTERFACE",
+    "VERSION",
+    "MaskCall",
+    "PreTrainedModel",
+    "attention_registry",
+    "mask_call",
+    "mask_registry",
+    "masking_utils",
+]
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+# Whether a backend can register both its attention and its mask function (4.53 and newer). Before, models are changed
+# one by one: see legacy.py.
+HAS_INTERFACE = masking_utils is not None
+
+if VERSION < (4, 40):
+    raise ImportError(f"flashcore needs Transformers 4.40 or newer, and this is {transformers.__version__}")
 
 
-def attention_registry() -> dict:
-    """The class-level mapping from name to attention function, which every model's own view reads through."""
-    return AttentionInterface._global_mapping
+def attention_registry() -> dict | None:
+    """The class-level mapping from name to attention function, which every model's own view reads through.
+
+    A plain dict before 4.51; None before 4.48, where models have attention classes instead.
+    """
+    if hasattr(modeling_utils, "AttentionInterface"):
+        return modeling_utils.AttentionInterface._global_mapping
+    return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
 
 
-def mask_registry() -> dict:
-    """The class-level mapping from name to mask function."""
-    return AttentionMaskInterface._global_mapping
+def mask_registry() -> dict | None:
+    """The class-level mapping from name to mask function; None before 4.53."""
+    return masking_utils.AttentionMaskInterface._global_mapping if HAS_INTERFACE else None
 
 
 class MaskCall(NamedTuple):

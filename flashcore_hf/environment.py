@@ -15,8 +15,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "kernels")
-# The first version of Transformers with an attention interface that a backend can join.
-INTERFACE_SINCE = (4, 53)
+# The first versions of Transformers with an attention interface that a backend can join, with a registry of attention
+# functions, and with models that the helper for older versions knows.
+INTERFACE_SINCE, REGISTRY_SINCE, HELPER_SINCE = (4, 53), (4, 48), (4, 40)
 CHECK_SECONDS = 300
 
 
@@ -181,10 +182,13 @@ def _way_in() -> str:
     numbers = tuple(int(part) for part in found.split(".")[:2])
     if numbers >= INTERFACE_SINCE:
         return 'attention interface: from_pretrained(..., attn_implementation="flashcore")'
-    return (
-        f"none for transformers {found}: the attention interface begins with "
-        f"{'.'.join(map(str, INTERFACE_SINCE))}, and there is no helper for older ones yet"
-    )
+    if numbers >= HELPER_SINCE:
+        through = "the registry of attention functions" if numbers >= REGISTRY_SINCE else "the attention classes"
+        return (
+            "helper for older versions: flashcore_hf.legacy.replace_attention_with_flashcore(model), through "
+            f"{through} of LLaMA, Mistral and Qwen2"
+        )
+    return f"none for transformers {found}: {'.'.join(map(str, HELPER_SINCE))} is the oldest that works"
 
 
 def _enabled() -> str:

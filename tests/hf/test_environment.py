@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -92,8 +93,23 @@ def test_probes_are_guarded(monkeypatch):
     facts = environment.collect()
     assert "libcuda" in facts["GPU"] and "libcuda" in facts["registered"]
     assert not environment.gpu_present()
-    monkeypatch.setattr(environment, "version", lambda name: "4.48.3")
-    assert environment.collect()["way in"].startswith("none for transformers 4.48.3")
+
+
+@pytest.mark.parametrize(
+    "found, way",
+    [
+        ("5.0.0", "attention interface"),
+        ("4.53.3", "attention interface"),
+        ("4.52.4", "helper for older versions: .* registry"),
+        ("4.48.3", "helper for older versions: .* registry"),
+        ("4.47.1", "helper for older versions: .* classes"),
+        ("4.40.2", "helper for older versions: .* classes"),
+        ("4.39.3", "none for transformers 4.39.3"),
+    ],
+)
+def test_way_in(found, way, monkeypatch):
+    monkeypatch.setattr(environment, "version", lambda name: found)
+    assert re.match(way, environment.collect()["way in"])
 
 
 def test_only_the_standard_library_is_imported_at_the_top():
