@@ -1,7 +1,7 @@
 """What the Triton kernels share: one block of keys under an online softmax, and the question which keys a row sees.
 
 Names: M rows (queries) and N keys in a block, D and DV the head dimensions padded to powers of two. Scores are kept in
-units of log2, so that exp2 serves; `score_scale` and `cap_scale` fold log2(e) in (see `launch.score_scales`).
+units of log2, so that exp2 serves; `score_scale` and `cap_scale` fold log2(e) in (see `launch.score_factors`).
 
 A row's bits must not depend on whether its block was checked for visibility or not, since that depends on the tile it
 is in. So whatever a compiler could contract in one of the two loops and not in the other is an explicit fma in both.
@@ -123,6 +123,7 @@ def attend_block(
     stride_mk,
     score_scale,
     cap_scale,
+    one,  # 1.0, but not to the compiler
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -143,8 +144,6 @@ def attend_block(
         word = tl.load(bitmap + (cols >> 5), mask=present & (holes + cols * 0 != 0), other=-1)  # [N]
         present = present & (((word >> (cols & 31)) & 1) == 1)
     if EXACT:
-        # 1.0, but not to the compiler.
-        one = score_scale / score_scale
         s = short_sums(q, K, stride_ks, cols, present, bias_valid, one, HEAD_DIM, BLOCK_D, CHECK)  # [M, N]
     else:
         k = load_tile(K, cols, stride_ks, tl.arange(0, BLOCK_D), present, HEAD_DIM, BLOCK_D, CHECK)  # [N, D]

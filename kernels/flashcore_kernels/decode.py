@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .blocks import BITMAP, attend_block, finish_rows, load_tile, sequence_bounds
-from .launch import launch, mask_argument, score_scales
+from .launch import launch, mask_argument, score_factors
 from .plan import Plan, max_splits_for
 from .problem import Problem
 
@@ -51,6 +51,7 @@ def flashcore_decode(
     num_splits,
     score_scale,
     cap_scale,
+    one,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,8 +124,8 @@ def flashcore_decode(
         for n in range(n_begin, n_end, BLOCK_N):
             acc, m, l = attend_block(
                 q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_N, EXACT, True, HAS_RANGE, MASK, MASK != 0, SOFTCAP,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_DV, BLOCK_N, EXACT, True, HAS_RANGE, MASK, MASK != 0, SOFTCAP,
             )  # fmt: skip
 
         last = used == 1
@@ -262,7 +263,7 @@ def run_decode(
             ),
             (
                 problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
-                *score_scales(problem),
+                *score_factors(problem),
             ),
             (
                 problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,

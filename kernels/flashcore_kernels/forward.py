@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .blocks import BITMAP, attend_block, finish_rows, load_tile, sequence_bounds
-from .launch import launch, mask_argument, score_scales
+from .launch import launch, mask_argument, score_factors
 from .plan import Plan
 from .problem import Problem
 
@@ -47,6 +47,7 @@ def flashcore_forward(
     window_right,
     score_scale,
     cap_scale,
+    one,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -127,21 +128,21 @@ def flashcore_forward(
     for n in range(n_begin, n_full, BLOCK_N):
         acc, m, l = attend_block(
             q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-            bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            BLOCK_N, EXACT, True, RANGE == 1, MASK, MASK != 0 or RANGE == 2, SOFTCAP,
+            bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
+            BLOCK_DV, BLOCK_N, EXACT, True, RANGE == 1, MASK, MASK != 0 or RANGE == 2, SOFTCAP,
         )  # fmt: skip
     if MASK == 0:
         for n in range(n_full, n_edge, BLOCK_N):
             acc, m, l = attend_block(
                 q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_N, EXACT, False, RANGE == 1, MASK, False, SOFTCAP,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_DV, BLOCK_N, EXACT, False, RANGE == 1, MASK, False, SOFTCAP,
             )  # fmt: skip
         for n in range(n_edge, hi, BLOCK_N):
             acc, m, l = attend_block(
                 q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_N, EXACT, True, RANGE == 1, MASK, RANGE == 2, SOFTCAP,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                BLOCK_DV, BLOCK_N, EXACT, True, RANGE == 1, MASK, RANGE == 2, SOFTCAP,
             )  # fmt: skip
 
     out, lse = finish_rows(acc, m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS)
@@ -178,7 +179,7 @@ def run_forward(
         ),
         (
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right,
-            *score_scales(problem),
+            *score_factors(problem),
         ),
         (
             problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,

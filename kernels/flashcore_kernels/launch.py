@@ -13,11 +13,11 @@ _compiled: dict[tuple, object] = {}
 LOG2_E = 1.4426950408889634
 
 
-def score_scales(problem: Problem) -> tuple[float, float]:
-    """(score_scale, cap_scale) for blocks.attend_block: factors that leave the scores in units of log2."""
+def score_factors(problem: Problem) -> tuple[float, float, float]:
+    """(score_scale, cap_scale, one) for blocks.attend_block: factors that leave the scores in units of log2."""
     if problem.softcap:
-        return problem.scale / problem.softcap, problem.softcap * LOG2_E
-    return problem.scale * LOG2_E, 0.0
+        return problem.scale / problem.softcap, problem.softcap * LOG2_E, 1.0
+    return problem.scale * LOG2_E, 0.0, 1.0
 
 
 def mask_argument(problem: Problem, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:

@@ -92,12 +92,24 @@ def plan(problem: Problem, device: Device) -> Plan:
         block_m,
         row.block_n,
         max(padded(problem.head_dim), 16),
-        max(padded(problem.value_dim), 16),
+        value_columns(problem, device),
         row.num_warps,
         row.num_stages,
         row.min_blocks,
         row.max_splits,
     )
+
+
+def value_columns(problem: Problem, device: Device) -> int:
+    """value_dim padded to what the tile has: a power of two, at least 16.
+
+    Tiles of 32 columns that are not all there are avoided on Hopper: where neither K's nor V's rows can be loaded by
+    vectors, ptxas 12.8 (which Triton 3.6 brings) makes wrong machine code of the wgmma loop. 12.9 does not.
+    """
+    columns = max(padded(problem.value_dim), 16)
+    if columns == 32 and problem.value_dim != 32 and device.arch // 10 == 9 and problem.dtype.itemsize == 2:
+        return 64
+    return columns
 
 
 def max_splits_for(num_keys: int, plan: Plan) -> int:

@@ -107,3 +107,12 @@ def test_opcheck_on_the_gpu():
     key_range = make_key_range(2, 129, query_start=124, right=0, device="cuda")
     arguments = (call.query, call.key, call.value, key_range, None, None, -1, -1, 0.125, 0.0, True)
     torch.library.opcheck(torch.ops.flashcore.attention.default, arguments)
+
+
+@pytest.mark.parametrize("num_queries", [16, 64])
+@pytest.mark.parametrize("head_dim, value_dim", [(36, 20), (40, 24), (56, 28), (88, 20), (24, 28), (100, 24)])
+def test_rows_that_no_vector_load_fits(head_dim, value_dim, num_queries):
+    """ptxas 12.8 made wrong machine code of these: see `plan.value_columns`. On wgmma, so 16 queries x group 3."""
+    call = build((), num_queries, 144, heads=(12, 4), head_dim=head_dim, device="cuda")
+    value = torch.randn(*call.value.shape[:3], value_dim, device="cuda").half()
+    check(call._replace(value=value))

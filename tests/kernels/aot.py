@@ -132,7 +132,7 @@ def source(variant: Variant, plan):
         elif name in pointers:
             signature[name] = "*" + pointers[name]
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif name in ("score_scale", "cap_scale"):
+        elif name in ("score_scale", "cap_scale", "one"):
             signature[name] = "fp32"
         elif name == "stride_mk":
             signature[name] = "constexpr"

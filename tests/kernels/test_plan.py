@@ -51,6 +51,21 @@ class TestWhichKernel:
         assert "64 query tokens, more than 16" in plan(problem(64), H200).reason
 
 
+class TestValueColumns:
+    """Triton 3.6 made wrong results of value_dim 24 beside head_dim 40 on an H200, by its ptxas 12.8."""
+
+    @pytest.mark.parametrize("value_dim", [17, 20, 24, 31])
+    def test_no_partly_filled_tile_of_32_on_hopper(self, value_dim):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert plan(problem(head_dim=40, value_dim=value_dim, dtype=dtype), H200).block_dv == 64
+
+    def test_everything_else_is_padded_to_a_power_of_two(self):
+        for value_dim, columns in ((8, 16), (16, 16), (32, 32), (33, 64), (64, 64), (80, 128)):
+            assert plan(problem(head_dim=40, value_dim=value_dim), H200).block_dv == columns
+        assert plan(problem(head_dim=40, value_dim=24, dtype=torch.float32), H200).block_dv == 32
+        assert plan(problem(head_dim=40, value_dim=24), Device("cuda", 80)).block_dv == 32
+
+
 class TestFallback:
     def test_gradients(self):
         assert "gradients" in fallback_reason(problem(needs_grad=True), H200)
