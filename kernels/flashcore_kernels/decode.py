@@ -12,6 +12,60 @@ from .plan import Plan, max_splits_for
 from .problem import Problem
 
 
+@triton.jit
+def merge(
+    Partial, stats, line, valid, rows, used, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, MAX_SPLITS: tl.constexpr
+):  # fmt: skip
+    """(acc [R, DV], m [R], l [R]) of ROWS rows from the `used` chunks that wrote them, in the order of the chunks.
+
+    All chunks' maxima are read first: with the final one at hand no sum waits for another, and the loads overlap.
+    .cg: other programs wrote these; the L1 of this one may be stale.
+    """
+    splits = tl.arange(0, MAX_SPLITS)
+    m_all = tl.load(
+        stats + (line[None, :] + (splits * rows).to(tl.int64)[:, None]) * 2,
+        mask=(splits < used)[:, None] & valid[None, :], other=float("-inf"), cache_modifier=".cg",
+    )  # fmt: skip
+    m = tl.max(m_all, axis=0)  # [R]
+    m_finite = tl.where(m == float("-inf"), 0.0, m)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    UNROLL: tl.constexpr = 16 if MAX_SPLITS > 16 else MAX_SPLITS
+    for s0 in range(0, used, UNROLL):
+        for i in tl.static_range(UNROLL):
+            s = s0 + i + tl.zeros([ROWS], tl.int32)
+            there = valid & (s < used)
+            part = line + (s * rows).to(tl.int64)  # [R]
+            m_s = tl.load(stats + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+            l_s = tl.load(stats + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            acc_s = tl.load(
+                Partial + part[:, None] * BLOCK_DV + offs_dv[None, :],
+                mask=there[:, None], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            weight = tl.exp2(m_s - m_finite)
+            l += l_s * weight
+            acc += acc_s * weight[:, None]
+    return acc, m, l
+
+
+@triton.jit
+def write_rows(
+    acc, m, l, Out, Lse, Sinks, b, kv_head, r, valid, num_kv_heads, group, num_queries, stride_ob, stride_oh, stride_os,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Normalise rows r of a KV head and store them."""
+    token = r // group
+    head = kv_head.to(tl.int32) * group + r % group
+    out, lse = finish_rows(acc, m, l, Sinks, head, valid, HAS_SINKS)
+    offs_v = tl.arange(0, BLOCK_DV)
+    out_rows = Out + b * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_os
+    keep = valid[:, None] & (offs_v[None, :] < VALUE_DIM)
+    tl.store(out_rows[:, None] + offs_v[None, :], out.to(Out.dtype.element_ty), mask=keep)
+    if HAS_LSE:
+        tl.store(Lse + (b * num_kv_heads * group + head) * num_queries + token, lse, mask=valid)
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right", "num_splits"])
 def flashcore_decode(
     Q,
@@ -58,9 +112,10 @@ def flashcore_decode(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,  # rows that are merged at once
     EXACT: tl.constexpr,  # fp32
-    MIN_BLOCKS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,  # a power of two
     MAY_SPLIT: tl.constexpr,  # False: no sequence can have more than one chunk, and there is no workspace
     HAS_RANGE: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
@@ -71,7 +126,7 @@ def flashcore_decode(
     """out = softmax(cap(scale * q k^T) + mask) v, with the rows of a KV head's whole group in one tile.
 
     Row r of a KV head is query token r // group of query head `kv_head * group + r % group`. A sequence's visible keys
-    are cut into chunks of at least MIN_BLOCKS blocks and at most MAX_SPLITS chunks: a function of that sequence's own
+    are cut into chunks of at least MIN_CHUNK keys and at most MAX_SPLITS chunks: a function of that sequence's own
     length alone. So is the order of the merge; which program does it is not, and does not matter.
 
     Shapes: as `flashcore_forward`; Partial fp32 `[B * Hkv * num_splits * rows, BLOCK_DV + 2]` (acc, m, l; the last two
@@ -84,6 +139,7 @@ def flashcore_decode(
     split = pid % num_splits
     unit = pid // num_splits
     head_unit = unit // row_tiles
+    tile = unit % row_tiles
     b = (head_unit // num_kv_heads).to(tl.int64)
     kv_head = (head_unit % num_kv_heads).to(tl.int64)
 
@@ -92,13 +148,12 @@ def flashcore_decode(
     )
     lo = tl.maximum(first, start - left)
     hi = tl.maximum(tl.minimum(end, start + num_queries + right), lo)
-    begin = first + tl.maximum(lo - first, 0) // BLOCK_N * BLOCK_N
-    blocks = tl.cdiv(hi - begin, BLOCK_N)
-    per_split = tl.maximum(tl.cdiv(blocks, MAX_SPLITS), MIN_BLOCKS)
+    # Multiples of 32 keys, so that lengths close to each other are cut alike.
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(hi - lo, MAX_SPLITS), 32) * 32, MIN_CHUNK)
     # One chunk at least: somebody has to write the zeros of a sequence without keys.
-    used = tl.maximum(tl.cdiv(blocks, per_split), 1)
+    used = tl.maximum(tl.cdiv(hi - lo, chunk), 1)
     if split < used:
-        r = (unit % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+        r = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
         row_valid = r < rows
         token = r // group
         head = kv_head.to(tl.int32) * group + r % group
@@ -119,57 +174,49 @@ def flashcore_decode(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
-        n_begin = begin + split * per_split * BLOCK_N
-        n_end = tl.minimum(n_begin + per_split * BLOCK_N, hi)
-        for n in range(n_begin, n_end, BLOCK_N):
-            acc, m, l = attend_block(
-                q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                BLOCK_DV, BLOCK_N, EXACT, True, HAS_RANGE, MASK, MASK != 0, SOFTCAP,
-            )  # fmt: skip
+        n_begin = lo + split * chunk
+        n_end = tl.minimum(n_begin + chunk, hi)
+        if HAS_RANGE and holes != 0:
+            for n in range(n_begin, n_end, BLOCK_N):
+                acc, m, l = attend_block(
+                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap, holes,
+                    bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                    BLOCK_DV, BLOCK_N, EXACT, True, True, MASK, MASK != 0, SOFTCAP,
+                )  # fmt: skip
+        else:
+            # Without the bitmap, which would cost every sequence a load a block.
+            for n in range(n_begin, n_end, BLOCK_N):
+                acc, m, l = attend_block(
+                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap, holes,
+                    bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                    BLOCK_DV, BLOCK_N, EXACT, True, False, MASK, MASK != 0, SOFTCAP,
+                )  # fmt: skip
 
-        last = used == 1
         if MAY_SPLIT and used > 1:
             all_rows = (tl.num_programs(0) // row_tiles).to(tl.int64) * rows  # B * Hkv * num_splits * rows
-            mine = (head_unit.to(tl.int64) * num_splits + split) * rows + r  # [M]
-            offs_dv = tl.arange(0, BLOCK_DV)
             stats = Partial + all_rows * BLOCK_DV
-            tl.store(Partial + mine[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=row_valid[:, None])
-            tl.store(stats + mine * 2, m, mask=row_valid)
-            tl.store(stats + mine * 2 + 1, l, mask=row_valid)
+            line = (head_unit.to(tl.int64) * num_splits + split) * rows + r  # [M]
+            offs_dv = tl.arange(0, BLOCK_DV)
+            tl.store(Partial + line[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=row_valid[:, None])
+            tl.store(stats + line * 2, m, mask=row_valid)
+            tl.store(stats + line * 2 + 1, l, mask=row_valid)
             # Every thread's stores must stand before the one thread that counts says that they do.
             tl.debug_barrier()
-            last = tl.atomic_add(Count + unit, 1, sem="acq_rel", scope="gpu") == used - 1
-            if last:
-                acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                l = tl.zeros([BLOCK_M], tl.float32)
-                for s in range(0, used):
-                    part = (head_unit.to(tl.int64) * num_splits + s) * rows + r  # [M]
-                    # .cg: other programs wrote these; the L1 of this one may be stale.
-                    acc_s = tl.load(
-                        Partial + part[:, None] * BLOCK_DV + offs_dv[None, :],
-                        mask=row_valid[:, None], other=0.0, cache_modifier=".cg",
-                    )  # fmt: skip
-                    m_s = tl.load(stats + part * 2, mask=row_valid, other=float("-inf"), cache_modifier=".cg")
-                    l_s = tl.load(stats + part * 2 + 1, mask=row_valid, other=0.0, cache_modifier=".cg")
-                    m_new = tl.maximum(m, m_s)
-                    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-                    old = tl.exp2(m - m_finite)
-                    new = tl.exp2(m_s - m_finite)
-                    acc = acc * old[:, None] + acc_s * new[:, None]
-                    l = l * old + l_s * new
-                    m = m_new
+            if tl.atomic_add(Count + unit, 1, sem="acq_rel", scope="gpu") == used - 1:
                 tl.store(Count + unit, 0)
-        if last:
-            out, lse = finish_rows(acc, m, l, Sinks, head, row_valid, HAS_SINKS)
-            offs_v = tl.arange(0, BLOCK_DV)
-            out_rows = Out + b * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_os
-            keep = row_valid[:, None] & (offs_v[None, :] < VALUE_DIM)
-            tl.store(out_rows[:, None] + offs_v[None, :], out.to(Out.dtype.element_ty), mask=keep)
-            if HAS_LSE:
-                num_heads = num_kv_heads * group
-                tl.store(Lse + (b * num_heads + head) * num_queries + token, lse, mask=row_valid)
+                for r0 in range(tile * BLOCK_M, tl.minimum((tile + 1) * BLOCK_M, rows), MERGE_ROWS):
+                    r = r0 + tl.arange(0, MERGE_ROWS)
+                    line = head_unit.to(tl.int64) * num_splits * rows + r
+                    acc, m, l = merge(Partial, stats, line, r < rows, rows, used, MERGE_ROWS, BLOCK_DV, MAX_SPLITS)
+                    write_rows(
+                        acc, m, l, Out, Lse, Sinks, b, kv_head, r, r < rows, num_kv_heads, group, num_queries,
+                        stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
+                    )  # fmt: skip
+        else:
+            write_rows(
+                acc, m, l, Out, Lse, Sinks, b, kv_head, r, row_valid, num_kv_heads, group, num_queries,
+                stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
+            )  # fmt: skip
 
 
 class Counters:
@@ -267,8 +314,9 @@ def run_decode(
             ),
             (
                 problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
+                max(min(plan.block_m, 512 // plan.block_dv), 1),
                 problem.dtype == torch.float32,
-                plan.min_blocks, plan.max_splits, num_splits > 1, problem.range_layout is not None,
+                plan.min_chunk, plan.max_splits, num_splits > 1, problem.range_layout is not None,
                 (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0,
                 lse is not None,
             ),

@@ -8,6 +8,9 @@ class Row(NamedTuple):
 
     `gaps` rows serve calls with a dense mask or a key range for each query, and only those.
 
+    `min_chunk` and `programs` are for decode: the least keys of a chunk, and how many programs one long sequence gets,
+    over all of its KV heads.
+
     `why` says what speaks for it: a measurement, or the limit that forces it.
     """
 
@@ -19,6 +22,6 @@ class Row(NamedTuple):
     num_warps: int
     num_stages: int
     why: str
-    min_blocks: int = 2
-    max_splits: int = 32
+    min_chunk: int = 64
+    programs: int = 128
     gaps: bool = False
