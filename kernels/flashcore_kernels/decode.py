@@ -205,12 +205,15 @@ def flashcore_decode(
             if tl.atomic_add(Count + unit, 1, sem="acq_rel", scope="gpu") == used - 1:
                 tl.store(Count + unit, 0)
                 for r0 in range(tile * BLOCK_M, tl.minimum((tile + 1) * BLOCK_M, rows), MERGE_ROWS):
-                    r = r0 + tl.arange(0, MERGE_ROWS)
-                    line = head_unit.to(tl.int64) * num_splits * rows + r
-                    acc, m, l = merge(Partial, stats, line, r < rows, rows, used, MERGE_ROWS, BLOCK_DV, MAX_SPLITS)
+                    part = r0 + tl.arange(0, MERGE_ROWS)  # [R]
+                    there = part < rows
+                    part_acc, part_m, part_l = merge(
+                        Partial, stats, head_unit.to(tl.int64) * num_splits * rows + part, there, rows, used,
+                        MERGE_ROWS, BLOCK_DV, MAX_SPLITS,
+                    )  # fmt: skip
                     write_rows(
-                        acc, m, l, Out, Lse, Sinks, b, kv_head, r, r < rows, num_kv_heads, group, num_queries,
-                        stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
+                        part_acc, part_m, part_l, Out, Lse, Sinks, b, kv_head, part, there, num_kv_heads, group,
+                        num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
                     )  # fmt: skip
         else:
             write_rows(
