@@ -3,7 +3,11 @@
 `enable()` and `disable()` switch the backend on and off again; importing enables it. Where something that is needed
 cannot be imported, this package can still be: `import_error` then holds the reason, and `python -m flashcore_hf env`
 prints it.
+
+`FlashCoreCache`, `use_flashcore_cache` and `graphed` need Transformers 4.57, and are imported when they are asked for.
 """
+
+import importlib
 
 __version__ = "0.1.0"
 
@@ -22,6 +26,15 @@ except Exception as error:  # noqa: BLE001 - `env` must be able to report whatev
 
     def disable() -> None:
         """Do nothing: the backend could not be imported, so nothing was changed."""
+
+
+_LAZY = {"FlashCoreCache": "cache", "use_flashcore_cache": "cache", "graphed": "graphs"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = ["__version__", "disable", "enable", "import_error"]

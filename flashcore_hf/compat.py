@@ -1,5 +1,6 @@
 """Everything that differs between Transformers versions, in this one room."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,12 @@ __all__ = [
     "MaskCall",
     "PreTrainedModel",
     "attention_registry",
+    "crop_takes_length",
+    "initialize_cache_layer",
     "mask_call",
     "mask_registry",
     "masking_utils",
+    "require_cache_layers",
 ]
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -102,3 +106,25 @@ def _key_mask(padding: torch.Tensor, kv_length: int, kv_offset: int | torch.Tens
     if missing > 0:
         padding = torch.nn.functional.pad(padding, (0, missing))
     return padding[:, kv_offset : kv_offset + kv_length]
+
+
+def require_cache_layers() -> None:
+    """Raise where a cache is not a list of layers that one can supply."""
+    if VERSION < (4, 57):
+        raise ImportError(
+            f"FlashCoreCache needs Transformers 4.57 or newer, and this is {transformers.__version__}; "
+            "its own caches work with flashcore as they are"
+        )
+
+
+def crop_takes_length() -> bool:
+    """Whether a cache's `crop` is given the tokens that stay (up to 5.4), or a negative number of those to remove."""
+    return "tokens_to_remove" not in inspect.signature(transformers.DynamicCache.crop).parameters
+
+
+def initialize_cache_layer(layer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """`lazy_initialization` of a cache layer, which up to 4.57 takes the keys alone."""
+    if len(inspect.signature(layer.lazy_initialization).parameters) == 1:
+        layer.lazy_initialization(keys)
+    else:
+        layer.lazy_initialization(keys, values)
