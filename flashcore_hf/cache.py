@@ -192,6 +192,15 @@ class _PrepareCache:
         given = model_kwargs.get("past_key_values")
         answer = self.original(generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
+        model = self.original.__self__
+        if (
+            cache is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and model._supports_default_dynamic_cache()
+            and not model.config.is_encoder_decoder
+        ):
+            cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # 5.0 leaves it to the forward
         if given is None and cache is not None:
             batch_size *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             for change in self.changes.values():

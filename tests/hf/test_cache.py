@@ -72,7 +72,8 @@ def test_generate(model, ways, padding, torch_attention):
         ids = torch.arange(3, 9).repeat(3)[None]
         mask = torch.ones_like(ids)
     answers = []
-    for cache in (None, FlashCoreCache(model.config)):
+    # Up to 5.4, sliding layers of a DynamicCache cannot be cropped, and generate() has full ones instead.
+    for cache in (DynamicCache() if ways == "prompt lookup" else None, FlashCoreCache(model.config)):
         torch.manual_seed(3)
         answers.append(greedy(model, ids, mask, 20, past_key_values=cache, **options))
     assert torch.equal(*answers)

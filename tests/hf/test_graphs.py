@@ -1,0 +1,313 @@
+"""graphed(): when steps are recorded, what is replayed, and when not. A tape stands in for the CUDA graph."""
+
+import copy
+import gc
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+from flashcore_kernels import op
+from flashcore_kernels.plan import Device
+from packaging.version import Version
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from .compare import greedy
+from .models import VOCABULARY, model_pair, prompts, tiny_config
+
+if Version(transformers.__version__) < Version("4.57"):
+    pytest.skip("graphed needs 4.57", allow_module_level=True)
+
+import flashcore_hf
+from flashcore_hf import graphs
+from flashcore_hf.cache import FlashCoreCache
+
+from . import tape
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::flashcore_kernels.FlashcoreFallbackWarning", "error::flashcore_hf.graphs.FlashcoreGraphWarning"
+)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Recordings and replays are counted; PyTorch serves attention, because the interpreter is slow."""
+    counts = Counter()
+
+    def record(step, device):
+        counts["recorded"] += 1
+        replay, output = tape.record(step, device)
+
+        def counted():
+            counts["replayed"] += 1
+            replay()
+
+        return counted, output
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "unsupported_device", lambda model: None)
+    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="this test is about graphs"))
+    return counts
+
+
+@pytest.fixture(params=["llama", "mistral", "gemma3_text"])
+def pair(request, recorded):
+    """(plain, graphed), both under flashcore."""
+    return graphed_pair(request.param)
+
+
+def graphed_pair(model_type: str, **changes):
+    _, plain = model_pair(model_type, **changes)
+    return plain, flashcore_hf.graphed(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_tokens(pair, padding, recorded):
+    """Several texts in a row, of two batch sizes: a recording each, which later texts use again."""
+    plain, model = pair
+    for batch_size, length in ((3, 9), (2, 5), (3, 20), (2, 12)):
+        ids, mask = prompts(batch_size, length, padding, seed=length)
+        assert torch.equal(greedy(model, ids, mask, 12), greedy(plain, ids, mask, 12))
+    assert recorded == {"recorded": 2, "replayed": 4 * 11}
+
+
+def test_holes_in_the_mask(recorded):
+    """The mask is read anew at each step, wherever it hides tokens."""
+    plain, model = graphed_pair("llama")
+    ids, mask = prompts(2, 12)
+    mask[0, 3:6] = 0
+    got, expected = greedy(model, ids, mask, 6), greedy(plain, ids, mask, 6)
+    assert torch.equal(got, expected) and recorded["replayed"] == 5
+    assert not torch.equal(greedy(plain, ids, torch.ones_like(mask), 6), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_buffers_double(model_type, recorded, monkeypatch):
+    """Growth moves the buffers, so the next step is recorded anew; a sliding layer drops old tokens in place."""
+    monkeypatch.setattr("flashcore_hf.cache_layer.FIRST_CAPACITY", 16)
+    monkeypatch.setattr("flashcore_hf.cache_layer.MARGIN", 3)
+    plain, model = graphed_pair(model_type)
+    ids, mask = prompts(2, 9, "left")
+    assert torch.equal(greedy(model, ids, mask, 60), greedy(plain, ids, mask, 60))
+    assert recorded["recorded"] == (4 if model_type == "llama" else 3)  # 16, 32, 64, 128 slots
+    before = recorded["recorded"]
+    ids, mask = prompts(2, 20, "left")
+    assert torch.equal(greedy(model, ids, mask, 40), greedy(plain, ids, mask, 40))
+    assert recorded["recorded"] == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"repetition_penalty": 1.3},
+        {"eos_token_id": 5},
+    ],
+    ids=str,
+)
+def test_ways_of_decoding(pair, options, recorded):
+    plain, model = pair
+    ids, mask = prompts(2, 9, "left")
+    answers = []
+    for each in (plain, model):
+        torch.manual_seed(1)
+        answers.append(greedy(each, ids, mask, 12, **options))
+    assert torch.equal(*answers)
+    assert recorded["recorded"] == 1 and recorded["replayed"] > 3
+
+
+def test_prompt_lookup_takes_tokens_back(pair, recorded):
+    plain, model = pair
+    ids = torch.arange(3, 9).repeat(3)[None]
+    options = {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCABULARY - 1}
+    mask = torch.ones_like(ids)
+    assert torch.equal(greedy(model, ids, mask, 20, **options), greedy(plain, ids, mask, 20, **options))
+
+
+def test_logits_and_hidden_states_are_not_overwritten(recorded):
+    plain, model = graphed_pair("llama")
+    ids, mask = prompts(2, 9)
+    options = {"output_logits": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    got, expected = (greedy(each, ids, mask, 6, **options) for each in (model, plain))
+    assert recorded["replayed"] == 5
+    for a, b in zip(got.logits, expected.logits):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(got.hidden_states, expected.hidden_states):
+        for each, wanted in zip(a, b):
+            torch.testing.assert_close(each, wanted)
+
+
+def test_a_cache_that_someone_keeps_is_left_alone(recorded):
+    """Its buffers are used again when it is garbage, and not before."""
+    plain, model = graphed_pair("llama")
+    ids, mask = prompts(2, 9)
+    first = greedy(model, ids, mask, 4, return_dict_in_generate=True)
+    keys = first.past_key_values.layers[0].keys.clone()
+    address = first.past_key_values.layers[0].key_buffer.data_ptr()
+    greedy(model, prompts(2, 9, seed=5)[0], mask, 4)
+    assert torch.equal(first.past_key_values.layers[0].keys, keys) and recorded["recorded"] == 2
+    # It can be gone on with.
+    more = torch.cat([first.sequences, ids[:, :3]], dim=1)
+    got = greedy(model, more, torch.ones_like(more), 4, past_key_values=first.past_key_values)
+    assert torch.equal(got, greedy(plain, more, torch.ones_like(more), 4))
+    del first
+    gc.collect()
+    last = greedy(model, ids, mask, 4, return_dict_in_generate=True)
+    assert last.past_key_values.layers[0].key_buffer.data_ptr() == address and recorded["recorded"] == 2
+
+
+def test_a_loop_of_ones_own(recorded):
+    plain, model = graphed_pair("mistral")
+    ids, mask = prompts(2, 9, "left")
+    answers = []
+    for each, cache in ((plain, DynamicCache(config=plain.config)), (model, FlashCoreCache(model.config))):
+        logits = []
+        with torch.no_grad():
+            step = ids
+            for length in range(9, 14):
+                seen = torch.nn.functional.pad(mask, (0, length - 9), value=1)
+                position = seen.cumsum(-1)[:, -step.shape[1] :] - 1
+                out = each(
+                    input_ids=step, attention_mask=seen, position_ids=position.clamp(min=0), past_key_values=cache,
+                    cache_position=torch.arange(length - step.shape[1], length), use_cache=True,
+                )  # fmt: skip
+                logits.append(out.logits[:, -1])
+                step = out.logits[:, -1:].argmax(-1)
+        answers.append(torch.stack(logits))
+    torch.testing.assert_close(*answers)
+    assert recorded == {"recorded": 1, "replayed": 4}
+
+
+def test_inference_mode_and_no_grad_share_a_recording(recorded):
+    plain, model = graphed_pair("llama")
+    ids, mask = prompts(2, 9)
+    expected = greedy(plain, ids, mask, 5)
+    with torch.inference_mode():
+        assert torch.equal(greedy(model, ids, mask, 5), expected)
+    assert torch.equal(greedy(model, ids, mask, 5), expected)
+    assert recorded["recorded"] == 1
+
+
+def test_fp8_cache_under_graphs(recorded, monkeypatch):
+    """The scales of a new text are put where the recording reads them."""
+    seen = []
+
+    def attention(query, key, value, **arguments):
+        scales = [getattr(part, "flashcore_scale", None) for part in (key, value)]
+        key, value = (
+            part if scale is None else part.float() * scale[:, :, None, None]
+            for part, scale in zip((key, value), scales)
+        )
+        seen.append(scales[0] is not None)
+        return op.attention(query, key, value, **arguments)
+
+    monkeypatch.setattr("flashcore_hf.attention.attention", attention)
+    plain, model = graphed_pair("llama")
+    flashcore_hf.use_flashcore_cache(plain, dtype=torch.float8_e4m3fn)
+    flashcore_hf.graphed(model, False)
+    flashcore_hf.use_flashcore_cache(model, dtype=torch.float8_e4m3fn)
+    flashcore_hf.graphed(model)
+    for seed in (1, 2):
+        ids, mask = prompts(2, 9, "left", seed=seed)
+        assert torch.equal(greedy(model, ids, mask, 8), greedy(plain, ids, mask, 8))
+    assert any(seen) and recorded == {"recorded": 1, "replayed": 14}
+
+
+def test_restore(recorded):
+    _, model = model_pair("llama")
+    before = {name for name in vars(model) if name in ("forward", "_prepare_cache_for_generation")}
+    flashcore_hf.use_flashcore_cache(model)
+    forward = model.forward
+    assert flashcore_hf.graphed(model) is model and flashcore_hf.graphed(model) is model
+    assert model.forward is not forward
+    flashcore_hf.graphed(model, False)
+    flashcore_hf.graphed(model, False)
+    ids, mask = prompts(2, 9)
+    answer = greedy(model, ids, mask, 3, return_dict_in_generate=True)
+    assert type(answer.past_key_values) is FlashCoreCache and not recorded
+    flashcore_hf.use_flashcore_cache(model, False)
+    assert {name for name in vars(model) if name in ("forward", "_prepare_cache_for_generation")} == before == set()
+    assert model.forward == forward
+
+
+def warned(model, ids, mask, **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            greedy(model, ids, mask, 4, **options)
+    return [str(each.message) for each in caught if each.category is graphs.FlashcoreGraphWarning]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"past_key_values": DynamicCache}, "is a DynamicCache"),
+        ({"cache_implementation": "static", "disable_compile": True}, "is a StaticCache"),
+    ],
+    ids=["dynamic", "static"],
+)
+def test_another_cache_runs_as_ever(options, reason, recorded, monkeypatch):
+    plain, model = graphed_pair("llama")
+    ids, mask = prompts(2, 9)
+    if "past_key_values" in options:
+        caches = [DynamicCache(), DynamicCache()]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            answers = [greedy(model, ids, mask, 4, past_key_values=cache) for cache in caches]
+        told = [str(each.message) for each in caught if each.category is graphs.FlashcoreGraphWarning]
+        assert torch.equal(answers[0], greedy(plain, ids, mask, 4))
+    else:
+        told = warned(model, ids, mask, **options)
+    assert len(told) == 1 and reason in told[0]
+    assert not recorded
+    monkeypatch.setenv("FLASHCORE_STRICT", "1")
+    monkeypatch.setattr("flashcore_hf.attention.attention", op.attention)
+    with pytest.raises(NotImplementedError, match="FLASHCORE_STRICT"):
+        model.forward.graphed_steps.tell("some reason")
+
+
+def test_a_cpu_says_so_once():
+    _, model = model_pair("llama")
+    flashcore_hf.graphed(model)
+    ids, mask = prompts(1, 4)
+    told = warned(model, ids, mask)
+    assert len(told) == 1 and "the model is on 'cpu'" in told[0]
+
+
+def test_a_forward_that_reads_on_the_host_is_not_recorded(recorded):
+    """It fails once while recording, and runs as ever; the cache has not been harmed."""
+    plain, model = graphed_pair("llama")
+    inner = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: inner(x) if x.abs().max().item() >= 0 else x
+    ids, mask = prompts(2, 9, "left")
+    told = warned(model, ids, mask)
+    assert len(told) == 1 and "recording failed (RuntimeError: operation not permitted" in told[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(greedy(model, ids, mask, 8), greedy(plain, ids, mask, 8))
+    assert recorded["replayed"] == 0
+
+
+def test_refusals():
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='flashcore'"):
+        flashcore_hf.graphed(model)
+
+
+def test_the_tape_is_a_graph():
+    """What Python decided stays decided; what tensors hold does not."""
+    x, y, calls = torch.zeros(3), torch.zeros(3), [1]
+
+    def step():
+        y.copy_(x * 2 + calls[0])
+        return y + 1
+
+    replay, output = tape.record(step, None)
+    calls[0] = 100
+    x.fill_(5.0)
+    replay()
+    assert torch.equal(y, torch.full((3,), 11.0)) and torch.equal(output, y + 1)
+    with pytest.raises(RuntimeError, match="capturing"):
+        tape.record(lambda: x.sum().item(), None)
