@@ -286,6 +286,7 @@ class FlashCoreLayer(CacheLayerMixin):
         Raises:
             ValueError: a sliding layer has dropped tokens that the next query would see again; nothing has changed.
         """
+        tokens = int(tokens)  # assisted decoding gives a tensor, and a length must stay an int
         length = self.length + tokens if tokens < 0 or not CROP_TAKES_LENGTH else tokens
         if tokens > 0 and not CROP_TAKES_LENGTH:
             raise ValueError(f"crop({tokens}): give a negative number, the tokens to remove")

@@ -111,7 +111,7 @@ class DecodeGraph:
     Args:
         forward: the model's own forward.
         cache: its buffers are read and written by every replay.
-        inputs: the changing inputs of a call, by name; `attention_mask` is `[B, length + 1]`.
+        inputs: the changing inputs of a call, by name; `attention_mask` is `[B, about length + 1]`.
         constants: all other arguments.
 
     Raises:
@@ -130,7 +130,7 @@ class DecodeGraph:
                 self.inputs["attention_mask"] = torch.zeros(batch_size, width, dtype=torch.bool, device=device)
             self.length = torch.zeros((), dtype=torch.int64, device=device)
             self.positions = {layer.sliding_window: DevicePosition(self.length) for layer in cache.layers}
-        self.host_length = -1
+        self.host_length, self.mask_width = -1, 0
         self.host_bases: dict[int | None, int] = dict.fromkeys(self.positions, 0)
 
         def step():
@@ -171,15 +171,17 @@ class DecodeGraph:
         for name, tensor in inputs.items():
             target = self.inputs[name]
             if name == "attention_mask":
-                target = target[:, : tensor.shape[1]]
+                width = tensor.shape[1]
+                if width < self.mask_width:
+                    target[:, width:].zero_()
+                self.mask_width = width
+                target = target[:, :width]
             target.copy_(tensor)
         # The device counts along by itself; only what the host did in between has to be told.
         length = cache.layers[0].length
         if length != self.host_length:
             self.host_length = length
             self.length.fill_(length)
-            if "attention_mask" in inputs:
-                self.inputs["attention_mask"][:, inputs["attention_mask"].shape[1] :].zero_()
         for layer in cache.layers:
             if layer.base != self.host_bases[layer.sliding_window]:
                 self.host_bases[layer.sliding_window] = layer.base
@@ -264,8 +266,6 @@ class GraphedSteps:
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
             return "attention_mask is not a 2-D mask of the tokens so far"
-        if mask is not None and mask.shape[1] != cache.get_seq_length() + 1:
-            return f"attention_mask has {mask.shape[1]} columns for {cache.get_seq_length() + 1} tokens"
         for name, value in kwargs.items():
             if name not in CHANGING and not isinstance(value, (bool, int, float, str, type(None), FlashCoreCache)):
                 return f"the argument {name} is a {type(value).__name__}, which may change from step to step"

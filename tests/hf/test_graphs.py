@@ -123,7 +123,9 @@ def test_prompt_lookup_takes_tokens_back(pair, recorded):
     ids = torch.arange(3, 9).repeat(3)[None]
     options = {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCABULARY - 1}
     mask = torch.ones_like(ids)
-    assert torch.equal(greedy(model, ids, mask, 20, **options), greedy(plain, ids, mask, 20, **options))
+    # Up to 5.4, sliding layers of a DynamicCache cannot be cropped.
+    expected = greedy(plain, ids, mask, 20, past_key_values=DynamicCache(), **options)
+    assert torch.equal(greedy(model, ids, mask, 20, **options), expected)
 
 
 def test_logits_and_hidden_states_are_not_overwritten(recorded):
