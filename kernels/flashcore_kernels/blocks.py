@@ -62,6 +62,27 @@ def load_tile(base, offs_s, stride_s, offs_d, mask_s, SIZE_D: tl.constexpr, BLOC
 
 
 @triton.jit
+def power_of_2(x, EXACT: tl.constexpr):
+    """2 ** x; EXACT: to about one rounding of fp32, where the instruction is off by two."""
+    if not EXACT:
+        return tl.exp2(x)
+    near = tl.minimum(tl.maximum(x, -127.0), 127.0)
+    whole = tl.floor(near + 0.5)
+    f = near - whole
+    # Taylor to f^7; at |f| = 0.5 the next term is a tenth of a rounding.
+    p = tl.fma(f, 1.5252733804059841e-5 + tl.zeros_like(x), 1.5403530393381606e-4 + tl.zeros_like(x))
+    p = tl.fma(f, p, 1.3333558146428443e-3 + tl.zeros_like(x))
+    p = tl.fma(f, p, 9.618129107628477e-3 + tl.zeros_like(x))
+    p = tl.fma(f, p, 5.550410866482158e-2 + tl.zeros_like(x))
+    p = tl.fma(f, p, 2.402265069591007e-1 + tl.zeros_like(x))
+    p = tl.fma(f, p, 6.931471805599453e-1 + tl.zeros_like(x))
+    p = tl.fma(f, p, 1.0 + tl.zeros_like(x))
+    p *= ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    # Below 2 ** -126 the instruction gives 0 too. NaN stays NaN.
+    return tl.where(x < -126.0, 0.0, tl.where(x == x, p, x))
+
+
+@triton.jit
 def tanh(x):
     """tanh, exact to fp32 rounding: a series near 0, where 1 - exp(-2|x|) would cancel."""
     t = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|)
@@ -175,8 +196,8 @@ def attend_block(
     m_new = tl.maximum(m, tl.max(s, axis=1) * unit)  # [M]
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(tl.fma(s, unit + tl.zeros_like(s), tl.zeros_like(s) - m_finite[:, None]))  # [M, N]
-    alpha = tl.exp2(m - m_finite)  # [M]
+    p = power_of_2(tl.fma(s, unit + tl.zeros_like(s), tl.zeros_like(s) - m_finite[:, None]), EXACT)  # [M, N]
+    alpha = power_of_2(m - m_finite, EXACT)  # [M]
     l = l * alpha + tl.sum(p, axis=1)
     if EXACT:
         # An fma here too, for the same reason as in short_sums.
@@ -188,15 +209,15 @@ def attend_block(
 
 
 @triton.jit
-def finish_rows(acc, m, l, Sinks, head, head_valid, HAS_SINKS: tl.constexpr):
+def finish_rows(acc, m, l, Sinks, head, head_valid, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr):
     """Normalise: returns the output [M, DV] and the natural-log lse [M]; rows that saw no key give 0."""
     if HAS_SINKS:
         sink = tl.load(Sinks + head, mask=head_valid, other=0.0).to(tl.float32) * 1.4426950408889634
         m_new = tl.maximum(m, sink)
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m - m_finite)
+        alpha = power_of_2(m - m_finite, EXACT)
         acc = acc * alpha[:, None]
-        l = l * alpha + tl.exp2(sink - m_finite)
+        l = l * alpha + power_of_2(sink - m_finite, EXACT)
         m = m_new
     # Not l > 0: a NaN in the inputs must stay one.
     empty = l == 0.0

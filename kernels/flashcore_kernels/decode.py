@@ -6,58 +6,78 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, sequence_bounds
+from .blocks import BITMAP, attend_block, finish_rows, load_tile, power_of_2, sequence_bounds
 from .launch import launch, mask_argument, score_factors
-from .plan import Plan, max_splits_for
+from .plan import Plan, max_splits_for, padded
 from .problem import Problem
 
 
 @triton.jit
 def merge(
-    Partial, stats, line, valid, rows, used, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, MAX_SPLITS: tl.constexpr
+    Partial, stats, line, valid, rows, used, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """(acc [R, DV], m [R], l [R]) of ROWS rows from the `used` chunks that wrote them, in the order of the chunks.
 
     All chunks' maxima are read first: with the final one at hand no sum waits for another, and the loads overlap.
     .cg: other programs wrote these; the L1 of this one may be stale.
     """
-    splits = tl.arange(0, MAX_SPLITS)
+    every = tl.arange(0, MAX_SPLITS)
     m_all = tl.load(
-        stats + (line[None, :] + (splits * rows).to(tl.int64)[:, None]) * 2,
-        mask=(splits < used)[:, None] & valid[None, :], other=float("-inf"), cache_modifier=".cg",
+        stats + (line[None, :] + (every * rows).to(tl.int64)[:, None]) * 2,
+        mask=(every < used)[:, None] & valid[None, :], other=float("-inf"), cache_modifier=".cg",
     )  # fmt: skip
     m = tl.max(m_all, axis=0)  # [R]
     m_finite = tl.where(m == float("-inf"), 0.0, m)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     offs_dv = tl.arange(0, BLOCK_DV)
-    UNROLL: tl.constexpr = 16 if MAX_SPLITS > 16 else MAX_SPLITS
-    for s0 in range(0, used, UNROLL):
-        for i in tl.static_range(UNROLL):
-            s = s0 + i + tl.zeros([ROWS], tl.int32)
-            there = valid & (s < used)
-            part = line + (s * rows).to(tl.int64)  # [R]
-            m_s = tl.load(stats + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-            l_s = tl.load(stats + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            acc_s = tl.load(
-                Partial + part[:, None] * BLOCK_DV + offs_dv[None, :],
-                mask=there[:, None], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            weight = tl.exp2(m_s - m_finite)
-            l += l_s * weight
-            acc += acc_s * weight[:, None]
+    TILE: tl.constexpr = 16 if MAX_SPLITS > 16 else MAX_SPLITS
+    for s0 in range(0, used, TILE):
+        s = s0 + tl.arange(0, TILE)  # [S]
+        part = line[None, :] + (s * rows).to(tl.int64)[:, None]  # [S, R]
+        there = (s < used)[:, None] & valid[None, :]
+        m_s = tl.load(stats + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        l_s = tl.load(stats + part * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        acc_s = tl.load(
+            Partial + part[:, :, None] * BLOCK_DV + offs_dv[None, None, :],
+            mask=there[:, :, None], other=0.0, cache_modifier=".cg",
+        )  # [S, R, DV]  # fmt: skip
+        weight = power_of_2(m_s - m_finite[None, :], EXACT)
+        l += tl.sum(l_s * weight, axis=0)
+        acc += tl.sum(acc_s * weight[:, :, None], axis=0)
     return acc, m, l
+
+
+@triton.jit
+def end_chunk(
+    acc, m, l, Partial, stats, line, rows, row_valid, block, per_chunk, blocks, used, BLOCK_DV: tl.constexpr
+):  # fmt: skip
+    """After the last block of a chunk: write its state where the merge will look for it, and begin anew.
+
+    By masks, not by a branch, which would end the pipeline of loads at each chunk.
+    """
+    left = tl.where(used > 1, tl.minimum((block + 1) % per_chunk, blocks - 1 - block), 1)  # blocks of this chunk
+    at_end = tl.zeros([line.shape[0]], tl.int32) == left  # [M], all alike
+    part = line + (block // per_chunk * rows).to(tl.int64)  # [M]
+    keep = row_valid & at_end
+    offs_dv = tl.arange(0, BLOCK_DV)
+    tl.store(Partial + part[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=keep[:, None])
+    tl.store(stats + part * 2, m, mask=keep)
+    tl.store(stats + part * 2 + 1, l, mask=keep)
+    return tl.where(at_end[:, None], 0.0, acc), tl.where(at_end, float("-inf"), m), tl.where(at_end, 0.0, l)
 
 
 @triton.jit
 def write_rows(
     acc, m, l, Out, Lse, Sinks, b, kv_head, r, valid, num_kv_heads, group, num_queries, stride_ob, stride_oh, stride_os,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Normalise rows r of a KV head and store them."""
     token = r // group
     head = kv_head.to(tl.int32) * group + r % group
-    out, lse = finish_rows(acc, m, l, Sinks, head, valid, HAS_SINKS)
+    out, lse = finish_rows(acc, m, l, Sinks, head, valid, HAS_SINKS, EXACT)
     offs_v = tl.arange(0, BLOCK_DV)
     out_rows = Out + b * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_os
     keep = valid[:, None] & (offs_v[None, :] < VALUE_DIM)
@@ -66,7 +86,17 @@ def write_rows(
         tl.store(Lse + (b * num_kv_heads * group + head) * num_queries + token, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        "num_queries",
+        "num_keys",
+        "query_start",
+        "window_left",
+        "window_right",
+        "num_splits",
+        "per_program",
+    ]
+)
 def flashcore_decode(
     Q,
     K,
@@ -103,6 +133,7 @@ def flashcore_decode(
     window_left,
     window_right,
     num_splits,
+    per_program,
     score_scale,
     cap_scale,
     one,
@@ -114,7 +145,7 @@ def flashcore_decode(
     BLOCK_N: tl.constexpr,
     MERGE_ROWS: tl.constexpr,  # rows that are merged at once
     EXACT: tl.constexpr,  # fp32
-    MIN_CHUNK: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # a power of two
     MAY_SPLIT: tl.constexpr,  # False: no sequence can have more than one chunk, and there is no workspace
     HAS_RANGE: tl.constexpr,
@@ -126,18 +157,21 @@ def flashcore_decode(
     """out = softmax(cap(scale * q k^T) + mask) v, with the rows of a KV head's whole group in one tile.
 
     Row r of a KV head is query token r // group of query head `kv_head * group + r % group`. A sequence's visible keys
-    are cut into chunks of at least MIN_CHUNK keys and at most MAX_SPLITS chunks: a function of that sequence's own
-    length alone. So is the order of the merge; which program does it is not, and does not matter.
+    are cut into chunks of at least MIN_BLOCKS blocks and at most MAX_SPLITS chunks: a function of that sequence's own
+    length alone. So is the order of the merge. A program computes `per_program` chunks, each as if it were alone; which
+    program computes a chunk, or merges them, does not matter.
 
     Shapes: as `flashcore_forward`; Partial fp32 `[B * Hkv * num_splits * rows, BLOCK_DV + 2]` (acc, m, l; the last two
     behind all of the acc), Count int32 `[B * Hkv * row_tiles]`, all 0 at the start and again at the end.
-    Grid: `(num_splits * B * Hkv * row_tiles,)`; programs beyond a sequence's own number of chunks leave at once.
+    Grid: `(cdiv(num_splits, per_program) * B * Hkv * row_tiles,)`; programs beyond a sequence's own number of chunks
+    leave at once.
     """
     rows = num_queries * group
     row_tiles = tl.cdiv(rows, BLOCK_M)
     pid = tl.program_id(0)
-    split = pid % num_splits
-    unit = pid // num_splits
+    programs = tl.cdiv(num_splits, per_program)
+    split = pid % programs * per_program
+    unit = pid // programs
     head_unit = unit // row_tiles
     tile = unit % row_tiles
     b = (head_unit // num_kv_heads).to(tl.int64)
@@ -148,10 +182,10 @@ def flashcore_decode(
     )
     lo = tl.maximum(first, start - left)
     hi = tl.maximum(tl.minimum(end, start + num_queries + right), lo)
-    # Multiples of 32 keys, so that lengths close to each other are cut alike.
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(hi - lo, MAX_SPLITS), 32) * 32, MIN_CHUNK)
+    blocks = tl.cdiv(hi - lo, BLOCK_N)
+    per_chunk = tl.maximum(tl.cdiv(blocks, MAX_SPLITS), MIN_BLOCKS)
     # One chunk at least: somebody has to write the zeros of a sequence without keys.
-    used = tl.maximum(tl.cdiv(hi - lo, chunk), 1)
+    used = tl.maximum(tl.cdiv(blocks, per_chunk), 1)
     if split < used:
         r = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
         row_valid = r < rows
@@ -174,51 +208,54 @@ def flashcore_decode(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
-        n_begin = lo + split * chunk
-        n_end = tl.minimum(n_begin + chunk, hi)
+        line = head_unit.to(tl.int64) * num_splits * rows + r  # [M], of the first chunk
+        units = tl.num_programs(0) // programs // row_tiles  # B * Hkv
+        stats = Partial + units.to(tl.int64) * num_splits * rows * BLOCK_DV if MAY_SPLIT else Partial
+        last_block = tl.minimum((split + per_program) * per_chunk, blocks)
         if HAS_RANGE and holes != 0:
-            for n in range(n_begin, n_end, BLOCK_N):
+            for block in range(split * per_chunk, last_block):
                 acc, m, l = attend_block(
-                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap, holes,
-                    bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                    BLOCK_DV, BLOCK_N, EXACT, True, True, MASK, MASK != 0, SOFTCAP,
+                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, lo + block * BLOCK_N, lo, hi, row_lo, row_hi,
+                    bitmap, holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, True, True, MASK, MASK != 0, SOFTCAP,
                 )  # fmt: skip
+                if MAY_SPLIT:
+                    acc, m, l = end_chunk(
+                        acc, m, l, Partial, stats, line, rows, row_valid, block, per_chunk, blocks, used, BLOCK_DV
+                    )
         else:
             # Without the bitmap, which would cost every sequence a load a block.
-            for n in range(n_begin, n_end, BLOCK_N):
+            for block in range(split * per_chunk, last_block):
                 acc, m, l = attend_block(
-                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap, holes,
-                    bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                    BLOCK_DV, BLOCK_N, EXACT, True, False, MASK, MASK != 0, SOFTCAP,
+                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, lo + block * BLOCK_N, lo, hi, row_lo, row_hi,
+                    bitmap, holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, True, False, MASK, MASK != 0, SOFTCAP,
                 )  # fmt: skip
+                if MAY_SPLIT:
+                    acc, m, l = end_chunk(
+                        acc, m, l, Partial, stats, line, rows, row_valid, block, per_chunk, blocks, used, BLOCK_DV
+                    )
 
         if MAY_SPLIT and used > 1:
-            all_rows = (tl.num_programs(0) // row_tiles).to(tl.int64) * rows  # B * Hkv * num_splits * rows
-            stats = Partial + all_rows * BLOCK_DV
-            line = (head_unit.to(tl.int64) * num_splits + split) * rows + r  # [M]
-            offs_dv = tl.arange(0, BLOCK_DV)
-            tl.store(Partial + line[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=row_valid[:, None])
-            tl.store(stats + line * 2, m, mask=row_valid)
-            tl.store(stats + line * 2 + 1, l, mask=row_valid)
             # Every thread's stores must stand before the one thread that counts says that they do.
             tl.debug_barrier()
-            if tl.atomic_add(Count + unit, 1, sem="acq_rel", scope="gpu") == used - 1:
+            if tl.atomic_add(Count + unit, 1, sem="acq_rel", scope="gpu") == tl.cdiv(used, per_program) - 1:
                 tl.store(Count + unit, 0)
                 for r0 in range(tile * BLOCK_M, tl.minimum((tile + 1) * BLOCK_M, rows), MERGE_ROWS):
                     part = r0 + tl.arange(0, MERGE_ROWS)  # [R]
                     there = part < rows
                     part_acc, part_m, part_l = merge(
                         Partial, stats, head_unit.to(tl.int64) * num_splits * rows + part, there, rows, used,
-                        MERGE_ROWS, BLOCK_DV, MAX_SPLITS,
+                        MERGE_ROWS, BLOCK_DV, MAX_SPLITS, EXACT,
                     )  # fmt: skip
                     write_rows(
                         part_acc, part_m, part_l, Out, Lse, Sinks, b, kv_head, part, there, num_kv_heads, group,
-                        num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
+                        num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
                     )  # fmt: skip
         else:
             write_rows(
                 acc, m, l, Out, Lse, Sinks, b, kv_head, r, row_valid, num_kv_heads, group, num_queries,
-                stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
+                stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
             )  # fmt: skip
 
 
@@ -296,6 +333,8 @@ def run_decode(
     rows = problem.num_queries * problem.group
     units = problem.batch_size * problem.num_kv_heads * triton.cdiv(rows, plan.block_m)
     num_splits = max_splits_for(problem.num_keys, plan)
+    # Chunks are for one long sequence to fill the GPU; a batch that fills it does several in a program.
+    per_program = min(padded(max(units * num_splits // plan.programs, 1)), padded(num_splits))
     partial = count = None
     if num_splits > 1:
         lines = problem.batch_size * problem.num_kv_heads * num_splits * rows
@@ -305,7 +344,7 @@ def run_decode(
     try:
         launch(
             flashcore_decode,
-            num_splits * units,
+            triton.cdiv(num_splits, per_program) * units,
             (
                 query, key, value, out, lse, key_range, mask, sinks, partial, count,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
@@ -313,13 +352,14 @@ def run_decode(
             ),
             (
                 problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
+                per_program,
                 *score_factors(problem),
             ),
             (
                 problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
                 max(min(plan.block_m, 512 // plan.block_dv), 1),
                 problem.dtype == torch.float32,
-                plan.min_chunk, plan.max_splits, num_splits > 1, problem.range_layout is not None,
+                plan.min_blocks, plan.max_splits, num_splits > 1, problem.range_layout is not None,
                 (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0,
                 lse is not None,
             ),

@@ -145,7 +145,7 @@ def flashcore_forward(
                 BLOCK_DV, BLOCK_N, EXACT, True, RANGE == 1, MASK, RANGE == 2, SOFTCAP,
             )  # fmt: skip
 
-    out, lse = finish_rows(acc, m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS)
+    out, lse = finish_rows(acc, m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS, EXACT)
     out_rows = Out + b * stride_ob + h.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_os
     keep = row_valid[:, None] & (offs_dv[None, :] < VALUE_DIM)
     tl.store(out_rows[:, None] + offs_dv[None, :], out.to(Out.dtype.element_ty), mask=keep)

@@ -36,7 +36,8 @@ class Plan(NamedTuple):
         block_m, block_n: rows of a tile, keys of a block.
         block_d, block_dv: head_dim and value_dim padded to powers of two.
         num_warps, num_stages: of the launch.
-        min_chunk, max_splits: decode only: least keys of a chunk, most chunks of a sequence.
+        min_blocks, max_splits: decode only: least blocks of a chunk, most chunks of a sequence.
+        programs: decode only: how many programs fill the GPU.
     """
 
     kernel: str
@@ -47,8 +48,9 @@ class Plan(NamedTuple):
     block_dv: int = 0
     num_warps: int = 4
     num_stages: int = 1
-    min_chunk: int = 1
+    min_blocks: int = 1
     max_splits: int = 1
+    programs: int = 1
 
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
@@ -95,8 +97,9 @@ def plan(problem: Problem, device: Device) -> Plan:
         value_columns(problem, device),
         row.num_warps,
         row.num_stages,
-        row.min_chunk,
-        padded(-(-row.programs // problem.num_kv_heads)),
+        row.min_blocks,
+        padded(-(-row.chunks // problem.num_kv_heads)),
+        row.programs,
     )
 
 
@@ -114,7 +117,8 @@ def value_columns(problem: Problem, device: Device) -> int:
 
 def max_splits_for(num_keys: int, plan: Plan) -> int:
     """The most chunks that any sequence within `num_keys` slots can have: how many programs a head gets."""
-    return min(-(-num_keys // plan.min_chunk), plan.max_splits)
+    blocks = -(-num_keys // plan.block_n)
+    return min(-(-blocks // plan.min_blocks), plan.max_splits)
 
 
 def padded(size: int) -> int:

@@ -102,7 +102,7 @@ def source(variant: Variant, plan):
         "BLOCK_N": plan.block_n,
         "EXACT": variant.dtype == "fp32",
         "MERGE_ROWS": max(min(plan.block_m, 512 // plan.block_dv), 1),
-        "MIN_CHUNK": plan.min_chunk,
+        "MIN_BLOCKS": plan.min_blocks,
         "MAX_SPLITS": plan.max_splits,
         "MAY_SPLIT": True,
         "RANGE": (None, "sequence", "rows").index(features.get("range")),
