@@ -130,6 +130,7 @@ def load_fa3(folder: Path | None) -> Callable | None:
     `libcudart.so.12`. Keywords of the function: is_causal, softmax_scale, window_size_left, window_size_right,
     num_splits, pack_gqa, seqused_k. It returns (output, lse, ...).
     """
+    folder = folder and folder.resolve()
     if folder is None or not (folder / "libcudart.so.12").exists():
         return None
     library = folder / "fa3_xf.so"
