@@ -35,6 +35,8 @@ def _specialization(argument) -> object:
         return None
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
+    if not isinstance(argument, int):  # a tensor descriptor; the constants say the shape of its tiles
+        return argument.base.dtype
     return argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF
 
 
@@ -44,7 +46,7 @@ def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: t
     Args:
         kernel: a `triton.jit` function whose parameters are `arguments`, `scalars` and `constants`, in this order.
         programs: size of the one-dimensional grid.
-        arguments: tensors (or None) and ints that Triton specialises on.
+        arguments: tensors, tensor descriptors (or None), and ints that Triton specialises on.
         scalars: floats, and ints under `do_not_specialize`.
         constants: the constexpr parameters.
         plan: gives num_warps and num_stages.
@@ -52,7 +54,7 @@ def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: t
     if programs > 0x7FFFFFFF:
         raise ValueError(f"batch * heads * tiles = {programs} programs are more than a grid holds ({0x7FFFFFFF})")
     grid = (programs, 1, 1)
-    device = arguments[0].device
+    device = getattr(arguments[0], "base", arguments[0]).device
     if device.type != "cuda":  # Triton's interpreter
         kernel[grid](*arguments, *scalars, *constants)
         return

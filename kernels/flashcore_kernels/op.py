@@ -7,7 +7,7 @@ import torch
 
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
-from .problem import Problem, Window, check_problem
+from .problem import Problem, Window, check_problem, with_alignment
 
 # How many calls each path served since the process began (or since someone cleared it), by kernel name.
 path_counts: Counter[str] = Counter()
@@ -17,6 +17,7 @@ path_counts: Counter[str] = Counter()
 def device_of(device: torch.device) -> Device:
     """What `plan` needs to know of `device`."""
     try:
+        import triton
         from triton.runtime.interpreter import InterpretedFunction
 
         from .forward import flashcore_forward
@@ -29,7 +30,8 @@ def device_of(device: torch.device) -> Device:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return Device("torch", reason=f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
-    return Device("cuda", major * 10 + minor)
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return Device("cuda", major * 10 + minor, triton=version)
 
 
 def attention(
@@ -95,7 +97,8 @@ def explain(
 
     Args: as `attention`; `device` asks about another device than the tensors', such as `Device("cuda", 90)`.
     """
-    chosen = plan(check_problem(query, key, value, **arguments), device or device_of(query.device))
+    problem = with_alignment(check_problem(query, key, value, **arguments), query, key, value)
+    chosen = plan(problem, device or device_of(query.device))
     if chosen.kernel == "torch":
         return f"torch: {chosen.reason}"
     tiles = f"{chosen.block_m}x{chosen.block_n}, {chosen.num_warps} warps, {chosen.num_stages} stages"
@@ -122,7 +125,12 @@ def _run(query, key, value, key_range, mask, sinks, left, right, scale, softcap,
     problem = check_problem(query, key, value, key_range, mask, False, None, scale, softcap, sinks)
     problem = problem._replace(left=left, right=right)
     device = device_of(query.device)
-    chosen = plan(problem, device)
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    if problem.scale <= 0.0 and fallback_reason(problem, device) is None:
+        # The kernels take the largest product for the largest score.
+        query = query * (-1.0 if problem.scale < 0.0 else 0.0)
+        problem = problem._replace(scale=-problem.scale or 1.0)
+    chosen = plan(with_alignment(problem, query, key, value), device)
     path_counts[chosen.kernel] += 1
     output, lse = _empty_outputs(query, value, return_lse)
     if chosen.kernel == "torch":
@@ -130,11 +138,6 @@ def _run(query, key, value, key_range, mask, sinks, left, right, scale, softcap,
         answer, answer_lse = torch_attention(problem, query, key, value, key_range, mask, sinks, return_lse)
         output.copy_(answer)
         return output, (answer_lse if return_lse else lse)
-    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-    if problem.scale <= 0.0:
-        # The kernels take the largest product for the largest score.
-        query = query * (-1.0 if problem.scale < 0.0 else 0.0)
-        problem = problem._replace(scale=-problem.scale or 1.0)
     if device.kind == "interpreter" and query.dtype == torch.bfloat16:
         # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
         query, key, value = query.float(), key.float(), value.float()
@@ -151,6 +154,10 @@ def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> No
         from .decode import run_decode
 
         run_decode(problem, chosen, *tensors)
+    elif chosen.kernel == "flashcore_hopper":
+        from .hopper.run import run_hopper
+
+        run_hopper(problem, chosen, *tensors)
     else:
         from .forward import run_forward
 

@@ -6,11 +6,15 @@ import torch
 
 from .problem import Problem
 from .tables import configuration
+from .tables.hopper import hopper_configuration
+from .tables.row import HopperRow
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 # Rows (query tokens x group) above which the decode kernel's tiles would outgrow its purpose.
 MAX_DECODE_QUERIES = 16
+# The first Triton whose Gluon has wgmma.
+HOPPER_TRITON = (3, 5)
 
 
 class Device(NamedTuple):
@@ -20,24 +24,27 @@ class Device(NamedTuple):
         kind: "cuda", "interpreter" (Triton's, on any tensor) or "torch" (no kernel can run).
         arch: compute capability as major * 10 + minor; 0 where it means nothing.
         reason: for kind "torch", why no kernel can run.
+        triton: version of Triton as (major, minor).
     """
 
     kind: str
     arch: int = 0
     reason: str = ""
+    triton: tuple[int, int] = (0, 0)
 
 
 class Plan(NamedTuple):
     """Which kernel runs a call, and how.
 
     Attributes:
-        kernel: "flashcore_forward", "flashcore_decode" or "torch".
+        kernel: "flashcore_forward", "flashcore_decode", "flashcore_hopper" or "torch".
         reason: one sentence: the rule that chose it.
         block_m, block_n: rows of a tile, keys of a block.
         block_d, block_dv: head_dim and value_dim padded to powers of two.
         num_warps, num_stages: of the launch.
         min_blocks, max_splits: decode only: least blocks of a chunk, most chunks of a sequence.
         programs: decode only: how many programs fill the GPU.
+        hopper: flashcore_hopper only: its row of the tables.
     """
 
     kernel: str
@@ -51,6 +58,7 @@ class Plan(NamedTuple):
     min_blocks: int = 1
     max_splits: int = 1
     programs: int = 1
+    hopper: HopperRow | None = None
 
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
@@ -82,6 +90,11 @@ def plan(problem: Problem, device: Device) -> Plan:
         kernel, why = "flashcore_forward", "a key range for each query"
     else:
         kernel, why = "flashcore_forward", f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
+    if kernel == "flashcore_forward" and device.arch == 90:
+        not_hopper = hopper_reason(problem, device)
+        if not_hopper is None:
+            return _hopper_plan(problem, why)
+        why += f"; not the Hopper kernel, because {not_hopper}"
     gaps = problem.mask_kind is not None or problem.range_layout == "rows"
     row = configuration(kernel, device.arch, problem.dtype, head, gaps)
     block_m = row.block_m
@@ -113,6 +126,31 @@ def value_columns(problem: Problem, device: Device) -> int:
     if columns == 32 and problem.value_dim != 32 and device.arch // 10 == 9 and problem.dtype.itemsize == 2:
         return 64
     return columns
+
+
+def hopper_reason(problem: Problem, device: Device) -> str | None:
+    """Why the Gluon kernel cannot serve a prefill on compute capability 9.0, or None where it can."""
+    if device.triton < HOPPER_TRITON:
+        return f"that needs Triton 3.5 or newer, and this is {device.triton[0]}.{device.triton[1]}"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"that takes float16 and bfloat16, not {problem.dtype}"
+    if problem.mask_kind is not None:
+        return "there is a dense mask"
+    if not problem.aligned:
+        return "an address or stride of query, key or value is no multiple of 16 bytes"
+    if problem.value_dim % 8:
+        return f"rows of {problem.value_dim} values are no multiple of 16 bytes"
+    if hopper_configuration(problem.head_dim, problem.value_dim) is None:
+        return f"no configuration has head_dim {problem.head_dim} with {problem.value_dim}"
+    return None
+
+
+def _hopper_plan(problem: Problem, why: str) -> Plan:
+    row = hopper_configuration(problem.head_dim, problem.value_dim)
+    return Plan(
+        "flashcore_hopper", why, 64 * row.consumers, row.block_n, sum(row.head_dim), sum(row.value_dim),
+        num_warps=4, num_stages=row.stages, hopper=row,
+    )  # fmt: skip
 
 
 def max_splits_for(num_keys: int, plan: Plan) -> int:

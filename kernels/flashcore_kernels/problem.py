@@ -25,6 +25,8 @@ class Problem(NamedTuple):
         query_start: key slot at which query 0 stands (K - Q: the queries are the last tokens).
         has_sinks: whether each head has a sink logit in its softmax's denominator.
         needs_grad: whether gradients must flow.
+        aligned: whether the rows of query, key and value all start at multiples of 16 bytes. Addresses exist only once
+            a call runs, so `check_problem` leaves it False, and `with_alignment` looks.
     """
 
     batch_size: int
@@ -45,6 +47,7 @@ class Problem(NamedTuple):
     query_start: int
     has_sinks: bool
     needs_grad: bool
+    aligned: bool = False
 
     @property
     def group(self) -> int:
@@ -119,6 +122,19 @@ def check_problem(
         num_keys - num_queries,
         sinks is not None,
         torch.is_grad_enabled() and _any_requires_grad(query, key, value, mask, sinks),
+    )
+
+
+def with_alignment(problem: Problem, *tensors: torch.Tensor) -> Problem:
+    """`problem`, its `aligned` filled in from query, key and value, which must not be fakes."""
+    return problem._replace(aligned=all(map(_is_aligned, tensors)))
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    unit = 16 // tensor.element_size()
+    # Strides of dimensions of size 1 are never used.
+    return tensor.data_ptr() % 16 == 0 and all(
+        size == 1 or stride % unit == 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])
     )
 
 

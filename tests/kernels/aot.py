@@ -63,9 +63,9 @@ class Variant(NamedTuple):
 
 
 def chosen_plan(variant: Variant):
-    """The Plan that a call of this kind gets."""
+    """A call of this kind, and the Plan that it gets."""
     import torch
-    from flashcore_kernels.plan import Device, plan
+    from flashcore_kernels.plan import HOPPER_TRITON, Device, plan
     from flashcore_kernels.problem import Problem
 
     features = FEATURES[variant.features]
@@ -78,11 +78,12 @@ def chosen_plan(variant: Variant):
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
         device_type="cuda", range_layout=features.get("range"), mask_kind=features.get("mask"), scale=1.0,
         softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
-        has_sinks=bool(features.get("sinks")), needs_grad=False,
+        has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True,
     )  # fmt: skip
-    chosen = plan(problem, Device("cuda", variant.arch))
+    version = HOPPER_TRITON if variant.kernel == "flashcore_hopper" else (0, 0)
+    chosen = plan(problem, Device("cuda", variant.arch, triton=version))
     assert chosen.kernel == variant.kernel, chosen
-    return chosen
+    return problem, chosen
 
 
 def source(variant: Variant, plan):
@@ -146,15 +147,51 @@ def source(variant: Variant, plan):
     return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def hopper_source(variant: Variant, problem, plan):
+    """The GluonASTSource of the variant of `flashcore_hopper`."""
+    from flashcore_kernels.hopper.kernel import flashcore_hopper
+    from flashcore_kernels.hopper.run import make_config, tile_layout
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    features = FEATURES[variant.features]
+    config = make_config(problem, plan, bool(features.get("lse")))
+    constants = {"C": config}
+    keys, values = (config.d0, config.d1), (config.dv0, config.dv1)
+    tiles = {"q": (64, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *values)}
+    pointers = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
+    signature, attributes = {}, {}
+    for position, name in enumerate(flashcore_hopper.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_desc"):
+            rows, columns = tiles[name[0]][0], tiles[name[0]][1 + int(name[1])]
+            if columns:
+                layout = tile_layout(rows, columns, problem.dtype)
+                signature[name] = f"tensordesc<{variant.dtype}[1,1,{rows},{columns}],{layout!r}>"
+            else:
+                signature[name], constants[name] = "constexpr", None
+        elif name in pointers:
+            feature, signature[name] = pointers[name]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+            if not features.get(feature):
+                signature[name], constants[name] = "constexpr", None
+                del attributes[(position,)]
+        else:
+            signature[name] = "fp32" if name.endswith("_scale") else "i32"
+    return GluonASTSource(fn=flashcore_hopper, signature=signature, constexprs=constants, attrs=attributes)
+
+
 def compile_variant(variant: Variant, **override) -> dict:
     """Compile one variant; `override` replaces fields of the Plan that the tables give."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    plan = chosen_plan(variant)._replace(**override)
+    problem, plan = chosen_plan(variant)
+    plan = plan._replace(**override)
     began = time.perf_counter()
+    hopper = variant.kernel == "flashcore_hopper"
     compiled = triton.compile(
-        source(variant, plan),
+        hopper_source(variant, problem, plan) if hopper else source(variant, plan),
         target=GPUTarget("cuda", variant.arch, 32),
         options={"num_warps": plan.num_warps, "num_stages": plan.num_stages},
     )

@@ -15,8 +15,9 @@ from flashcore_kernels.plan import (
     padded,
     plan,
 )
-from flashcore_kernels.problem import check_problem
+from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.tables import TABLES, configuration
+from flashcore_kernels.tables.hopper import ROWS as HOPPER_ROWS
 
 H200 = Device("cuda", 90)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,6 +65,94 @@ class TestValueColumns:
             assert plan(problem(head_dim=40, value_dim=value_dim), H200).block_dv == columns
         assert plan(problem(head_dim=40, value_dim=24, dtype=torch.float32), H200).block_dv == 32
         assert plan(problem(head_dim=40, value_dim=24), Device("cuda", 80)).block_dv == 32
+
+
+class TestHopper:
+    """On compute capability 9.0 with Triton 3.5 or newer the Gluon kernel takes prefill, unless a rule forbids it."""
+
+    NEW = Device("cuda", 90, triton=(3, 5))
+
+    def chosen(self, device=NEW, **changed):
+        changed = {"aligned": True, **changed}
+        shape = {name: changed.pop(name) for name in ("head_dim", "value_dim", "dtype", "heads") if name in changed}
+        return plan(problem(changed.pop("num_queries", 64), **shape)._replace(**changed), device)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+    def test_taken(self, sizes, dtype):
+        chosen = self.chosen(head_dim=sizes[0], value_dim=sizes[1], dtype=dtype)
+        assert chosen.kernel == "flashcore_hopper"
+        assert sum(chosen.hopper.head_dim) >= sizes[0] and sum(chosen.hopper.value_dim) >= sizes[1]
+        assert (chosen.block_m, chosen.block_n) == (64 * chosen.hopper.consumers, chosen.hopper.block_n)
+
+    @pytest.mark.parametrize(
+        "changed", [{"range_layout": "sequence"}, {"range_layout": "rows"}, {"softcap": 5.0}, {"has_sinks": True},
+                    {"left": 7}, {"right": 0}, {"query_start": -3}], ids=str
+    )  # fmt: skip
+    def test_taken_with(self, changed):
+        assert self.chosen(**changed).kernel == "flashcore_hopper"
+
+    @pytest.mark.parametrize("version", [(3, 5), (3, 9), (4, 0)])
+    def test_triton_is_new_enough(self, version):
+        assert self.chosen(Device("cuda", 90, triton=version)).kernel == "flashcore_hopper"
+
+    @pytest.mark.parametrize(
+        "changed, reason",
+        [
+            ({"device": Device("cuda", 90, triton=(3, 4))}, "needs Triton 3.5 or newer, and this is 3.4"),
+            ({"dtype": torch.float32}, "takes float16 and bfloat16, not torch.float32"),
+            ({"mask_kind": "bool"}, "there is a dense mask"),
+            ({"aligned": False}, "no multiple of 16 bytes"),
+            ({"value_dim": 36}, "rows of 36 values"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_not_taken(self, changed, reason):
+        chosen = self.chosen(**changed)
+        assert chosen.kernel == "flashcore_forward" and reason in chosen.reason
+
+    @pytest.mark.parametrize("arch", [80, 89, 100, 120])
+    def test_other_gpus(self, arch):
+        chosen = self.chosen(Device("cuda", arch, triton=(3, 9)))
+        assert chosen.kernel == "flashcore_forward" and "Hopper" not in chosen.reason
+
+    def test_decode_stays_decode(self):
+        assert self.chosen(num_queries=MAX_DECODE_QUERIES).kernel == "flashcore_decode"
+
+    def test_fits_into_shared_memory(self):
+        """227 KiB a block: Q, the stages of K and V, the output where it has its own place, and a KiB of barriers."""
+        for row in HOPPER_ROWS:
+            queries = 64 * row.consumers
+            keys = row.stages * row.block_n
+            size = 2 * (queries * sum(row.head_dim) + keys * (sum(row.head_dim) + sum(row.value_dim)))
+            if row.output_in_query:
+                assert all(v <= k for k, v in zip(row.head_dim, row.value_dim)), "the output takes the place of Q"
+            else:
+                size += 2 * queries * sum(row.value_dim)
+            assert size + 2048 <= 232448, row
+
+    def test_the_next_wider_row_is_hidden_by_none(self):
+        sums = [(sum(row.head_dim), sum(row.value_dim)) for row in HOPPER_ROWS]
+        assert sums == sorted(sums) and len(set(sums)) == len(sums)
+
+
+class TestAlignment:
+    """16 bytes is what the copy engine counts in."""
+
+    def test_contiguous(self):
+        tensor = torch.empty(2, 3, 5, 40, dtype=torch.float16)
+        assert with_alignment(problem(), tensor, tensor.transpose(1, 2)).aligned
+
+    def test_a_row_of_20_values(self):
+        assert not with_alignment(problem(), torch.empty(2, 3, 5, 20, dtype=torch.float16)).aligned
+        assert with_alignment(problem(), torch.empty(2, 1, 1, 40, dtype=torch.float16)[:, :, :, :20]).aligned
+
+    def test_an_odd_address(self):
+        assert not with_alignment(problem(), torch.empty(64, dtype=torch.float16)[4:].view(1, 1, 1, 60)).aligned
+
+    def test_strides_that_are_never_used(self):
+        tensor = torch.empty(2, 16, dtype=torch.float16).as_strided((2, 1, 1, 16), (16, 3, 7, 1))
+        assert with_alignment(problem(), tensor).aligned
 
 
 class TestFallback:
@@ -203,6 +292,14 @@ class TestExplain:
     def test_kernel(self):
         query, key = torch.zeros(1, 4, 1, 64, dtype=torch.float16), torch.zeros(1, 2, 9, 64, dtype=torch.float16)
         assert explain(query, key, key, device=H200).startswith("flashcore_decode (16x")
+
+    def test_hopper(self):
+        query = torch.zeros(1, 4, 64, 64, dtype=torch.float16)
+        new, old = (Device("cuda", 90, triton=version) for version in ((3, 9), (3, 4)))
+        assert explain(query, query, query, device=new).startswith("flashcore_hopper (128x128")
+        assert "not the Hopper kernel, because that needs Triton 3.5" in explain(query, query, query, device=old)
+        off = torch.zeros(1, 4, 64, 68, dtype=torch.float16)[..., 4:]
+        assert "no multiple of 16 bytes" in explain(off, off, off, device=new)
 
     def test_fallback(self):
         query = torch.zeros(1, 4, 1, 300)

@@ -26,3 +26,32 @@ class Row(NamedTuple):
     chunks: int = 128
     programs: int = 256
     gaps: bool = False
+
+
+class HopperRow(NamedTuple):
+    """One configuration of the Gluon kernel, for head dimensions up to the sums of `head_dim` and of `value_dim`.
+
+    Attributes:
+        head_dim, value_dim: pieces (powers of two; the second may be 0) that rows of Q and K, and of V, are cut into.
+        consumers: warpgroups of 64 queries each.
+        block_n: keys of a block.
+        stages: blocks of K and V in shared memory.
+        output_in_query: the output leaves through the shared memory of Q.
+        ping_pong: consumers take turns in issuing their products.
+        half_blocks: a consumer that sees no more than half of its last block computes half of it.
+        consumer_registers, producer_registers: of a thread.
+        why: what speaks for it.
+    """
+
+    head_dim: tuple[int, int]
+    value_dim: tuple[int, int]
+    consumers: int
+    block_n: int
+    stages: int
+    output_in_query: bool
+    ping_pong: bool
+    half_blocks: bool
+    late: bool
+    consumer_registers: int
+    producer_registers: int
+    why: str

@@ -1,0 +1,217 @@
+"""The Hopper forward in Gluon: one producer warp, two or three consumer warpgroups of 64 queries each, persistent.
+
+The producer brings Q, K and V to shared memory with the bulk tensor copy engine. Each consumer computes, for its
+queries, S = Q K^T of one block while the softmax of the block before and its product P V are under way; P never leaves
+the registers. A program walks over the tiles that `schedule` gives it; the producer is already at the next tile while
+the consumers finish one.
+
+Barriers are pairs: `full` (data has arrived) and `empty` (the consumers are done with it). Both sides count their uses;
+use u of a buffer of N stages is stage u % N in phase u // N % 2.
+"""
+
+from dataclasses import dataclass
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .consumer import consume
+from .producer import produce
+from .triton_api import SHARED_WORKER_ARGUMENTS
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that one compiled kernel is made for.
+
+    Attributes:
+        d0, d1, dv0, dv1: pieces that rows of Q and K, and of V, are cut into: powers of two, the second may be 0.
+        block_n: keys of a block.
+        consumers: warpgroups, of 64 queries each.
+        stages: blocks of K and V in shared memory.
+        range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
+        softcap, sinks, lse: whether there are any.
+        output_in_query: the output leaves through the shared memory of Q.
+        ping_pong: the two consumers take turns in issuing their products.
+        half_blocks: a consumer that sees no more than half of its last block computes half of it.
+        late: P is rounded to 16 bits when its product with V is issued, not when the softmax is done.
+        consumer_registers, producer_registers: of a thread.
+    """
+
+    d0: int
+    d1: int
+    dv0: int
+    dv1: int
+    block_n: int
+    consumers: int
+    stages: int
+    range_layout: int
+    softcap: bool
+    sinks: bool
+    lse: bool
+    output_in_query: bool
+    ping_pong: bool
+    half_blocks: bool
+    late: bool
+    consumer_registers: int
+    producer_registers: int
+
+
+@gluon.jit
+def _consumer_0(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
+    consume(0, descs, smem, bars, pointers, numbers, scales, C)
+
+
+@gluon.jit
+def _consumer_1(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
+    consume(1, descs, smem, bars, pointers, numbers, scales, C)
+
+
+@gluon.jit
+def _consumer_2(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
+    consume(2, descs, smem, bars, pointers, numbers, scales, C)
+
+
+_NOT_SPECIALIZED = [
+    "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
+    "stride_rs", "all_heads", "tiles_per_head", "section",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_NOT_SPECIALIZED)
+def flashcore_hopper(
+    q0_desc,
+    q1_desc,
+    k0_desc,
+    k1_desc,
+    v0_desc,
+    v1_desc,
+    o0_desc,
+    o1_desc,
+    Lse,
+    Range,
+    Sinks,
+    num_heads,
+    group,
+    num_queries,
+    num_keys,
+    query_start,
+    window_left,
+    window_right,
+    stride_rb,
+    stride_rs,
+    score_scale,
+    cap_scale,
+    all_heads,
+    tiles_per_head,
+    section,
+    C: gl.constexpr,
+):
+    """out = softmax(cap(scale * q k^T)) v over the keys that each query sees.
+
+    Shapes: descriptors of Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]`, each for
+    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`.
+    Grid: as many programs as run at once, or as there are tiles; 4 warps, and those of the other partitions.
+    """
+    D0: gl.constexpr = C.d0
+    D1: gl.constexpr = C.d1
+    DV0: gl.constexpr = C.dv0
+    DV1: gl.constexpr = C.dv1
+    BN: gl.constexpr = C.block_n
+    STAGES: gl.constexpr = C.stages
+    RANGE: gl.constexpr = C.range_layout
+    HAS_SINKS: gl.constexpr = C.sinks
+    HAS_LSE: gl.constexpr = C.lse
+    O_IN_Q: gl.constexpr = C.output_in_query
+    CONSUMERS: gl.constexpr = C.consumers
+    dtype: gl.constexpr = k0_desc.dtype
+    # Never looked at, but each place in a tuple needs a value.
+    if D1 == 0:
+        q1_desc = q0_desc
+        k1_desc = k0_desc
+    if DV1 == 0:
+        v1_desc = v0_desc
+        o1_desc = o0_desc
+    if not HAS_LSE:
+        Lse = num_heads
+    if RANGE == 0:
+        Range = num_heads
+    if not HAS_SINKS:
+        Sinks = num_heads
+    q0_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D0], q0_desc.layout)
+    k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
+    v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
+    o0_smem = q0_smem
+    if not O_IN_Q:
+        o0_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV0], o0_desc.layout)
+    q1_smem = q0_smem
+    k1_smem = k0_smem
+    v1_smem = v0_smem
+    o1_smem = o0_smem
+    if D1 > 0:
+        q1_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D1], q1_desc.layout)
+        k1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D1], k1_desc.layout)
+    if DV1 > 0:
+        v1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV1], v1_desc.layout)
+        o1_smem = q1_smem
+        if not O_IN_Q:
+            o1_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV1], o1_desc.layout)
+    keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(q_empty.index(c), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+    mbarrier.init(v_raw, count=1)
+    fence_async_shared()
+    descs = (q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc)
+    smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, o0_smem, o1_smem, keep_smem)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
+    pointers = (Lse, Range, Sinks)
+    numbers = (
+        num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs,
+    )  # fmt: skip
+    scales = (score_scale, cap_scale, all_heads, tiles_per_head, section)
+    # The argument tuples stand in the calls: under a name their constexprs would become tensors.
+    if SHARED_WORKER_ARGUMENTS:
+        if CONSUMERS == 2:
+            gl.warp_specialize(
+                (descs, smem, bars, pointers, numbers, scales, C), _consumer_0,
+                (descs, smem, bars, pointers, numbers, scales, C), [_consumer_1, produce],
+                [4, 1], [C.consumer_registers, C.producer_registers],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                (descs, smem, bars, pointers, numbers, scales, C), _consumer_0,
+                (descs, smem, bars, pointers, numbers, scales, C), [_consumer_1, _consumer_2, produce],
+                [4, 4, 1], [C.consumer_registers, C.consumer_registers, C.producer_registers],
+            )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer_0, (descs, smem, bars, pointers, numbers, scales, C)),
+                (_consumer_1, (descs, smem, bars, pointers, numbers, scales, C)),
+                (produce, (descs, smem, bars, pointers, numbers, scales, C)),
+            ],
+            [4, 1], [C.consumer_registers, C.producer_registers],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer_0, (descs, smem, bars, pointers, numbers, scales, C)),
+                (_consumer_1, (descs, smem, bars, pointers, numbers, scales, C)),
+                (_consumer_2, (descs, smem, bars, pointers, numbers, scales, C)),
+                (produce, (descs, smem, bars, pointers, numbers, scales, C)),
+            ],
+            [4, 4, 1], [C.consumer_registers, C.consumer_registers, C.producer_registers],
+        )  # fmt: skip

@@ -1,0 +1,93 @@
+"""From a Problem to a launch of `flashcore_hopper`: tensor descriptors, grid, constants."""
+
+import functools
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..launch import launch, score_factors
+from ..plan import Plan
+from ..problem import Problem
+from .kernel import Config, flashcore_hopper
+from .schedule import heads_in_section
+
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@functools.cache
+def tile_layout(rows: int, columns: int, dtype: torch.dtype):
+    """How a [rows, columns] tile lies in shared memory: swizzled as the copy engine and wgmma agree on."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """What the copy engine needs to fetch tiles `[1, 1, rows, columns]` of a `[B, H, S, D]` tensor."""
+    if not columns:
+        return None
+    # Where there is but one index its stride is never used and may be anything; the engine wants multiples of 16 bytes.
+    strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])]
+    return TensorDescriptor(
+        tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], tile_layout(rows, columns, tensor.dtype)
+    )
+
+
+def make_config(problem: Problem, plan: Plan, lse: bool) -> Config:
+    """What the kernel for this call is compiled for."""
+    row = plan.hopper
+    return Config(
+        *row.head_dim, *row.value_dim, row.block_n, row.consumers, row.stages,
+        (None, "sequence", "rows").index(problem.range_layout), problem.softcap > 0.0, problem.has_sinks, lse,
+        row.output_in_query, row.ping_pong, row.half_blocks, row.late, row.consumer_registers, row.producer_registers,
+    )  # fmt: skip
+
+
+def run_hopper(
+    problem: Problem,
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_range: torch.Tensor | None,
+    mask: None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Launch `flashcore_hopper`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
+    row = plan.hopper
+    d0, d1 = row.head_dim
+    dv0, dv1 = row.value_dim
+    all_heads = problem.batch_size * problem.num_heads
+    tiles_per_head = -(-problem.num_queries // plan.block_m)
+    bytes_per_key = 2 * (problem.head_dim + problem.value_dim)
+    processors = _processors(query.device)
+    section = 1
+    if problem.right >= 0 or key_range is not None:  # tiles may differ in length
+        section = heads_in_section(
+            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors
+        )
+    range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
+    launch(
+        flashcore_hopper,
+        min(processors, all_heads * tiles_per_head),
+        (
+            _descriptor(query, 64, d0), _descriptor(query, 64, d1),
+            _descriptor(key, plan.block_n, d0), _descriptor(key, plan.block_n, d1),
+            _descriptor(value, plan.block_n, dv0), _descriptor(value, plan.block_n, dv1),
+            _descriptor(out, 64, dv0), _descriptor(out, 64, dv1),
+            lse, key_range, sinks,
+        ),
+        (
+            problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
+            problem.left, problem.right, *range_strides, *score_factors(problem)[:2],
+            all_heads, tiles_per_head, section,
+        ),
+        (make_config(problem, plan, lse is not None),),
+        plan,
+    )  # fmt: skip

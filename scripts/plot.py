@@ -1,0 +1,59 @@
+"""Draw a prefill benchmark: rates over sequence length, a panel for each head dimension and pattern.
+
+usage: python scripts/plot.py scripts/results/prefill-h200.json [OUT.svg]      needs matplotlib (pip install '.[bench]')
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+CONTENDERS = {"flashcore": "C3", "fa3": "C0", "cudnn": "C2", "flash": "C7", "portable": "C1", "flex": "C4"}
+LABELS = {"fa3": "FlashAttention-3", "cudnn": "cuDNN", "flash": "PyTorch flash (FA2)", "flex": "FlexAttention",
+          "portable": "flashcore, portable"}  # fmt: skip
+
+
+def panels(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Title -> contender -> (sequence length, TFLOP/s)."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        match = re.fullmatch(r"prefill B\d+ S(\d+) (H\S+ D\S+ \w+)", row["case"])
+        if match and row["unit"] == "TFLOP/s":
+            panel = found.setdefault(match[2], {})
+            for name in CONTENDERS:
+                if row.get(name):
+                    panel.setdefault(name, []).append((int(match[1]), row[name]))
+    return {title: panel for title, panel in found.items() if len(next(iter(panel.values()))) > 2}
+
+
+def draw(record: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = panels(record["rows"])
+    columns = 2
+    figure, axes = plt.subplots(-(-len(found) // columns), columns, figsize=(10, 3.2 * -(-len(found) // columns)))
+    for axis, (title, panel) in zip(axes.flat, found.items()):
+        for name, points in panel.items():
+            axis.plot(*zip(*points), "o-", color=CONTENDERS[name], label=LABELS.get(name, name),
+                      linewidth=2.5 if name == "flashcore" else 1.2, markersize=4)  # fmt: skip
+        axis.set(title=title, xscale="log", ylabel="TFLOP/s", ylim=(0, None))
+        axis.set_xticks([x for x, _ in panel["flashcore"]], [str(x) for x, _ in panel["flashcore"]])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f"Prefill, bf16, 16K tokens, {record['gpu']}, {record['date'][:10]}")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> int:
+    source = Path(sys.argv[1])
+    draw(json.loads(source.read_text()), Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

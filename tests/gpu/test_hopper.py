@@ -1,0 +1,147 @@
+"""The Gluon kernel against float64 by the error rule: features, head dimensions, seeded random calls; and its bits."""
+
+import random
+
+import pytest
+import torch
+from flashcore_kernels import attention, explain, make_key_range, path_counts
+
+from ..kernels.reference import RANGES, assert_right, build, check, together
+
+if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("the Gluon kernel is for compute capability 9.0", allow_module_level=True)
+
+FEATURES = ("causal", "window", "softcap", "sinks", *RANGES, "rows", "gqa-7to1", "mqa", "lse", "strides")
+SHAPING = ("causal", "window", *RANGES, "rows", "gqa-7to1", "mqa", "strides")  # cost no compilation, but for the range
+HEAD_DIMS = (64, 96, 128, 192, 256)
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def on_hopper(call):
+    """Check `call`, and that it was the Gluon kernel's."""
+    path_counts.clear()
+    out = check(call)
+    assert set(path_counts) == {"flashcore_hopper"}, explain(call.query, call.key, call.value)
+    return out
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_features(head_dim, feature):
+    for features in ((feature,), (feature, "causal"), (feature, "window", "left-padding")):
+        if all(together(feature, other) for other in features[1:]):
+            for num_queries, num_keys in ((17, 129), (129, 129), (300, 700), (64, 64)):
+                dtype = torch.bfloat16
+                on_hopper(build(features, num_queries, num_keys, head_dim=head_dim, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 72, 80, 120, 136, 160, 200, 248])
+def test_head_dims(head_dim, dtype):
+    """Whatever is a multiple of 8; the values' own where it stays one."""
+    for features in (("causal", "lse"), ("causal", "value-dim") if head_dim % 16 == 8 else ("causal",)):
+        on_hopper(build(features, 200, 333, head_dim=head_dim, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("features", [("causal",), ("left-padding", "causal"), ("rows",), ("lse",)], ids="+".join)
+def test_mla(features):
+    call = build(features, 300, 300, heads=(8, 8), head_dim=192, dtype=torch.bfloat16, device="cuda")
+    value = call.value[..., :128].contiguous()
+    on_hopper(call._replace(value=value))
+    on_hopper(call._replace(value=call.value[..., 64:]))
+
+
+def draw_call(seed: int, block: int):
+    """The flags that choose a compiled kernel are the block's, the rest is the seed's."""
+    draw = random.Random(block)
+    flags = [flag for flag in ("softcap", "sinks", "lse") if draw.random() < 0.3]
+    dtype, split = draw.choice(DTYPES), HEAD_DIMS[block % len(HEAD_DIMS)]
+    draw = random.Random(seed)
+    head_dim = draw.choice((split, split, split - 8, split - 24))
+    features = list(flags)
+    for feature in draw.sample(SHAPING, k=draw.randint(0, 5)):
+        if all(together(feature, other) for other in features):
+            features.append(feature)
+    num_queries = draw.choice((17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300, 500, 1000))
+    num_keys = num_queries + draw.choice((0, 0, 0, 1, 13, 64, 128, 129, 1000, 4000))
+    if draw.random() < 0.1 and "rows" not in features:
+        num_keys = draw.choice((1, 16, 65, 130))  # fewer keys than queries: the first queries see none, if causal
+    return features, build(
+        features, num_queries, num_keys, batch_size=draw.choice((1, 2, 3, 5)),
+        heads=draw.choice(((1, 1), (4, 2), (8, 1), (8, 2), (12, 4), (14, 2), (32, 8))), head_dim=head_dim,
+        dtype=dtype, device="cuda", seed=seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", range(50))
+def test_random_calls(block, poisoned_empty):
+    """40 seeded calls a block, 2,000 in all: any dtype, head_dim, ratio, features and lengths."""
+    for seed in range(40 * block, 40 * block + 40):
+        features, call = draw_call(seed, block)
+        try:
+            on_hopper(call)
+        except AssertionError as error:
+            shapes = list(call.query.shape), list(call.key.shape), call.query.dtype
+            raise AssertionError(f"seed {seed}, {features}, {shapes}: {error}") from error
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_long(head_dim):
+    """Many blocks a tile, many tiles a program."""
+    for features in (("causal",), (), ("causal", "left-padding")):
+        on_hopper(build(features, 2111, 2111, batch_size=2, heads=(32, 8), head_dim=head_dim, device="cuda"))
+
+
+def test_negative_controls():
+    call = build(("causal", "window"), 129, 300, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    on_hopper(call)
+    for changed in ({"scale": 1.5 / 8}, {"window": 6}, {"window": 8}):
+        with pytest.raises(AssertionError):
+            assert_right(call.run(**changed), call)
+    with pytest.raises(AssertionError):
+        assert_right(call._replace(key=call.key.flip(1)).run(), call)
+
+
+REPEATED = {
+    "causal 128": (("causal",), 64, 513, 513, (16, 4)),
+    "full 128": ((), 128, 777, 777, (16, 4)),
+    "padded 128": (("causal", "left-padding"), 128, 500, 1000, (16, 4)),
+    "rows 128": (("rows",), 128, 513, 513, (16, 4)),
+    "window 64": (("causal", "window"), 64, 1000, 1000, (8, 8)),
+    "causal 96": (("causal", "lse"), 96, 513, 513, (8, 8)),
+    "causal 192": (("causal",), 192, 513, 513, (8, 8)),
+    "causal 256": (("causal", "sinks"), 256, 513, 1000, (8, 2)),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeats(name):
+    features, head_dim, num_queries, num_keys, heads = REPEATED[name]
+    call = build(
+        features, num_queries, num_keys, batch_size=4, heads=heads, head_dim=head_dim, dtype=torch.bfloat16,
+        device="cuda",
+    )  # fmt: skip
+    call.arguments.pop("return_lse", None)
+    first = on_hopper(call)
+    for _ in range(1000):
+        assert torch.equal(call.run(), first)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_alone_batched_and_padded(head_dim, softcap, window):
+    """Each sequence of a left-padded batch gives the bits that it gives alone."""
+    call = build((), 700, 1000, batch_size=4, heads=(8, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    first = torch.tensor([0, 3, 77, 429], device="cuda")
+    left = -1 if window is None else window - 1
+    padded = make_key_range(4, 1000, first=first, query_start=300, left=left, right=0)
+    path_counts.clear()
+    batched = attention(call.query, call.key, call.value, key_range=padded, softcap=softcap)
+    for b, start in enumerate(first.tolist()):
+        real = min(700, 1000 - start)
+        query = call.query[b : b + 1, :, 700 - real :]
+        key, value = call.key[b : b + 1, :, start:], call.value[b : b + 1, :, start:]
+        alone = attention(query, key, value, is_causal=True, window=window, softcap=softcap)
+        assert torch.equal(batched[b : b + 1, :, 700 - real :], alone), start
+    assert set(path_counts) == {"flashcore_hopper"}
