@@ -1,14 +1,21 @@
-"""The compiled kernels against float64 by the error rule: features alone and in pairs, and seeded random calls."""
+"""The portable kernels, compiled, against float64 by the error rule: features alone and in pairs, random calls."""
 
 import random
 
 import pytest
 import torch
-from flashcore_kernels import attention, make_key_range, path_counts
+from flashcore_kernels import attention, make_key_range, op, path_counts
 
 from ..kernels.reference import DTYPES, FEATURES, PAIRS, assert_right, build, check, together
 
 HEAD_DIMS = (8, 16, 40, 64, 80, 96, 128, 192, 256)
+
+
+@pytest.fixture(autouse=True)
+def portable(monkeypatch):
+    """The kernels of every GPU, on Hopper too: its own are in test_hopper.py."""
+    here = op.device_of(torch.device("cuda", torch.cuda.current_device()))
+    monkeypatch.setattr(op, "device_of", lambda device: here._replace(triton=(0, 0)))
 
 
 @pytest.mark.parametrize(

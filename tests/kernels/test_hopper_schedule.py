@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from flashcore_kernels.hopper import schedule  # noqa: E402
+from flashcore_kernels import key_range  # noqa: E402
+from flashcore_kernels.hopper import schedule, visible  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +55,11 @@ def test_sections():
     assert schedule.heads_in_section(16384, 1024, 8, 1, 128, 132) == 4
     assert schedule.heads_in_section(10**6, 512, 32, 4, 8000, 132) == 4
     assert schedule.heads_in_section(16, 512, 32, 4, 1, 132) == 32
+
+
+def test_words_of_a_key_range():
+    """The kernel's copy of the layout against its owner's."""
+    for name in ("FIRST", "END", "QUERY_START", "LEFT", "RIGHT", "HOLES"):
+        assert getattr(visible, name).value == getattr(key_range, name), name
+    assert visible.BITMAP.value == key_range.HEADER_WORDS
+    assert visible.FAR.value == key_range.FARTHEST
