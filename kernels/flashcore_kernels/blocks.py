@@ -114,7 +114,7 @@ def short_sums(
         q = tl.load(
             q_rows[:, None] + offs_d[None, :], mask=row_valid[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0
         )
-        k = load_tile(K, cols, stride_ks, offs_d, present, HEAD_DIM, BLOCK_D, CHECK)  # [N, CHUNK]
+        k = load_tile(K, cols, stride_ks, offs_d, present, HEAD_DIM, BLOCK_D, CHECK).to(tl.float32)  # [N, CHUNK]
         # fp32 means fp32: tl.dot would take tf32 by default.
         part = tl.dot(q, tl.trans(k), input_precision="ieee")
         # As a plain addition it would become the start of the dot, and one long sum again.
@@ -168,7 +168,7 @@ def attend_block(
         s = short_sums(q, K, stride_ks, cols, present, bias_valid, one, HEAD_DIM, BLOCK_D, CHECK)  # [M, N]
     else:
         k = load_tile(K, cols, stride_ks, tl.arange(0, BLOCK_D), present, HEAD_DIM, BLOCK_D, CHECK)  # [N, D]
-        s = tl.dot(q, tl.trans(k))  # [M, N]
+        s = tl.dot(q, tl.trans(k.to(q.dtype)))  # [M, N]
     # s * unit are the scores in units of log2; multiplied out only with the maximum at hand, by one fma.
     unit = score_scale
     if SOFTCAP:
@@ -201,10 +201,10 @@ def attend_block(
     l = l * alpha + tl.sum(p, axis=1)
     if EXACT:
         # An fma here too, for the same reason as in short_sums.
-        pv = tl.dot(p, v, input_precision="ieee")  # [M, DV]
+        pv = tl.dot(p, v.to(tl.float32), input_precision="ieee")  # [M, DV]
         acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), pv)
     else:
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
     return acc, m_new, l
 
 

@@ -6,7 +6,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from .naive import hide_unseen, naive_attention, visible_mask
+from .naive import dequantized, hide_unseen, naive_attention, visible_mask
 from .problem import Problem
 
 _warned: set[str] = set()
@@ -46,6 +46,8 @@ def torch_attention(
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     dropout: float = 0.0,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by PyTorch's own operators: any dtype and device, with gradients and dropout.
 
@@ -54,6 +56,8 @@ def torch_attention(
     Returns:
         output `[B, H, Q, Dv]`; lse `[B, H, Q]` (float64 for float64 inputs, else float32) or None.
     """
+    if problem.fp8:
+        key, value = dequantized(key, key_scale, query.dtype), dequantized(value, value_scale, query.dtype)
     sdpa_can = not (problem.softcap or problem.has_sinks or return_lse or problem.head_dim != problem.value_dim)
     if not sdpa_can:
         if dropout:

@@ -20,6 +20,8 @@ def flashcore_forward(
     Range,
     Mask,
     Sinks,
+    KeyScale,
+    ValueScale,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -64,7 +66,8 @@ def flashcore_forward(
     """out = softmax(cap(scale * q k^T) + mask) v, for one tile of BLOCK_M queries of one head.
 
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, DV]`, Out `[B, H, Q, DV]`, Lse `[B, H, Q]` fp32,
-    Range a KeyRange, Mask `[B, H, Q, K]` (strides may be 0), Sinks `[H]`.
+    Range a KeyRange, Mask `[B, H, Q, K]` (strides may be 0), Sinks `[H]`. K and V in e4m3 are multiplied with KeyScale
+    and ValueScale, fp32 `[B, Hkv]`: in fp16, which holds every e4m3 value, the scales on the scores and the output.
     Grid: `(cdiv(Q, BLOCK_M) * B * H,)`, the last queries first: under causal attention they take longest.
     """
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -110,6 +113,10 @@ def flashcore_forward(
         q = q_head + offs_m.to(tl.int64) * stride_qs  # [M]
     else:
         q = load_tile(q_head, offs_m, stride_qs, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        if KeyScale is not None:
+            q = q.to(tl.float16)
+    if KeyScale is not None:
+        score_scale *= tl.load(KeyScale + b * (num_heads // group) + kv_head)
     k_head = K + b * stride_kb + kv_head * stride_kh
     v_head = V + b * stride_vb + kv_head * stride_vh
     bitmap = Range + b * stride_rb + BITMAP if RANGE == 1 else Range
@@ -146,6 +153,8 @@ def flashcore_forward(
             )  # fmt: skip
 
     out, lse = finish_rows(acc, m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS, EXACT)
+    if ValueScale is not None:
+        out *= tl.load(ValueScale + b * (num_heads // group) + kv_head)
     out_rows = Out + b * stride_ob + h.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_os
     keep = row_valid[:, None] & (offs_dv[None, :] < VALUE_DIM)
     tl.store(out_rows[:, None] + offs_dv[None, :], out.to(Out.dtype.element_ty), mask=keep)
@@ -162,6 +171,8 @@ def run_forward(
     key_range: torch.Tensor | None,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
@@ -173,7 +184,7 @@ def run_forward(
         flashcore_forward,
         num_tiles * problem.batch_size * problem.num_heads,
         (
-            query, key, value, out, lse, key_range, mask, sinks,
+            query, key, value, out, lse, key_range, mask, sinks, key_scale, value_scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *range_strides,
             *mask_strides, problem.num_heads, problem.group,
         ),

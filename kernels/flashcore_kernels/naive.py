@@ -21,6 +21,8 @@ def naive_attention(
     dtype: torch.dtype | None = None,
     probability_dtype: torch.dtype | None = None,
     return_weights: bool = False,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(cap(scale * Q K^T) + mask) V over the keys that each query sees.
 
@@ -36,9 +38,13 @@ def naive_attention(
     Returns:
         output `[B, H, Q, Dv]` in query's dtype, and lse `[B, H, Q]` (natural logarithm, sinks included) in `dtype`.
     """
-    problem = check_problem(query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks)
+    problem = check_problem(
+        query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale
+    )
     if dtype is None:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if problem.fp8:
+        key, value = dequantized(key, key_scale, dtype), dequantized(value, value_scale, dtype)
     seen = visible_mask(problem, query.device, key_range, mask)  # [B or 1, H or 1, Q, K]
     key, value = hide_unseen(problem, key.to(dtype), value.to(dtype), seen)
     key = key.repeat_interleave(problem.group, dim=1)  # [B, H, K, D]
@@ -59,6 +65,11 @@ def naive_attention(
     rounded = weights if probability_dtype is None else weights.to(probability_dtype).to(dtype)
     output = (rounded @ value).to(query.dtype)
     return output, (weights if return_weights else lse)
+
+
+def dequantized(states: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e4m3 `[B, Hkv, K, D]` multiplied with `[B, Hkv]`, in `dtype`."""
+    return (states.to(torch.float32) * scale[:, :, None, None]).to(dtype)
 
 
 def visible_mask(

@@ -46,6 +46,8 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Grouped-query attention: softmax(cap(scale * Q K^T) + mask) V over the keys that each query sees.
@@ -66,6 +68,8 @@ def attention(
         scale: factor on Q K^T; D ** -0.5 where None.
         softcap: c > 0 replaces scores s by c * tanh(s / c).
         sinks: `[H]` logits that enter each head's denominator (and its lse) and nothing else.
+        key_scale, value_scale: float32 `[B, Hkv]`, for key and value in float8_e4m3fn: what their elements are
+            multiplied with. Query keeps its dtype. The kernels read e4m3 as fp16, and form no dequantised copy.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -77,15 +81,19 @@ def attention(
         ValueError: an argument does not fit; the message names it, what it was, and what is accepted.
         NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
     """
-    problem = check_problem(query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks)
+    problem = check_problem(
+        query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale
+    )
     if problem.needs_grad:
         note_fallback(fallback_reason(problem, Device("torch")))
         path_counts["torch"] += 1
-        output, lse = torch_attention(problem, query, key, value, key_range, mask, sinks, return_lse)
+        output, lse = torch_attention(
+            problem, query, key, value, key_range, mask, sinks, return_lse, 0.0, key_scale, value_scale
+        )
     else:
         output, lse = torch.ops.flashcore.attention(
-            query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
-            return_lse,
+            query, key, value, key_range, mask, sinks, key_scale, value_scale, problem.left, problem.right,
+            problem.scale, problem.softcap, return_lse,
         )  # fmt: skip
     return (output, lse) if return_lse else output
 
@@ -108,7 +116,8 @@ def explain(
 _library = torch.library.Library("flashcore", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? key_range, Tensor? mask, Tensor? sinks, "
-    "int left, int right, float scale, float softcap, bool return_lse) -> (Tensor, Tensor)"
+    "Tensor? key_scale, Tensor? value_scale, int left, int right, float scale, float softcap, bool return_lse) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -120,9 +129,11 @@ def _empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -
     return output, query.new_empty((batch_size, num_heads, num_queries) if return_lse else (0,), dtype=dtype)
 
 
-def _run(query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse):
+def _run(query, key, value, key_range, mask, sinks, key_scale, value_scale, left, right, scale, softcap, return_lse):
     """The operator's implementation on every device."""
-    problem = check_problem(query, key, value, key_range, mask, False, None, scale, softcap, sinks)
+    problem = check_problem(
+        query, key, value, key_range, mask, False, None, scale, softcap, sinks, key_scale, value_scale
+    )
     problem = problem._replace(left=left, right=right)
     device = device_of(query.device)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
@@ -135,17 +146,24 @@ def _run(query, key, value, key_range, mask, sinks, left, right, scale, softcap,
     output, lse = _empty_outputs(query, value, return_lse)
     if chosen.kernel == "torch":
         note_fallback(chosen.reason)
-        answer, answer_lse = torch_attention(problem, query, key, value, key_range, mask, sinks, return_lse)
+        answer, answer_lse = torch_attention(
+            problem, query, key, value, key_range, mask, sinks, return_lse, 0.0, key_scale, value_scale
+        )
         output.copy_(answer)
         return output, (answer_lse if return_lse else lse)
     if device.kind == "interpreter" and query.dtype == torch.bfloat16:
         # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
-        query, key, value = query.float(), key.float(), value.float()
+        query = query.float()
+        if not problem.fp8:
+            key, value = key.float(), value.float()
+    tensors = (
+        query, key, value, key_range, mask, sinks, key_scale, value_scale, output, lse if return_lse else None,
+    )  # fmt: skip
     if query.is_cuda and query.device.index != torch.cuda.current_device():
         with torch.cuda.device(query.device):
-            _launch(chosen, problem, query, key, value, key_range, mask, sinks, output, lse if return_lse else None)
+            _launch(chosen, problem, *tensors)
     else:
-        _launch(chosen, problem, query, key, value, key_range, mask, sinks, output, lse if return_lse else None)
+        _launch(chosen, problem, *tensors)
     return output, lse
 
 
@@ -164,7 +182,7 @@ def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> No
         run_forward(problem, chosen, *tensors)
 
 
-def _fake(query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse):
+def _fake(query, key, value, key_range, mask, sinks, key_scale, value_scale, left, right, scale, softcap, return_lse):
     return _empty_outputs(query, value, return_lse)
 
 

@@ -71,6 +71,8 @@ def fallback_reason(problem: Problem, device: Device) -> str | None:
         return f"the kernels take float16, bfloat16 and float32, not {problem.dtype}"
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.value_dim)}"
+    if problem.fp8 and device.kind == "cuda" and device.arch < 89:
+        return f"keys in fp8 need compute capability 8.9 or newer, this GPU has {device.arch // 10}.{device.arch % 10}"
     return None
 
 

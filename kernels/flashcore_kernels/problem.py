@@ -16,7 +16,7 @@ class Problem(NamedTuple):
     Attributes:
         batch_size, num_heads, num_kv_heads, num_queries, num_keys: B, H, Hkv, Q, K.
         head_dim, value_dim: D of query and key, Dv of value and output.
-        dtype, device_type: of query, key and value.
+        dtype, device_type: of query, key and value (in fp8 the dtype of query alone).
         range_layout: None, "sequence" or "rows" (see key_range.py).
         mask_kind: None, "bool" or "float".
         scale: factor on the scores before softcap and softmax.
@@ -27,6 +27,7 @@ class Problem(NamedTuple):
         needs_grad: whether gradients must flow.
         aligned: whether the rows of query, key and value all start at multiples of 16 bytes. Addresses exist only once
             a call runs, so `check_problem` leaves it False, and `with_alignment` looks.
+        fp8: whether key and value are float8_e4m3fn, with a scale for each sequence and KV head.
     """
 
     batch_size: int
@@ -48,6 +49,7 @@ class Problem(NamedTuple):
     has_sinks: bool
     needs_grad: bool
     aligned: bool = False
+    fp8: bool = False
 
     @property
     def group(self) -> int:
@@ -70,6 +72,8 @@ def check_problem(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> Problem:
     """Check the arguments of an attention call and say in a Problem what they ask.
 
@@ -80,7 +84,11 @@ def check_problem(
     """
     batch_size, num_heads, num_queries, head_dim = _check_shapes(query, key, value)
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
-    _check_same("dtype", query.dtype, key.dtype, value.dtype)
+    fp8 = key_scale is not None or value_scale is not None or torch.float8_e4m3fn in (key.dtype, value.dtype)
+    if fp8:
+        _check_fp8(query, key, value, key_scale, value_scale)
+    else:
+        _check_same("dtype", query.dtype, key.dtype, value.dtype)
     _check_same("device", query.device, key.device, value.device)
     if not query.dtype.is_floating_point:
         _fail("query dtype", query.dtype, "a floating-point dtype is needed")
@@ -122,6 +130,7 @@ def check_problem(
         num_keys - num_queries,
         sinks is not None,
         torch.is_grad_enabled() and _any_requires_grad(query, key, value, mask, sinks),
+        fp8=fp8,
     )
 
 
@@ -167,6 +176,17 @@ def _check_shapes(query, key, value) -> tuple[int, int, int, int]:
 def _check_same(what: str, query, key, value) -> None:
     if query != key or query != value:
         _fail(f"{what} of query, key, value", [str(query), str(key), str(value)], "they must be the same")
+
+
+def _check_fp8(query, key, value, key_scale, value_scale) -> None:
+    if (key.dtype, value.dtype) != (torch.float8_e4m3fn, torch.float8_e4m3fn):
+        _fail("dtype of key and value with scales", [str(key.dtype), str(value.dtype)], "both must be float8_e4m3fn")
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        wanted = tuple(key.shape[:2])
+        if scale is None or tuple(scale.shape) != wanted or scale.dtype != torch.float32 or not scale.is_contiguous():
+            got = None if scale is None else f"{scale.dtype} {list(scale.shape)}"
+            _fail(name, got, f"key and value in float8_e4m3fn need float32 {list(wanted)}, contiguous: one a KV head")
+        _check_device(name, scale, query)
 
 
 def _check_device(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:

@@ -38,6 +38,7 @@ FEATURES = {
     "softcap": {"softcap": True},
     "sinks": {"sinks": True, "lse": True},
     "range-all": {"range": "sequence", "softcap": True, "sinks": True, "lse": True},
+    "fp8": {"range": "sequence", "fp8": True},
     # From here on keys may be seen by no row, and `plan` takes other rows of the tables.
     "rows": {"range": "rows"},
     "rows-all": {"range": "rows", "softcap": True, "sinks": True, "lse": True},
@@ -78,7 +79,7 @@ def chosen_plan(variant: Variant):
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
         device_type="cuda", range_layout=features.get("range"), mask_kind=features.get("mask"), scale=1.0,
         softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
-        has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True,
+        has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True, fp8=bool(features.get("fp8")),
     )  # fmt: skip
     version = HOPPER_TRITON if variant.kernel == "flashcore_hopper" else (0, 0)
     chosen = plan(problem, Device("cuda", variant.arch, triton=version))
@@ -114,14 +115,18 @@ def source(variant: Variant, plan):
         "HAS_LSE": bool(features.get("lse")),
     }
     constants = {name: constant for name, constant in constants.items() if name in fn.arg_names}
-    pointers = {"Q": variant.dtype, "K": variant.dtype, "V": variant.dtype, "Out": variant.dtype}
+    stored = "fp8e4nv" if features.get("fp8") else variant.dtype
+    pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype}
     absent = {
         "Lse": None if features.get("lse") else "absent",
         "Range": None if features.get("range") else "absent",
         "Mask": None if features.get("mask") else "absent",
         "Sinks": None if features.get("sinks") else "absent",
+        "KeyScale": None if features.get("fp8") else "absent",
+        "ValueScale": None if features.get("fp8") else "absent",
     }
     pointers |= {"Lse": "fp32", "Range": "i32", "Sinks": "fp32", "Partial": "fp32", "Count": "i32"}
+    pointers |= {"KeyScale": "fp32", "ValueScale": "fp32"}
     pointers["Mask"] = "u8" if features.get("mask") == "bool" else variant.dtype
 
     signature, attributes = {}, {}
