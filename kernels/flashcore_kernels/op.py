@@ -92,8 +92,8 @@ def attention(
         )
     else:
         output, lse = torch.ops.flashcore.attention(
-            query, key, value, key_range, mask, sinks, key_scale, value_scale, problem.left, problem.right,
-            problem.scale, problem.softcap, return_lse,
+            query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
+            return_lse, key_scale, value_scale,
         )  # fmt: skip
     return (output, lse) if return_lse else output
 
@@ -116,8 +116,8 @@ def explain(
 _library = torch.library.Library("flashcore", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? key_range, Tensor? mask, Tensor? sinks, "
-    "Tensor? key_scale, Tensor? value_scale, int left, int right, float scale, float softcap, bool return_lse) "
-    "-> (Tensor, Tensor)"
+    "int left, int right, float scale, float softcap, bool return_lse, Tensor? key_scale=None, "
+    "Tensor? value_scale=None) -> (Tensor, Tensor)"
 )
 
 
@@ -129,7 +129,9 @@ def _empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -
     return output, query.new_empty((batch_size, num_heads, num_queries) if return_lse else (0,), dtype=dtype)
 
 
-def _run(query, key, value, key_range, mask, sinks, key_scale, value_scale, left, right, scale, softcap, return_lse):
+def _run(
+    query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
+):
     """The operator's implementation on every device."""
     problem = check_problem(
         query, key, value, key_range, mask, False, None, scale, softcap, sinks, key_scale, value_scale
@@ -182,7 +184,9 @@ def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> No
         run_forward(problem, chosen, *tensors)
 
 
-def _fake(query, key, value, key_range, mask, sinks, key_scale, value_scale, left, right, scale, softcap, return_lse):
+def _fake(
+    query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
+):
     return _empty_outputs(query, value, return_lse)
 
 

@@ -127,7 +127,7 @@ def test_bad_input():
 
 def test_operator(device):
     query, key, value, scales = call(1, 50, torch.float16, device)
-    arguments = (None, None, None, scales["key_scale"], scales["value_scale"], -1, 0, 0.1, 0.0, False)
+    arguments = (None, None, None, -1, 0, 0.1, 0.0, False, scales["key_scale"], scales["value_scale"])
     torch.library.opcheck(
         torch.ops.flashcore.attention.default, (query, key, value, *arguments),
         test_utils="test_faketensor",
