@@ -70,16 +70,14 @@ def end_chunk(
 
 @triton.jit
 def write_rows(
-    acc, m, l, Out, Lse, Sinks, ValueScale, b, kv_head, r, valid, num_kv_heads, group, num_queries,
-    stride_ob, stride_oh, stride_os, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr, EXACT: tl.constexpr,
+    acc, m, l, Out, Lse, Sinks, b, kv_head, r, valid, num_kv_heads, group, num_queries, stride_ob, stride_oh, stride_os,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Normalise rows r of a KV head and store them."""
     token = r // group
     head = kv_head.to(tl.int32) * group + r % group
     out, lse = finish_rows(acc, m, l, Sinks, head, valid, HAS_SINKS, EXACT)
-    if ValueScale is not None:
-        out *= tl.load(ValueScale + b * num_kv_heads + kv_head)
     offs_v = tl.arange(0, BLOCK_DV)
     out_rows = Out + b * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_os
     keep = valid[:, None] & (offs_v[None, :] < VALUE_DIM)
@@ -108,8 +106,6 @@ def flashcore_decode(
     Range,
     Mask,
     Sinks,
-    KeyScale,
-    ValueScale,
     Partial,
     Count,
     stride_qb,
@@ -165,8 +161,8 @@ def flashcore_decode(
     length alone. So is the order of the merge. A program computes `per_program` chunks, each as if it were alone; which
     program computes a chunk, or merges them, does not matter.
 
-    Shapes and scales: as `flashcore_forward`; Partial fp32 `[B * Hkv * num_splits * rows, BLOCK_DV + 2]` (acc, m,
-    l; the last two behind all of the acc), Count int32 `[B * Hkv * row_tiles]`, 0 at the start and again at the end.
+    Shapes: as `flashcore_forward`; Partial fp32 `[B * Hkv * num_splits * rows, BLOCK_DV + 2]` (acc, m, l; the last two
+    behind all of the acc), Count int32 `[B * Hkv * row_tiles]`, all 0 at the start and again at the end.
     Grid: `(cdiv(num_splits, per_program) * B * Hkv * row_tiles,)`; programs beyond a sequence's own number of chunks
     leave at once.
     """
@@ -202,10 +198,6 @@ def flashcore_decode(
             q = Q + b * stride_qb + q_rows  # [M]
         else:
             q = load_tile(Q + b * stride_qb, q_rows, 1, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)
-            if KeyScale is not None:
-                q = q.to(tl.float16)
-        if KeyScale is not None:
-            score_scale *= tl.load(KeyScale + b * num_kv_heads + kv_head)
         k_head = K + b * stride_kb + kv_head * stride_kh
         v_head = V + b * stride_vb + kv_head * stride_vh
         bitmap = Range + b * stride_rb + BITMAP if HAS_RANGE else Range
@@ -257,13 +249,12 @@ def flashcore_decode(
                         MERGE_ROWS, BLOCK_DV, MAX_SPLITS, EXACT,
                     )  # fmt: skip
                     write_rows(
-                        part_acc, part_m, part_l, Out, Lse, Sinks, ValueScale, b, kv_head, part, there, num_kv_heads,
-                        group, num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
-                        EXACT,
+                        part_acc, part_m, part_l, Out, Lse, Sinks, b, kv_head, part, there, num_kv_heads, group,
+                        num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
                     )  # fmt: skip
         else:
             write_rows(
-                acc, m, l, Out, Lse, Sinks, ValueScale, b, kv_head, r, row_valid, num_kv_heads, group, num_queries,
+                acc, m, l, Out, Lse, Sinks, b, kv_head, r, row_valid, num_kv_heads, group, num_queries,
                 stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
             )  # fmt: skip
 
@@ -335,8 +326,6 @@ def run_decode(
     key_range: torch.Tensor | None,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
@@ -357,7 +346,7 @@ def run_decode(
             flashcore_decode,
             triton.cdiv(num_splits, per_program) * units,
             (
-                query, key, value, out, lse, key_range, mask, sinks, key_scale, value_scale, partial, count,
+                query, key, value, out, lse, key_range, mask, sinks, partial, count,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
                 0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
             ),

@@ -171,10 +171,10 @@ def run_forward(
     key_range: torch.Tensor | None,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Launch `flashcore_forward`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
     mask, mask_strides = mask_argument(problem, mask)

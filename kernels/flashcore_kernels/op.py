@@ -158,9 +158,8 @@ def _run(
         query = query.float()
         if not problem.fp8:
             key, value = key.float(), value.float()
-    tensors = (
-        query, key, value, key_range, mask, sinks, key_scale, value_scale, output, lse if return_lse else None,
-    )  # fmt: skip
+    scales = (key_scale, value_scale) if problem.fp8 else ()
+    tensors = (query, key, value, key_range, mask, sinks, output, lse if return_lse else None, *scales)
     if query.is_cuda and query.device.index != torch.cuda.current_device():
         with torch.cuda.device(query.device):
             _launch(chosen, problem, *tensors)

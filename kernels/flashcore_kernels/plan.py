@@ -86,10 +86,12 @@ def plan(problem: Problem, device: Device) -> Plan:
     if reason is not None:
         return Plan("torch", reason)
     head = max(problem.head_dim, problem.value_dim)
-    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows":
+    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows" and not problem.fp8:
         kernel, why = "flashcore_decode", f"{problem.num_queries} query tokens, at most {MAX_DECODE_QUERIES}"
     elif problem.range_layout == "rows":
         kernel, why = "flashcore_forward", "a key range for each query"
+    elif problem.fp8:
+        kernel, why = "flashcore_forward", "the decode kernel does not read fp8 yet"
     else:
         kernel, why = "flashcore_forward", f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
     if kernel == "flashcore_forward" and device.arch == 90:
@@ -136,6 +138,8 @@ def hopper_reason(problem: Problem, device: Device) -> str | None:
         return f"that needs Triton 3.5 or newer, and this is {device.triton[0]}.{device.triton[1]}"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"that takes float16 and bfloat16, not {problem.dtype}"
+    if problem.fp8:
+        return "key and value are in fp8"
     if problem.mask_kind is not None:
         return "there is a dense mask"
     if not problem.aligned:
