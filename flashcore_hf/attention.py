@@ -6,6 +6,8 @@ from flashcore_kernels.fallback import note_fallback, torch_attention
 from flashcore_kernels.op import path_counts
 from flashcore_kernels.problem import check_problem
 
+from .quantize import SCALE_ATTRIBUTE
+
 # Keywords that ride along through Transformers' layers and say nothing that attention would have to heed: positions
 # are in query and key already, and which keys exist is in the mask.
 _NOT_OURS = frozenset(
@@ -61,6 +63,8 @@ def flashcore_attention(
     query, key, value = _autocast(query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     arguments = {"scale": scaling, "softcap": softcap, "sinks": sinks if s_aux is None else s_aux}
+    if key.dtype == torch.float8_e4m3fn:
+        arguments["key_scale"], arguments["value_scale"] = _scales(key, value)
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q describes one packed row, and query has batch size {query.shape[0]}")
@@ -90,7 +94,8 @@ def flashcore_attention(
         path_counts["torch"] += 1
         output, _ = torch_attention(
             check_problem(query, key, value, **arguments), query, key, value, arguments.get("key_range"),
-            arguments.get("mask"), arguments["sinks"], dropout=dropout,
+            arguments.get("mask"), arguments["sinks"], dropout=dropout, key_scale=arguments.get("key_scale"),
+            value_scale=arguments.get("value_scale"),
         )  # fmt: skip
     else:
         output = attention(query, key, value, **arguments)
@@ -112,8 +117,19 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        return tuple(tensor.to(dtype) for tensor in tensors)
+        return tuple(t if t.dtype == torch.float8_e4m3fn else t.to(dtype) for t in tensors)
     return tensors
+
+
+def _scales(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float32 `[B, Hkv]` scales that a FlashCoreCache in fp8 hung on its views."""
+    scales = tuple(getattr(part, SCALE_ATTRIBUTE, None) for part in (key, value))
+    if None in scales:
+        raise ValueError(
+            "key and value are in float8_e4m3fn and their scales are lost: this model changes them between its cache "
+            "and its attention. Use FlashCoreCache without dtype, or a DynamicCache"
+        )
+    return scales
 
 
 def _without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool, sliding_window: int | None) -> dict:

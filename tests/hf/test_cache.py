@@ -329,3 +329,45 @@ def test_fp8_layer(window):
     layer.reset()
     layer.update(*(100 * part for part in tokens(2, 9)))
     assert (layer.key_scale > 10 * scales).all()
+
+
+def fp8_logits(model, ids, mask, cache) -> list[torch.Tensor]:
+    """Logits of three chunks of a text, the later two of which read what the cache stored."""
+    logits, start = [], 0
+    with torch.no_grad():
+        for count in (6, 4, 1):
+            part = slice(start, start + count)
+            start += count
+            out = model(ids[:, part], attention_mask=mask[:, :start], past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, -1])
+    return logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_fp8_model(model_type, paths):
+    """Chunks and single tokens read e4m3 by kernel; logits near those of the exact cache, and generate() runs."""
+    _, model = model_pair(model_type)
+    ids, mask = prompts(2, 11, "left")
+    exact = fp8_logits(model, ids, mask, DynamicCache(config=model.config))
+    paths.clear()
+    got = fp8_logits(model, ids, mask, FlashCoreCache(model.config, dtype=torch.float8_e4m3fn))
+    assert paths["torch"] == 0
+    torch.testing.assert_close(got[0], exact[0])  # nothing was read from the cache yet
+    for a, b in zip(got[1:], exact[1:]):
+        assert 0 < (a - b).abs().max() < 0.25 * b.abs().max()
+    cache = FlashCoreCache(model.config, dtype=torch.float8_e4m3fn)
+    assert greedy(model, ids, mask, 6, past_key_values=cache).shape == (2, 17)
+    assert cache.layers[0].key_buffer.dtype == torch.float8_e4m3fn
+
+
+def test_fp8_whose_scales_are_lost_is_refused():
+    from flashcore_hf.attention import flashcore_attention
+
+    layer = FlashCoreLayer(dtype=torch.float8_e4m3fn)
+    layer.update(*tokens(1, 5, value_dim=8))
+    keys, values = layer.update(*tokens(1, 1, value_dim=8))
+    query = torch.randn(1, 2, 1, 8)
+    module = torch.nn.Module()
+    flashcore_attention(module, query, keys, values, None, is_causal=False)
+    with pytest.raises(ValueError, match="scales are lost"):
+        flashcore_attention(module, query, keys.clone(), values, None, is_causal=False)
