@@ -1,6 +1,7 @@
 """One layer of FlashCoreCache: buffers that double when they are full, and drop what a sliding window has passed."""
 
 import torch
+from flashcore_kernels import write_kv
 
 from .compat import crop_takes_length, require_cache_layers
 from .quantize import SCALE_ATTRIBUTE, dequantize, head_scales, quantize
@@ -163,39 +164,38 @@ class FlashCoreLayer(CacheLayerMixin):
             return self._update_in_graph(key_states, value_states)
         self._check(key_states, value_states)
         count, first, start = key_states.shape[2], self._visible(), self.length
-        stored = self._stored(key_states, value_states)
+        if self.fp8 and not self._scaled:
+            # In place: a graph may know the scales by their addresses.
+            self.key_scale.copy_(head_scales(key_states))
+            self.value_scale.copy_(head_scales(value_states))
+            self._scaled = True
         if self._too_long_to_keep(start - first + count):
+            stored = self._stored(key_states, value_states)
             past = (self.keys, self.values)
             whole = stored if start == 0 else [self._joined(*pair) for pair in zip(past, stored)]
             self._keep_end(whole, count)
             return (key_states, value_states) if start == 0 else tuple(whole)
         self.reserve(count)
-        slots = slice(start - self.base, start - self.base + count)
-        self.key_buffer[:, :, slots] = stored[0]
-        self.value_buffer[:, :, slots] = stored[1]
+        self._write(key_states, value_states, start - self.base)
         self.length += count
         if start == 0:
             return key_states, value_states
         return self._view(self.key_buffer, first, self.length), self._view(self.value_buffer, first, self.length)
 
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, slot: int | torch.Tensor) -> None:
+        write_kv(
+            self.key_buffer, self.value_buffer, key_states, value_states, slot, self.key_scale, self.value_scale
+        )  # fmt: skip
+
     def _stored(self, key_states: torch.Tensor, value_states: torch.Tensor) -> list[torch.Tensor]:
         """The new tokens as the buffers hold them."""
         if not self.fp8:
             return [key_states, value_states]
-        if not self._scaled:
-            # In place: a graph may know the scales by their addresses.
-            self.key_scale.copy_(head_scales(key_states))
-            self.value_scale.copy_(head_scales(value_states))
-            self._scaled = True
         return [quantize(key_states, self.key_scale), quantize(value_states, self.value_scale)]
 
     def _update_in_graph(self, key_states: torch.Tensor, value_states: torch.Tensor):
         """Write one token at the slot that the device knows; return the whole buffers: a mask knows what is filled."""
-        slot = self.device_position.slot
-        for buffer, states in zip((self.key_buffer, self.value_buffer), self._stored(key_states, value_states)):
-            if self.fp8:  # index_copy_ takes bytes
-                buffer, states = buffer.view(torch.uint8), states.view(torch.uint8)
-            buffer.index_copy_(2, slot, states)
+        self._write(key_states, value_states, self.device_position.slot)
         end = self.base + self.capacity
         return self._view(self.key_buffer, self.base, end), self._view(self.value_buffer, self.base, end)
 
@@ -342,10 +342,12 @@ class FlashCoreLayer(CacheLayerMixin):
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"the cache holds {length} tokens, more than max_length={self.max_length}")
         self.length = self.base = length - keys.shape[2]
-        stored = self._stored(keys, values)
+        if self.fp8:
+            self.key_scale.copy_(head_scales(keys))
+            self.value_scale.copy_(head_scales(values))
+            self._scaled = True
         self.reserve(keys.shape[2])
-        slots = slice(self.length - self.base, self.length - self.base + keys.shape[2])
-        self.key_buffer[:, :, slots], self.value_buffer[:, :, slots] = stored
+        self._write(keys, values, self.length - self.base)
         self.length = self._recorded_from = length
 
     def copied(self) -> tuple[torch.Tensor, torch.Tensor]:

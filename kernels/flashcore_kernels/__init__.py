@@ -3,6 +3,7 @@
 from .fallback import FlashcoreFallbackWarning
 from .key_range import make_key_range, make_row_ranges
 from .kv_cache import KVCache, attention_with_kv_cache
+from .kv_write import write_kv
 from .naive import naive_attention
 from .op import attention, explain, path_counts
 
@@ -16,4 +17,5 @@ __all__ = [
     "make_row_ranges",
     "naive_attention",
     "path_counts",
+    "write_kv",
 ]
