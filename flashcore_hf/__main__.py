@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "--batch", type=_positive, nargs="+", metavar="B", help="batch sizes (1 4; with --prompts: 1 and all of them)"
     )
     parity.add_argument("--cache", choices=("dynamic", "static"), nargs="+", help="default: both")
+    parity.add_argument("--fp8", action="store_true", help="also report what a FlashCoreCache in float8_e4m3fn changes")
     parity.add_argument("--workdir", metavar="DIR", help="keep the tiny checkpoints here, and use them again")
     parity.add_argument("--json", metavar="FILE", help="also write the rows here")
     return root

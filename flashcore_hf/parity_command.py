@@ -52,16 +52,24 @@ def main(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, _progress(console) as progress:
         rows = _run_jobs(jobs, Path(arguments.workdir or scratch), progress)
+        fp8_rows = _run_fp8(jobs, Path(arguments.workdir or scratch), progress) if arguments.fp8 else []
     seconds = time.perf_counter() - began
 
     console.print(table_of(rows))
     for row in rows:
         for failure in row.failures:
             console.print(f"FAILED {row.model}, {row.cell}, beside {row.reference}: {failure}")
-    failed = sum(not row.passed for row in rows)
-    console.print(f"{len(rows) - failed} rows passed, {failed} failed, in {seconds:.0f} s")
+    if fp8_rows:
+        console.print(fp8_table_of(fp8_rows))
+    for row in fp8_rows:
+        for failure in row.failures:
+            console.print(f"FAILED {row.model}, {row.cell}: {failure}")
+    failed = sum(not row.passed for row in [*rows, *fp8_rows])
+    console.print(f"{len(rows) + len(fp8_rows) - failed} rows passed, {failed} failed, in {seconds:.0f} s")
     if arguments.json:
         record = {**facts, "seconds": seconds, "rows": [{**asdict(row), "passed": row.passed} for row in rows]}
+        if fp8_rows:
+            record["fp8"] = [{**asdict(row), "passed": row.passed} for row in fp8_rows]
         Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
     return 1 if failed or not rows else 0
 
@@ -115,6 +123,25 @@ def table_of(rows: list[Row]) -> Table:
             "never" if row.control_caught_at is None else f"token {row.control_caught_at}",
             "\n".join(f"{name} {count}" for name, count in sorted(row.paths.items())) or "none",
             "[green]passed[/]" if row.passed else "[red]FAILED[/]",
+        )
+    return table
+
+
+def fp8_table_of(rows: list) -> Table:
+    """One line a row: what an fp8 cache changes beside one in the model's dtype."""
+    table = Table(title="An fp8 cache beside one in the model's dtype")
+    for heading in ("model", "generation"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("tokens equal", "same choice after the same text", "relative error of logits", "largest"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.model,
+            row.cell,
+            f"{row.tokens_equal}/{row.tokens}",
+            f"{row.steps_equal:.1%}",
+            f"{row.relative_error:.2%}",
+            f"{row.largest_difference:.1e}",
         )
     return table
 
@@ -229,6 +256,24 @@ def _run_jobs(jobs: list[Settings], folder: Path, progress: Progress) -> list[Ro
                 except queue.Empty:
                     continue
             return [row for future in futures for row in future.result()]
+
+
+def _run_fp8(jobs: list[Settings], folder: Path, progress: Progress) -> list:
+    """The fp8 rows of every job, one after the other."""
+    from .parity_fp8 import compare_fp8
+
+    rows = []
+    for job in jobs:
+        # A worker trained it in a process of its own, and kept the path there.
+        job.path = job.path or str(tiny_models.ensure_checkpoint(job.name, folder))
+        tokens = sum(cell.max_new_tokens for cell in job.cells if cell.cache == "dynamic")
+        bar = progress.add_task(f"{job.name}: fp8 cache", total=3 * tokens)
+
+        def show(what: str, steps: int, bar=bar) -> None:
+            progress.update(bar, description=what, advance=steps)
+
+        rows += compare_fp8(job, show)
+    return rows
 
 
 def _progress(console: Console):

@@ -8,8 +8,10 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from flashcore_kernels import FlashcoreFallbackWarning
 from flashcore_kernels.fallback import forget_warnings
+from packaging.version import Version
 
 from flashcore_hf import parity_command, tiny_models
 from flashcore_hf.__main__ import parser
@@ -149,6 +151,17 @@ class TestRuns:
     def test_bfloat16_rows_are_judged_under_forced_tokens(self, checkpoint):
         rows = compare_model(settings(checkpoint, dtype=torch.bfloat16, references=("sdpa",), cells=cells()[:1]))
         assert not [f for row in rows for f in row.failures if not f.startswith("void")]
+
+    @pytest.mark.skipif(Version(transformers.__version__) < Version("4.57"), reason="FlashCoreCache needs 4.57")
+    def test_fp8_rows_report(self, checkpoint):
+        """e4m3 changes logits, by a few percent."""
+        from flashcore_hf.parity_fp8 import compare_fp8
+
+        reported = []
+        (row,) = compare_fp8(settings(checkpoint), lambda what, steps: reported.append(steps))
+        assert row.passed and row.cell == "fp8, B=2 left-padded" and row.tokens == 16
+        assert 0 < row.relative_error < 0.2 and row.largest_difference > 0
+        assert row.steps_equal >= 0.5 and sum(reported) == 3 * 8
 
     def test_wrong_scale_fails_and_is_put_back(self, checkpoint):
         reference = generate(load(checkpoint, "eager", torch.float32, "cpu"), cells()[0])
