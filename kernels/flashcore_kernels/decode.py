@@ -1,15 +1,100 @@
 """Split-KV decode in one launch: few queries on many keys, cut into chunks; the last program of a head merges them."""
 
-import threading
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, power_of_2, sequence_bounds
+from .blocks import BITMAP, FAR, finish_rows, load_tile, power_of_2, sequence_bounds, short_sums, tanh
+from .counters import counters
 from .launch import launch, mask_argument, score_factors
 from .plan import Plan, max_splits_for, padded
 from .problem import Problem
+
+
+@triton.jit
+def attend_keys(
+    q,  # [D, M]; where EXACT, [M] pointers to its rows
+    acc,  # [DV, M] fp32, unnormalised output
+    m,  # [M] fp32, running maximum of the scores (log2 units)
+    l,  # [M] fp32, running denominator
+    K,
+    V,  # of this sequence and KV head
+    stride_ks,
+    stride_vs,
+    n,  # first key of the block
+    lo,
+    hi,  # keys [lo, hi) are the ones that some row sees
+    row_lo,
+    row_hi,  # [M] each row sees keys [row_lo, row_hi)
+    bitmap,  # pointer to this sequence's bitmap
+    bias_rows,  # [M] pointers to the rows of the dense mask
+    row_valid,  # [M] which of them may be read
+    stride_mk,
+    score_scale,
+    cap_scale,
+    one,  # 1.0, but not to the compiler
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+    BITS: tl.constexpr,  # read the bitmap
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    SOFTCAP: tl.constexpr,
+):
+    """Fold keys [n, n + BLOCK_N) into the online softmax state (acc, m, l), which stands on its side.
+
+    As `blocks.attend_block`, but with the keys as rows: k q^T and v^T p^T. A decode has few queries, and the tensor
+    cores want 64 rows from four warps (wgmma) or 16 from each (mma): here those are keys, not padding.
+    """
+    cols = n + tl.arange(0, BLOCK_N)  # [N]
+    present = (cols >= lo) & (cols < hi)  # [N]
+    if BITS:
+        word = tl.load(bitmap + (cols >> 5), mask=present, other=0)  # [N]
+        present = present & (((word >> (cols & 31)) & 1) == 1)
+    if EXACT:
+        s = tl.trans(short_sums(q, K, stride_ks, cols, present, row_valid, one, HEAD_DIM, BLOCK_D, True))  # [N, M]
+    else:
+        k = load_tile(K, cols, stride_ks, tl.arange(0, BLOCK_D), present, HEAD_DIM, BLOCK_D, True)  # [N, D]
+        s = tl.dot(k.to(q.dtype), q)  # [N, M]
+    # s * unit are the scores in units of log2; multiplied out only with the maximum at hand, by one fma.
+    unit = score_scale
+    if SOFTCAP:
+        s = tanh(s * unit)
+        unit = cap_scale
+    see = present[:, None] & (cols[:, None] >= row_lo[None, :]) & (cols[:, None] < row_hi[None, :])  # [N, M]
+    if MASK != 0:
+        at = bias_rows[None, :] + cols.to(tl.int64)[:, None] * stride_mk
+        bias = tl.load(at, mask=row_valid[None, :] & present[:, None], other=0)  # [N, M]
+        if MASK == 1:
+            see = see & (bias != 0)
+        else:
+            bias = bias.to(tl.float32)
+            see = see & (bias > float("-inf"))
+            # finfo.min * log2(e) would overflow to -inf; finite stays finite.
+            s = s * unit + tl.maximum(bias * 1.4426950408889634, -3.0e38)
+            unit = 1.0
+    s = tl.where(see, s, float("-inf"))
+    if MASK != 0:
+        # V may hold NaN where no row looks, and 0 * NaN is NaN. Rows past the last one do not count as looking.
+        present = present & (tl.max((see & row_valid[None, :]).to(tl.int32), axis=1) > 0)
+    v = load_tile(V, cols, stride_vs, tl.arange(0, BLOCK_DV), present, VALUE_DIM, BLOCK_DV, True)  # [N, DV]
+
+    m_new = tl.maximum(m, tl.max(s, axis=0) * unit)  # [M]
+    # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = power_of_2(tl.fma(s, unit + tl.zeros_like(s), tl.zeros_like(s) - m_finite[None, :]), EXACT)  # [N, M]
+    alpha = power_of_2(m - m_finite, EXACT)  # [M]
+    l = l * alpha + tl.sum(p, axis=0)
+    if EXACT:
+        pv = tl.trans(tl.dot(tl.trans(p), v.to(tl.float32), input_precision="ieee"))  # [DV, M]
+        acc = tl.fma(acc, tl.broadcast_to(alpha[None, :], acc.shape), pv)
+    else:
+        acc = tl.dot(tl.trans(v.to(q.dtype)), p.to(q.dtype), acc * alpha[None, :])
+    return acc, m_new, l
 
 
 @triton.jit
@@ -50,34 +135,36 @@ def merge(
 
 
 @triton.jit
-def end_chunk(
-    acc, m, l, Partial, stats, line, rows, row_valid, block, per_chunk, blocks, used, BLOCK_DV: tl.constexpr
-):  # fmt: skip
-    """After the last block of a chunk: write its state where the merge will look for it, and begin anew.
+def end_chunk(acc, m, l, Partial, stats, line, rows, row_valid, left, per_chunk, BLOCK_DV: tl.constexpr):
+    """Where `left` is 0, no blocks of a chunk are left: write its state where the merge will look, and begin anew.
 
-    By masks, not by a branch, which would end the pipeline of loads at each chunk.
+    `line` [M] is where; returns (acc, m, l, line, left) for the next block.
     """
-    left = tl.where(used > 1, tl.minimum((block + 1) % per_chunk, blocks - 1 - block), 1)  # blocks of this chunk
-    at_end = tl.zeros([line.shape[0]], tl.int32) == left  # [M], all alike
-    part = line + (block // per_chunk * rows).to(tl.int64)  # [M]
-    keep = row_valid & at_end
-    offs_dv = tl.arange(0, BLOCK_DV)
-    tl.store(Partial + part[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=keep[:, None])
-    tl.store(stats + part * 2, m, mask=keep)
-    tl.store(stats + part * 2 + 1, l, mask=keep)
-    return tl.where(at_end[:, None], 0.0, acc), tl.where(at_end, float("-inf"), m), tl.where(at_end, 0.0, l)
+    if left == 0:
+        offs_dv = tl.arange(0, BLOCK_DV)
+        tl.store(Partial + line[None, :] * BLOCK_DV + offs_dv[:, None], acc, mask=row_valid[None, :])
+        tl.store(stats + line * 2, m, mask=row_valid)
+        tl.store(stats + line * 2 + 1, l, mask=row_valid)
+        acc = tl.zeros_like(acc)
+        m = tl.full([m.shape[0]], float("-inf"), tl.float32)
+        l = tl.zeros_like(l)
+        line += rows
+        left = per_chunk
+    return acc, m, l, line, left
 
 
 @triton.jit
 def write_rows(
-    acc, m, l, Out, Lse, Sinks, b, kv_head, r, valid, num_kv_heads, group, num_queries, stride_ob, stride_oh, stride_os,
-    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
-    EXACT: tl.constexpr,
+    acc, m, l, Out, Lse, Sinks, ValueScale, b, kv_head, r, valid, num_kv_heads, group, num_queries,
+    stride_ob, stride_oh, stride_os, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Normalise rows r of a KV head and store them."""
     token = r // group
     head = kv_head.to(tl.int32) * group + r % group
     out, lse = finish_rows(acc, m, l, Sinks, head, valid, HAS_SINKS, EXACT)
+    if ValueScale is not None:
+        out *= tl.load(ValueScale + b * num_kv_heads + kv_head)
     offs_v = tl.arange(0, BLOCK_DV)
     out_rows = Out + b * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_os
     keep = valid[:, None] & (offs_v[None, :] < VALUE_DIM)
@@ -106,6 +193,8 @@ def flashcore_decode(
     Range,
     Mask,
     Sinks,
+    KeyScale,
+    ValueScale,
     Partial,
     Count,
     stride_qb,
@@ -198,6 +287,11 @@ def flashcore_decode(
             q = Q + b * stride_qb + q_rows  # [M]
         else:
             q = load_tile(Q + b * stride_qb, q_rows, 1, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)
+            if KeyScale is not None:
+                q = q.to(tl.float16)  # which holds every e4m3 value
+            q = tl.trans(q)  # [D, M]
+        if KeyScale is not None:
+            score_scale *= tl.load(KeyScale + b * num_kv_heads + kv_head)
         k_head = K + b * stride_kb + kv_head * stride_kh
         v_head = V + b * stride_vb + kv_head * stride_vh
         bitmap = Range + b * stride_rb + BITMAP if HAS_RANGE else Range
@@ -205,35 +299,38 @@ def flashcore_decode(
             bias_rows = Mask + b * stride_mb + head.to(tl.int64) * stride_mh + token.to(tl.int64) * stride_mq
         else:
             bias_rows = r
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
-        line = head_unit.to(tl.int64) * num_splits * rows + r  # [M], of the first chunk
+        line = (head_unit.to(tl.int64) * num_splits + split) * rows + r  # [M], of the first chunk
+        left = tl.where(used > 1, per_chunk, FAR)  # a lone chunk is not written there
         units = tl.num_programs(0) // programs // row_tiles  # B * Hkv
         stats = Partial + units.to(tl.int64) * num_splits * rows * BLOCK_DV if MAY_SPLIT else Partial
         last_block = tl.minimum((split + per_program) * per_chunk, blocks)
         if HAS_RANGE and holes != 0:
             for block in range(split * per_chunk, last_block):
-                acc, m, l = attend_block(
+                acc, m, l = attend_keys(
                     q, acc, m, l, k_head, v_head, stride_ks, stride_vs, lo + block * BLOCK_N, lo, hi, row_lo, row_hi,
-                    bitmap, holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, True, True, MASK, MASK != 0, SOFTCAP,
+                    bitmap, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, True, MASK, SOFTCAP,
                 )  # fmt: skip
                 if MAY_SPLIT:
-                    acc, m, l = end_chunk(
-                        acc, m, l, Partial, stats, line, rows, row_valid, block, per_chunk, blocks, used, BLOCK_DV
+                    left = tl.where((block == blocks - 1) & (used > 1), 0, left - 1)
+                    acc, m, l, line, left = end_chunk(
+                        acc, m, l, Partial, stats, line, rows, row_valid, left, per_chunk, BLOCK_DV
                     )
         else:
             # Without the bitmap, which would cost every sequence a load a block.
             for block in range(split * per_chunk, last_block):
-                acc, m, l = attend_block(
+                acc, m, l = attend_keys(
                     q, acc, m, l, k_head, v_head, stride_ks, stride_vs, lo + block * BLOCK_N, lo, hi, row_lo, row_hi,
-                    bitmap, holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, True, False, MASK, MASK != 0, SOFTCAP,
+                    bitmap, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, False, MASK, SOFTCAP,
                 )  # fmt: skip
                 if MAY_SPLIT:
-                    acc, m, l = end_chunk(
-                        acc, m, l, Partial, stats, line, rows, row_valid, block, per_chunk, blocks, used, BLOCK_DV
+                    left = tl.where((block == blocks - 1) & (used > 1), 0, left - 1)
+                    acc, m, l, line, left = end_chunk(
+                        acc, m, l, Partial, stats, line, rows, row_valid, left, per_chunk, BLOCK_DV
                     )
 
         if MAY_SPLIT and used > 1:
@@ -249,72 +346,75 @@ def flashcore_decode(
                         MERGE_ROWS, BLOCK_DV, MAX_SPLITS, EXACT,
                     )  # fmt: skip
                     write_rows(
-                        part_acc, part_m, part_l, Out, Lse, Sinks, b, kv_head, part, there, num_kv_heads, group,
-                        num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
+                        part_acc, part_m, part_l, Out, Lse, Sinks, ValueScale, b, kv_head, part, there, num_kv_heads,
+                        group, num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
+                        EXACT,
                     )  # fmt: skip
         else:
             write_rows(
-                acc, m, l, Out, Lse, Sinks, b, kv_head, r, row_valid, num_kv_heads, group, num_queries,
-                stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
+                tl.trans(acc), m, l, Out, Lse, Sinks, ValueScale, b, kv_head, r, row_valid, num_kv_heads, group,
+                num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
             )  # fmt: skip
 
 
-class Counters:
-    """Zeroed counters for the merge, one buffer a device and stream.
+class DecodeLaunch(NamedTuple):
+    """Everything about a launch of `flashcore_decode` but the tensors.
 
-    A kernel leaves its counters at zero, and launches on one stream follow each other, so a stream can use one buffer
-    over and over. Two streams must not share one; neither may a graph, which replays whenever its owner likes. A launch
-    that fails may leave counts behind, so its buffer is forgotten.
-
-    A buffer outlives the call, so it must not come out of a graph's private memory pool. torch.compile warms its graphs
-    up inside of one, without capturing; but pools catch the allocations of a thread or a stream, never another's.
+    Attributes:
+        kernel: the jitted function.
+        programs: size of the grid.
+        units: how many counters the merge needs.
+        partial: fp32 elements of the workspace, 0 where no sequence can have two chunks.
+        integers, scalars, constants: the parameters behind the pointers, see `launch`.
     """
 
-    def __init__(self):
-        self._buffers: dict[tuple, torch.Tensor] = {}
-        self._lock = threading.Lock()
-
-    @staticmethod
-    def _key(device: torch.device) -> tuple:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
-        return device.type, device.index, stream
-
-    def get(self, count: int, device: torch.device) -> torch.Tensor:
-        """int32 zeros, at least `count` of them, for one launch on the current stream."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=device)  # zeroed again at each replay
-        key = self._key(device)
-        with self._lock:
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.numel() < count:
-                buffer = self._buffers[key] = _lasting_zeros(max(count, 4096), device)
-        return buffer
-
-    def forget(self, device: torch.device) -> None:
-        """Drop the current stream's buffer after a launch that failed."""
-        with self._lock:
-            self._buffers.pop(self._key(device), None)
+    kernel: object
+    programs: int
+    units: int
+    partial: int
+    integers: tuple
+    scalars: tuple
+    constants: tuple
 
 
-def _lasting_zeros(count: int, device: torch.device) -> torch.Tensor:
-    """int32 zeros from the device's common memory, ready for use on the current stream."""
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    made = []
-
-    def make() -> None:
-        with torch.cuda.device(device):  # on the default stream of a thread of its own
-            made.append(torch.zeros(count, dtype=torch.int32, device=device))
-            torch.cuda.current_stream().synchronize()
-
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    made[0].record_stream(torch.cuda.current_stream(device))
-    return made[0]
-
-
-counters = Counters()
+def decode_launch(
+    problem: Problem,
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    key_range: torch.Tensor | None,
+    mask_strides: tuple[int, ...],
+    has_lse: bool,
+) -> DecodeLaunch:
+    """Grid, workspace and parameters for tensors with these strides."""
+    rows = problem.num_queries * problem.group
+    units = problem.batch_size * problem.num_kv_heads * triton.cdiv(rows, plan.block_m)
+    num_splits = max_splits_for(problem.num_keys, plan)
+    # Chunks are for one long sequence to fill the GPU; a batch that fills it does several in a program.
+    per_program = min(padded(max(units * num_splits // plan.programs, 1)), padded(num_splits))
+    lines = problem.batch_size * problem.num_kv_heads * num_splits * rows
+    return DecodeLaunch(
+        flashcore_decode,
+        triton.cdiv(num_splits, per_program) * units,
+        units,
+        lines * (plan.block_dv + 2) if num_splits > 1 else 0,
+        (
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+            0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
+        ),
+        (
+            problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
+            per_program, *score_factors(problem),
+        ),
+        (
+            problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
+            max(min(plan.block_m, 512 // plan.block_dv), 1), problem.dtype == torch.float32, plan.min_blocks,
+            plan.max_splits, num_splits > 1, problem.range_layout is not None,
+            (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0, has_lse,
+        ),
+    )  # fmt: skip
 
 
 def run_decode(
@@ -328,43 +428,19 @@ def run_decode(
     sinks: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Launch `flashcore_decode`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
-    rows = problem.num_queries * problem.group
-    units = problem.batch_size * problem.num_kv_heads * triton.cdiv(rows, plan.block_m)
-    num_splits = max_splits_for(problem.num_keys, plan)
-    # Chunks are for one long sequence to fill the GPU; a batch that fills it does several in a program.
-    per_program = min(padded(max(units * num_splits // plan.programs, 1)), padded(num_splits))
-    partial = count = None
-    if num_splits > 1:
-        lines = problem.batch_size * problem.num_kv_heads * num_splits * rows
-        partial = torch.empty(lines * (plan.block_dv + 2), dtype=torch.float32, device=query.device)
-        count = counters.get(units, query.device)
     mask, mask_strides = mask_argument(problem, mask)
+    setup = decode_launch(problem, plan, query, key, value, out, key_range, mask_strides, lse is not None)
+    partial = count = None
+    if setup.partial:
+        partial = torch.empty(setup.partial, dtype=torch.float32, device=query.device)
+        count = counters.get(setup.units, query.device)
+    pointers = (query, key, value, out, lse, key_range, mask, sinks, key_scale, value_scale, partial, count)
     try:
-        launch(
-            flashcore_decode,
-            triton.cdiv(num_splits, per_program) * units,
-            (
-                query, key, value, out, lse, key_range, mask, sinks, partial, count,
-                *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-                0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
-            ),
-            (
-                problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
-                per_program,
-                *score_factors(problem),
-            ),
-            (
-                problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
-                max(min(plan.block_m, 512 // plan.block_dv), 1),
-                problem.dtype == torch.float32,
-                plan.min_blocks, plan.max_splits, num_splits > 1, problem.range_layout is not None,
-                (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0,
-                lse is not None,
-            ),
-            plan,
-        )  # fmt: skip
+        launch(setup.kernel, setup.programs, pointers + setup.integers, setup.scalars, setup.constants, plan)
     except BaseException:
         counters.forget(query.device)
         raise

@@ -40,6 +40,16 @@ def _specialization(argument) -> object:
     return argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF
 
 
+def _key(kernel, arguments: tuple, constants: tuple, plan: Plan) -> tuple:
+    device = getattr(arguments[0], "base", arguments[0]).device
+    return kernel, device.index, plan.num_warps, plan.num_stages, constants, *map(_specialization, arguments)
+
+
+def compiled_kernel(kernel, arguments: tuple, constants: tuple, plan: Plan):
+    """The compiled kernel that a `launch` with such arguments made before, or None."""
+    return _compiled.get(_key(kernel, arguments, constants, plan))
+
+
 def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: tuple, plan: Plan) -> None:
     """Run `kernel` on the device and stream that are current.
 
@@ -58,7 +68,7 @@ def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: t
     if device.type != "cuda":  # Triton's interpreter
         kernel[grid](*arguments, *scalars, *constants)
         return
-    key = (kernel, device.index, plan.num_warps, plan.num_stages, constants, *map(_specialization, arguments))
+    key = _key(kernel, arguments, constants, plan)
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](

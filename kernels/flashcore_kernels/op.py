@@ -7,6 +7,7 @@ import torch
 
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
+from .prepared import lookup, prepare, signature_of
 from .problem import Problem, Window, check_problem, with_alignment
 
 # How many calls each path served since the process began (or since someone cleared it), by kernel name.
@@ -81,6 +82,15 @@ def attention(
         ValueError: an argument does not fit; the message names it, what it was, and what is accepted.
         NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
     """
+    signature = None
+    if mask is None and not torch.compiler.is_compiling():
+        options = (is_causal, window, scale, softcap, return_lse)
+        tensors = (query, key, value, key_range, sinks, key_scale, value_scale)
+        signature = signature_of(*tensors, *options)
+        call = lookup(signature)
+        if call is not None:
+            path_counts["flashcore_decode"] += 1
+            return call(*tensors)
     problem = check_problem(
         query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale
     )
@@ -95,6 +105,10 @@ def attention(
             query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
             return_lse, key_scale, value_scale,
         )  # fmt: skip
+    if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in (query, key, value)):
+        chosen = plan(problem, device_of(query.device))
+        if chosen.kernel == "flashcore_decode":
+            prepare(signature, problem, chosen, tensors, return_lse)
     return (output, lse) if return_lse else output
 
 

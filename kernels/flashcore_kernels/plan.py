@@ -86,12 +86,10 @@ def plan(problem: Problem, device: Device) -> Plan:
     if reason is not None:
         return Plan("torch", reason)
     head = max(problem.head_dim, problem.value_dim)
-    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows" and not problem.fp8:
+    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows":
         kernel, why = "flashcore_decode", f"{problem.num_queries} query tokens, at most {MAX_DECODE_QUERIES}"
     elif problem.range_layout == "rows":
         kernel, why = "flashcore_forward", "a key range for each query"
-    elif problem.fp8:
-        kernel, why = "flashcore_forward", "the decode kernel does not read fp8 yet"
     else:
         kernel, why = "flashcore_forward", f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
     if kernel == "flashcore_forward" and device.arch == 90:

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from flashcore_kernels import FlashcoreFallbackWarning, attention, decode, make_key_range, naive_attention, path_counts
+from flashcore_kernels.counters import Counters
 from flashcore_kernels.fallback import forget_warnings, torch_attention
 from flashcore_kernels.problem import check_problem
 from torch._dynamo.testing import CompileCounter
@@ -243,7 +244,7 @@ class TestCounters:
 
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch):
-        monkeypatch.setattr(decode, "counters", decode.Counters())
+        monkeypatch.setattr(decode, "counters", Counters())
 
     def test_left_at_zero(self, device):
         check(self.split_call(device))
@@ -284,6 +285,13 @@ class TestCounters:
         (buffer,) = decode.counters._buffers.values()
         buffer.fill_(1)
         assert not torch.equal(call.run(), right)
+
+    def test_no_two_buffers_overlap(self):
+        own, cpu = Counters(), torch.device("cpu")
+        taken = [own._take(n, cpu, may_grow=True) for n in (10, 4096, 1)]
+        for number, buffer in enumerate(taken, 1):
+            buffer.fill_(number)
+        assert [buffer.unique().tolist() for buffer in taken] == [[1], [2], [3]]
 
     def test_threads_do_not_share(self, device):
         import threading

@@ -1,0 +1,103 @@
+"""Decode calls like one that was made before: what was checked and chosen then holds, and only a launch is left.
+
+Checking, planning and torch's dispatcher cost several times what a decode layer's kernel does, and a model asks the
+same of every layer. So a call's signature (shapes, strides, dtypes, devices, alignments, options: all that checks and
+plans look at) leads to a function that allocates and launches.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .counters import counters
+from .launch import compiled_kernel
+from .plan import Plan
+from .problem import Problem
+
+# Lengths grow, so signatures come and go; a few thousand are some megabytes.
+MOST = 4096
+_prepared: dict[tuple, Callable] = {}
+
+
+def lookup(signature: tuple | None) -> Callable | None:
+    """The function for a call of this signature, if one like it was made before."""
+    return _prepared.get(signature)
+
+
+def signature_of(query, key, value, key_range, sinks, key_scale, value_scale, *options) -> tuple | None:
+    """What decides how a call is served; None where it has to go through torch's dispatcher or needs gradients."""
+    if (
+        not query.is_cuda
+        or type(query) is not torch.Tensor
+        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or query.get_device() != torch._C._cuda_getDevice()
+    ):
+        return None
+    try:
+        signature = (
+            query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
+            query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+            (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16,
+            *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in
+              (key_range, sinks, key_scale, value_scale)],
+            *options,
+        )  # fmt: skip
+        hash(signature)
+    except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
+        return None
+    return signature
+
+
+def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, return_lse: bool) -> None:
+    """Remember how a call of this signature, which was just served by `run_decode`, is launched.
+
+    Args:
+        tensors: the call's query, key, value, key_range, sinks, key_scale, value_scale.
+    """
+    from .decode import decode_launch  # needs Triton
+
+    query, key, value, key_range, sinks, key_scale, value_scale = tensors
+    shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
+    out = query.new_empty(shape).transpose(1, 2)
+    setup = decode_launch(problem, plan, query, key, value, out, key_range, (0, 0, 0, 0), return_lse)
+    lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
+    counts = counters.get(setup.units, query.device) if setup.partial else None
+    partial = query.new_empty(4, dtype=torch.float32) if setup.partial else None
+    pointers = (query, key, value, out, lse, key_range, None, sinks, key_scale, value_scale, partial, counts)
+    compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
+    if compiled is None:
+        return
+    run, function, metadata, programs = compiled.run, compiled.function, compiled.packed_metadata, setup.programs
+    rest = (*setup.integers, *setup.scalars, *setup.constants)
+    dtype, device, index = query.dtype, query.device, query.device.index
+    lse_shape = (problem.batch_size, problem.num_heads, problem.num_queries)
+    length, units = setup.partial, setup.units
+    raw_stream, empty, float32 = torch._C._cuda_getCurrentRawStream, torch.empty, torch.float32
+
+    def call(query, key, value, key_range, sinks, key_scale, value_scale):
+        output = empty(shape, dtype=dtype, device=device)
+        lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
+        partial = empty(length, dtype=float32, device=device) if length else None
+        try:
+            # Addresses, where the launcher would ask the driver about each tensor.
+            run(
+                programs, 1, 1, raw_stream(index), function, metadata, None, None, None,
+                query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
+                None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), None,
+                None if sinks is None else sinks.data_ptr(), None if key_scale is None else key_scale.data_ptr(),
+                None if value_scale is None else value_scale.data_ptr(),
+                None if partial is None else partial.data_ptr(),
+                counters.get(units, device).data_ptr() if length else None, *rest,
+            )  # fmt: skip
+        except BaseException:
+            counters.forget(device)
+            raise
+        output = output.transpose(1, 2)
+        return (output, lse) if return_lse else output
+
+    if len(_prepared) >= MOST:
+        _prepared.clear()
+    _prepared[signature] = call
