@@ -1,4 +1,4 @@
-"""Write the README's table of GPU results from the JSON in scripts/results; nothing in it is typed.
+"""Write the README's tables of GPU results from the JSON in scripts/results; nothing in them is typed.
 
 usage: python scripts/readme_tables.py [--check]    --check only says whether the README is up to date
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def load(name: str) -> dict | None:
@@ -70,15 +69,49 @@ def model_lines(record: dict) -> list[str]:
     return out
 
 
+def benchmark_lines(name: str, columns: dict[str, str], wanted: str = "") -> list[str]:
+    """A table of the benchmark `name`.json: its cases that begin with `wanted`, and `columns`, key -> heading."""
+    record = load(f"{name}.json")
+    if record is None:
+        return [f"Not measured yet: `scripts/bench_{name.partition('-')[0]}.py`."]
+    rows = [row for row in record["rows"] if row["case"].startswith(wanted)]
+    shown = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
+    unit = rows[0]["unit"] if rows else ""
+    out = [f"| {unit} | {' | '.join(shown.values())} |", "|---" + "|---:" * len(shown) + "|"]
+    for row in rows:
+        figures = (f"{row[key]:.1f}" if isinstance(row.get(key), int | float) else "" for key in shown)
+        out.append(f"| {row['case'].partition(' ')[2]} | {' | '.join(figures)} |")
+    return [*out, "", f"{where(record)}, commit {record['commit']}"]
+
+
+DECODE = {"flashcore": "flashcore", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "read": "only reading"}
+GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa"}
+# Marker in the README -> what stands between its begin and its end.
+SECTIONS = {
+    "measured": lines,
+    "decode": lambda: benchmark_lines("decode-h200", DECODE, "decode "),
+    "decode-fp8": lambda: benchmark_lines("decode-h200", DECODE, "decode-fp8 "),
+    "generate": lambda: benchmark_lines("generate-h200", GENERATE),
+}
+
+
+def filled(text: str) -> str:
+    """The README with every section that it has markers for written anew."""
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in text:
+            head, rest = text.split(begin)
+            text = "\n".join([head + begin, *section(), end + rest.split(end)[1]])
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    updated = "\n".join([head + BEGIN, *lines(), END + tail])
+    updated = filled(text)
     if arguments.check:
         return int(updated != text)
     readme.write_text(updated)
