@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -22,6 +24,12 @@ def example(name: str):
         ("load_and_chat", ["--max-new-tokens", "4", "Hi", "So?"], "tokens in the cache"),
         ("static_cache_compile", ["--max-new-tokens", "5"], "with and without compiling: True"),
         ("left_padded_batch", ["--max-new-tokens", "3"], "the same alone and in the batch: True"),
+        pytest.param(
+            "generate_with_graphs",
+            ["--max-new-tokens", "3"],
+            "equal with graphs: True",
+            marks=pytest.mark.skipif(Version(transformers.__version__) < Version("4.57"), reason="needs 4.57"),
+        ),
         ("kernel_alone", ["--steps", "3"], "flashcore_decode"),
     ],
 )
@@ -33,5 +41,6 @@ def test_example(name, argv, says, capsys, paths):
 
 
 def test_every_example_is_run():
-    tested = {mark.args[1][i][0] for mark in test_example.pytestmark for i in range(len(mark.args[1]))}
+    (mark,) = test_example.pytestmark
+    tested = {getattr(case, "values", case)[0] for case in mark.args[1]}
     assert tested == {path.stem for path in EXAMPLES.glob("*.py")}
