@@ -14,8 +14,11 @@ _NOT_OURS = frozenset(
     "position_ids cache_position position_embeddings use_cache output_hidden_states output_router_logits return_dict "
     "deterministic max_length_q max_length_k max_seqlen max_seqlen_q max_seqlen_k num_items_in_batch logits_to_keep "
     "labels past_key_values past_key_value layer_idx encoder_hidden_states encoder_attention_mask input_ids "
-    "inputs_embeds token_type_ids mm_token_type_ids".split()
+    "inputs_embeds token_type_ids mm_token_type_ids grid_thw".split()
 )
+
+# Files whose layers say is_causal where no mask means that everything is seen; only eager runs them, and does not ask.
+_NOT_CAUSAL = frozenset({"modeling_bridgetower"})
 
 
 def flashcore_attention(
@@ -33,6 +36,8 @@ def flashcore_attention(
     s_aux: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     output_attentions: bool | None = None,
@@ -49,7 +54,12 @@ def flashcore_attention(
         scaling: factor on the scores, D ** -0.5 where None.
         dropout: probability of dropping an attention weight; above 0 PyTorch serves the call.
         sliding_window: tokens that a query sees, itself included. Heeded only without a mask: masks have it in them.
-        softcap, s_aux or sinks, position_bias: softcap, sinks and an additive mask of `flashcore_kernels.attention`.
+        softcap, position_bias: softcap and an additive mask of `flashcore_kernels.attention`.
+        s_aux or sinks: sink logits, `[H]`, or `[B, H, Q, 1]` where each query makes its own.
+        indices: int `[B, Q, N]`, the keys that an indexer chose for each query; it sees no others (DeepSeek's sparse
+            attention).
+        block_indices: int `[B, I, Q, N]`, the blocks of `module.config.index_block_size` keys chosen for each query and
+            group of H / I heads, -1 for none (MiniMax M3).
         cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, bounds of packed documents in one row.
         output_attentions: also return the weights, computed exactly by PyTorch for this call.
 
@@ -62,7 +72,10 @@ def flashcore_attention(
     _refuse_unknown(kwargs)
     query, key, value = _autocast(query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    arguments = {"scale": scaling, "softcap": softcap, "sinks": sinks if s_aux is None else s_aux}
+    causal = causal and type(module).__module__.rpartition(".")[2] not in _NOT_CAUSAL
+    sinks = sinks if s_aux is None else s_aux
+    own_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
+    arguments = {"scale": scaling, "softcap": softcap, "sinks": None if own_sinks is not None else sinks}
     if key.dtype == torch.float8_e4m3fn:
         arguments["key_scale"], arguments["value_scale"] = _scales(key, value)
     if cu_seq_lens_q is not None:
@@ -82,9 +95,23 @@ def flashcore_attention(
         arguments["mask"] = _fit_mask(attention_mask, key.shape[2])
     if position_bias is not None:
         arguments["mask"] = _add_bias(position_bias, arguments.get("mask"))
+    if indices is not None:
+        arguments["mask"] = _keep(_chosen_keys(indices, key.shape[2]), arguments.get("mask"))
+    if block_indices is not None:
+        chosen = _chosen_blocks(block_indices, module.config.index_block_size, query.shape[1], key.shape[2])
+        arguments["mask"] = _keep(chosen, arguments.get("mask"))
 
     weights = None
-    if output_attentions:
+    if own_sinks is not None:
+        if output_attentions or dropout:
+            raise NotImplementedError(
+                "flashcore has no weights and no dropout where every query makes its own sink; "
+                "load this model with attn_implementation='eager'"
+            )
+        output, lse = attention(query, key, value, return_lse=True, **arguments)
+        # A sink adds exp(sink) to the denominator: the share that stays is exp(lse) / (exp(lse) + exp(sink)).
+        output = output * torch.sigmoid(lse[..., None] - own_sinks.to(lse.dtype)).to(output.dtype)
+    elif output_attentions:
         note_fallback("output_attentions=True asks for the weights, which the kernels never form")
         path_counts["torch"] += 1
         output, weights = naive_attention(query, key, value, return_weights=True, **arguments)
@@ -103,13 +130,15 @@ def flashcore_attention(
 
 
 def _refuse_unknown(kwargs: dict) -> None:
-    """A tensor that we do not know may change the answer; flags and numbers of other layers pass."""
+    """What we do not know may change the answer, unless it is switched off (None or False)."""
     for name, argument in kwargs.items():
-        if isinstance(argument, torch.Tensor) and name not in _NOT_OURS:
-            raise NotImplementedError(
-                f"flashcore got the attention argument '{name}' (a tensor of shape {list(argument.shape)}), which it "
-                "does not know and would have to ignore. Load this model with attn_implementation='eager' or 'sdpa'."
-            )
+        if argument is None or argument is False or name in _NOT_OURS:
+            continue
+        what = f"a tensor of shape {list(argument.shape)}" if isinstance(argument, torch.Tensor) else repr(argument)
+        raise NotImplementedError(
+            f"flashcore got the attention argument '{name}' ({what}), which it does not know and would have to ignore. "
+            "Load this model with attn_implementation='eager' or 'sdpa'."
+        )
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -176,6 +205,29 @@ def _add_bias(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         return bias
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _keep(chosen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What there is of a mask (or of a bias), and the chosen keys alone."""
+    if mask is None:
+        return chosen
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, -torch.inf)
+
+
+def _chosen_keys(indices: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """bool `[B, 1, Q, K]` from the chosen keys of each query, `[B, Q, N]`."""
+    chosen = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=indices.device)
+    return chosen.scatter(-1, indices.long(), True)[:, None]
+
+
+def _chosen_blocks(indices: torch.Tensor, block_size: int, num_heads: int, num_keys: int) -> torch.Tensor:
+    """bool `[B, H, Q, K]` from the chosen blocks of each query and group of heads, `[B, I, Q, N]`."""
+    num_blocks = -(-num_keys // block_size)
+    # Slots that hold -1 fall into a column of their own, which is cut off.
+    chosen = torch.zeros(*indices.shape[:3], num_blocks + 1, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long().masked_fill(indices < 0, num_blocks), True)[..., :num_blocks]
+    chosen = chosen.repeat_interleave(block_size, dim=-1)[..., :num_keys]
+    return chosen.repeat_interleave(num_heads // indices.shape[1], dim=1)
 
 
 def _document_ranges(

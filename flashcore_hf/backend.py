@@ -30,6 +30,8 @@ def enable() -> None:
         _register(compat.attention_registry(), NAME, flashcore_attention)
     if compat.HAS_INTERFACE:
         _register(compat.mask_registry(), NAME, flashcore_mask)
+    if hasattr(compat.masking_utils, "is_flash_attention_requested"):
+        _patch(compat.masking_utils, "is_flash_attention_requested", _ours_makes_any_mask)
     model_class = compat.PreTrainedModel
     if hasattr(model_class, "_check_and_adjust_attn_implementation"):
         _patch(model_class, "_check_and_adjust_attn_implementation", _accept_name)
@@ -97,6 +99,21 @@ def _accept_name(original):
     return _check_and_adjust_attn_implementation
 
 
+def _ours_makes_any_mask(original):
+    """Where masks are made, "flash" in a name means that chunked ones are refused; ours takes them.
+
+    In the models themselves it means packed images (`cu_seq_lens_q`), which ours takes too, so there it stays.
+    """
+
+    @functools.wraps(original)
+    def is_flash_attention_requested(config=None, *args, **kwargs):
+        if config is not None and config._attn_implementation == NAME:
+            return False
+        return original(config, *args, **kwargs)
+
+    return is_flash_attention_requested
+
+
 def _refuse_before_setting(original):
     """Transformers only logs that a model cannot be switched, and goes on with the old implementation."""
 
@@ -132,13 +149,16 @@ def uses_interface(model_class: type) -> bool:
     """Whether the model's attention goes through Transformers' registry of attention functions.
 
     Read from the source of the file that defines the class, as Transformers itself does: a file with attention classes
-    of its own that never asks the registry runs its own attention whatever the name says. A file without attention
-    classes (composite models) says nothing, and the models inside are asked for themselves.
+    of its own that never asks the registry runs its own attention whatever the name says, and so does one that chooses
+    among classes in a table by the name. A file without attention classes (composite models) says nothing, and the
+    models inside are asked for themselves.
     """
     module = sys.modules.get(model_class.__module__)
     try:
         source = getsource(module)
     except (OSError, TypeError):
+        return False
+    if re.search(r"_CLASSES\[\s*config\._attn_implementation", source):
         return False
     has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
     return not has_attention or "ALL_ATTENTION_FUNCTIONS" in source
@@ -150,5 +170,6 @@ def _refuse_without_interface(model_class: type) -> None:
             f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which does not use Transformers\' '
             "attention interface: its attention would run as it always does, and misread the masks. Supported are "
             "models whose attention is looked up in ALL_ATTENTION_FUNCTIONS (LLaMA, Mistral, Qwen, Gemma and most "
-            'newer ones). Load this one with attn_implementation="sdpa" or "eager".'
+            'newer ones). Load this one with attn_implementation="sdpa" or "eager"; where it is a part of a larger '
+            'model, name the part that can: attn_implementation={"text_config": "flashcore"}.'
         )

@@ -19,6 +19,9 @@ KEY_RANGE_MODELS = frozenset(
     "starcoder2".split()
 )
 
+# Models that add the mask to scores, or terms to the mask, in code of their own, and so need eager's additive one.
+ADDITIVE_MASK_MODELS = frozenset({"bigbird_pegasus", "deepseek_v4"})
+
 
 class Pattern(NamedTuple):
     """A mask that ranges can say: distances to each side (-1: no limit), and packed documents.
@@ -53,7 +56,8 @@ def flashcore_mask(**kwargs) -> torch.Tensor:
     Args: Transformers' own, by keyword (see `compat.mask_call`).
 
     Returns:
-        int32 `[B, 1, 1, W]` or `[B, 1, Q, 2]` (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`.
+        int32 `[B, 1, 1, W]` or `[B, 1, Q, 2]` (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`, or for a few
+        models the same in floating point, 0 and the lowest number.
     """
     pattern = recognise(kwargs) if takes_key_range(kwargs.get("config")) else None
     call = mask_call(kwargs)
@@ -66,7 +70,10 @@ def flashcore_mask(**kwargs) -> torch.Tensor:
             call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
             key_mask=call.key_mask, device=call.device,
         )  # fmt: skip
-    return masking_utils.sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    if getattr(kwargs.get("config"), "model_type", None) in ADDITIVE_MASK_MODELS:
+        return masking_utils.eager_mask(**whole)
+    return masking_utils.sdpa_mask(**whole)
 
 
 def takes_key_range(config) -> bool:

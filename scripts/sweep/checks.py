@@ -1,0 +1,488 @@
+"""One class beside eager: built twice with the same weights, run in every way that it takes, compared."""
+
+import copy
+import math
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from flashcore_kernels import path_counts
+from transformers import GenerationConfig
+
+import flashcore_hf  # noqa: F401
+from flashcore_hf import backend, compat
+
+from .classes import Entry, load_class
+from .configs import tiny_config
+from .inputs import padding, parameters_of, recipes, token_ids
+
+TOLERANCE = 2e-5  # of the largest output, fp32
+NEW_TOKENS = 32
+CONTROL = 100 * TOLERANCE  # a scale that is wrong by half must show at least this much
+
+
+class Refused(Exception):
+    """flashcore said no; the message is its own."""
+
+
+class Watch:
+    """Stands in the registry before the attention function: counts masks by kind, and can make the scale wrong."""
+
+    def __init__(self, function):
+        self.function = function
+        self.masks: Counter[str] = Counter()
+        self.scale = 1.0
+
+    def __call__(self, module, query, key, value, attention_mask=None, **kwargs):
+        kind = "no_mask"
+        if kwargs.get("cu_seq_lens_q") is not None:
+            kind = "key_range"
+        elif attention_mask is not None:
+            is_range = attention_mask.dtype == torch.int32 or attention_mask.dim() == 2
+            kind = "key_range" if is_range else "dense_mask"
+        self.masks[kind] += 1
+        if self.scale != 1.0:
+            kwargs["scaling"] = (kwargs.get("scaling") or query.shape[-1] ** -0.5) * self.scale
+        return self.function(module, query, key, value, attention_mask, **kwargs)
+
+
+def install_watch() -> Watch:
+    """Put a Watch before flashcore's attention function."""
+    registry = compat.attention_registry()
+    if not isinstance(registry[backend.NAME], Watch):
+        registry[backend.NAME] = Watch(registry[backend.NAME])
+    return registry[backend.NAME]
+
+
+def short(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether it is flashcore that raised, with a sentence of its own."""
+    return isinstance(error, (ValueError, NotImplementedError)) and "flashcore" in str(error)
+
+
+def sweep_class(entry: Entry, device: str, dtypes: list[str]) -> dict:
+    """The row of one class: status, reason, checks and paths."""
+    row = {"class": entry.name, "module": entry.module.removeprefix("transformers.models."), "model_type": None}
+    watch = install_watch()
+    watch.masks.clear()
+    path_counts.clear()
+    try:
+        model_class = load_class(entry)
+        row["model_type"] = getattr(model_class.config_class, "model_type", "") or entry.module.split(".")[2]
+        config = tiny_config(model_class.config_class, entry.name)
+        torch.manual_seed(0)
+        eager = build(model_class, config, "eager")
+    except Exception as error:  # noqa: BLE001 - whatever a class raises is why it cannot be built
+        return row | {"status": "unbuildable", "reason": short(error)}
+    try:
+        model = build(model_class, config, "flashcore")
+    except Exception as error:  # noqa: BLE001
+        return row | {"status": "refused" if is_refusal(error) else "wrong", "reason": short(error)}
+    switch_on(eager)
+    eager, model = eager.to(device), model.to(device)
+    try:
+        model.load_state_dict(eager.state_dict())
+    except RuntimeError as error:
+        return row | {"status": "unbuildable", "reason": short(error)}
+    kind, inputs, reason = accepted_inputs(eager, config, device)
+    if inputs is None:
+        return row | {"status": "unbuildable", "reason": f"no input was found that its forward takes: {reason}"}
+    row["inputs"] = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    try:
+        checks, verdicts = {}, []
+        for dtype in dtypes:
+            comparison = Comparison(eager, model, watch, device)
+            if dtype != "float32":
+                comparison = HalfComparison(eager, model, watch, device, getattr(torch, dtype))
+            checks[dtype], verdict = comparison.all(kind, inputs, config)
+            verdicts.append((dtype, *verdict))
+        row["checks"] = checks
+    except Refused as error:
+        return row | {"status": "refused", "reason": str(error)}
+    row["paths"] = paths(watch)
+    order = ("wrong", "unstable", "match")
+    dtype, status, reason = min(verdicts, key=lambda verdict: order.index(verdict[1]))
+    if status == "match" and not watch.masks:
+        reason = "no attention was called on these inputs"
+    elif reason and len(dtypes) > 1:
+        reason = f"{dtype}: {reason}"
+    return row | {"status": status, "reason": reason}
+
+
+def paths(watch: Watch) -> dict[str, int]:
+    """Attention calls by kernel, and by the kind of mask that they came with."""
+    kernels = {name.removeprefix("flashcore_"): count for name, count in sorted(path_counts.items())}
+    return {**kernels, **dict(sorted(watch.masks.items()))}
+
+
+def build(model_class: type, config, implementation: str):
+    """The model with random weights, in eval mode; the config is copied, or both would use the last implementation."""
+    model = model_class._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    if hasattr(model, "generation_config"):
+        start = getattr(config, "decoder_start_token_id", None)
+        model.generation_config = GenerationConfig(
+            pad_token_id=0, bos_token_id=1, decoder_start_token_id=1 if start is None else start
+        )
+    return model
+
+
+@torch.no_grad()
+def switch_on(model: torch.nn.Module) -> None:
+    """Gates that start at zero would hide what attention does."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not name.endswith("bias") and parameter.abs().max() < 1e-3:
+            parameter.fill_(0.5)
+
+
+def accepted_inputs(eager, config, device: str):
+    """(kind, inputs, None) of the first recipe that eager takes, or (None, None, why not)."""
+    reason = None  # of the first recipe, which is the likeliest
+    for kind, inputs in recipes(eager, config):
+        takes = parameters_of(eager)
+        inputs = {name: value.to(device) for name, value in inputs.items() if name in takes}
+        try:
+            outputs = tensors(run(eager, inputs))
+        except Exception as error:  # noqa: BLE001 - the next recipe may do
+            reason = reason or short(error)
+            continue
+        if outputs and all(output.isfinite().all() for output in outputs):
+            return kind, inputs, None
+        reason = reason or ("eager's own outputs are not finite" if outputs else "there is no floating-point output")
+    return None, None, reason or "none of its parameters is known"
+
+
+@torch.no_grad()
+def run(model, inputs: dict, **more):
+    """One forward; what it draws at random is the same each time."""
+    torch.manual_seed(0)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    return model(**inputs, **more)
+
+
+def tensors(output) -> list[torch.Tensor]:
+    """Floating-point tensors of an output in order, without caches, and without weights (some eager models give them)."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() and output.numel() > 1 else []
+    if hasattr(output, "items"):
+        left_out = ("past_key_values", "attentions")
+        return [t for name, value in output.items() if not name.endswith(left_out) for t in tensors(value)]
+    if isinstance(output, (tuple, list)):
+        return [t for value in output for t in tensors(value)]
+    return []
+
+
+def masked(outputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Outputs with zeros at tokens that do not exist."""
+    if mask is None:
+        return outputs
+    batch, length = mask.shape
+    kept = []
+    for output in outputs:
+        # Some models answer for the last tokens alone.
+        if output.dim() > 2 and output.shape[0] == batch and length - 2 <= output.shape[1] <= length:
+            exists = mask[:, length - output.shape[1] :].bool()
+            output = output.masked_fill(~exists.reshape(*exists.shape, *[1] * (output.dim() - 2)), 0.0)
+        kept.append(output)
+    return kept
+
+
+def largest_error(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
+    """Largest difference relative to the largest value, over all outputs; infinite where shapes or NaN differ."""
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(expected, got):
+        a, b = a.float(), b.float()
+        # Scores that a model itself sets to -inf or the lowest number are equal or wrong.
+        huge = ~(a.abs() < 1e30)
+        if not torch.equal(huge, ~(b.abs() < 1e30)):
+            return math.inf
+        a, b = a.masked_fill(huge, 0.0), b.masked_fill(huge, 0.0)
+        worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp(min=1e-6)).item())
+    return worst
+
+
+class Comparison:
+    """Two models in fp32: every check's error, and the verdict."""
+
+    def __init__(self, eager, model, watch: Watch, device: str):
+        self.eager, self.model, self.watch, self.device = eager, model, watch, device
+        self.checks: dict[str, float | str | bool] = {}
+        self.wrong: list[str] = []
+        self.unstable: list[str] = []
+        self.notes: list[str] = []  # what a matching row should still say
+
+    def all(self, kind: str, inputs: dict, config) -> tuple[dict, tuple[str, str]]:
+        """(checks by name, (status, reason))."""
+        mask = inputs.get("attention_mask") if kind == "text" else None
+        self.forward("forward", inputs, mask)
+        self.control(inputs)
+        if kind == "text":
+            self.text(inputs, config)
+        status = "wrong" if self.wrong else "unstable" if self.unstable else "match"
+        return self.checks, (status, "; ".join(self.wrong or self.unstable or self.notes))
+
+    def text(self, inputs: dict, config) -> None:
+        """What only models that read tokens do."""
+        takes = parameters_of(self.eager)
+        if "attention_mask" in takes:
+            for side in ("left", "right"):
+                mask = padding(side).to(self.device)
+                padded = {**inputs, "attention_mask": mask, "input_ids": inputs["input_ids"] * mask}
+                self.forward(side, padded, mask)
+        encoder_decoder = "decoder_input_ids" in takes
+        if "past_key_values" in takes and not encoder_decoder:
+            self.steps("chunked", inputs, takes, [5, 4, 4])
+            self.steps("decode", inputs, takes, [9, 1, 1, 1, 1])
+        if "position_ids" in takes and not encoder_decoder:
+            positions = torch.cat([torch.arange(6), torch.arange(4), torch.arange(3)])[None].to(self.device)
+            packed = {name: value[:1] for name, value in inputs.items() if name != "attention_mask"}
+            self.forward("packed", {**packed, "position_ids": positions}, None, use_cache=False)
+        self.images(inputs, takes, config)
+        if hasattr(self.model, "generate") and getattr(self.model, "can_generate", lambda: False)():
+            self.tokens("dynamic", inputs)
+            self.tokens("static", inputs, cache_implementation="static")
+
+    def answer(self, model, call):
+        """The outputs of `call(model)`; a refusal of flashcore's own ends the row."""
+        try:
+            return call(model)
+        except Exception as error:
+            if model is self.model and is_refusal(error):
+                raise Refused(short(error)) from error
+            raise
+
+    def both(self, name: str, call) -> tuple | None:
+        """call(eager), call(model); None where eager itself cannot, which is noted."""
+        try:
+            expected = self.answer(self.eager, call)
+        except Exception as error:  # noqa: BLE001 - this way of running is not the model's
+            self.checks[name] = f"not for eager: {short(error)[:120]}"
+            return None
+        try:
+            return expected, self.answer(self.model, call)
+        except Refused:
+            raise
+        except Exception as error:  # noqa: BLE001
+            self.checks[name] = short(error)
+            self.wrong.append(f"{name}: {short(error)}")
+            return None
+
+    def judge(self, name: str, call) -> None:
+        """Compare `call` on both models and keep the error; above tolerance look whether eager itself is stable."""
+        answers = self.both(name, call)
+        if answers is None:
+            return
+        if not all(t.isfinite().all() for t in answers[0]) and name != "forward":
+            self.checks[name] = "not for eager: its outputs are not finite"
+            return
+        error = largest_error(*answers)
+        self.checks[name] = float(f"{error:.2e}")
+        if error > TOLERANCE:
+            own = self.own_error(call, answers[0])
+            if error <= 4 * own:
+                self.unstable.append(f"{name}: off by {error:.1e}, and eager by {own:.1e} when weights move by one ulp")
+            elif (references := self.reference_error(call, *answers)) is not None:
+                self.unstable.append(f"{name}: off by {error:.1e}; eager and sdpa differ by {references:.1e}, and "
+                                     "flashcore is with sdpa")  # fmt: skip
+            else:
+                self.wrong.append(f"{name}: off by {error:.1e} (eager by {own:.1e} when weights move by one ulp)")
+
+    @torch.no_grad()
+    def own_error(self, call, expected: list[torch.Tensor]) -> float:
+        """How far eager's outputs move when each weight does by one unit in the last place."""
+        moved, worst = copy.deepcopy(self.eager), 0.0
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter, start in zip(moved.parameters(), self.eager.parameters()):
+                signs = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter) * 2 - 1
+                parameter.copy_(start * (1 + signs * torch.finfo(parameter.dtype).eps))
+            worst = max(worst, largest_error(expected, call(moved)))
+        return worst
+
+    def reference_error(self, call, expected: list[torch.Tensor], got: list[torch.Tensor]) -> float | None:
+        """How far sdpa is from eager, where flashcore equals sdpa: the reference is then no single one. Else None."""
+        try:
+            sdpa = build(type(self.eager), self.eager.config, "sdpa").to(self.device)
+            sdpa.load_state_dict(self.eager.state_dict())
+            answer = call(sdpa)
+        except Exception:  # noqa: BLE001 - without sdpa there is no second reference
+            return None
+        return largest_error(expected, answer) if largest_error(answer, got) <= TOLERANCE else None
+
+    def forward(self, name: str, inputs: dict, mask: torch.Tensor | None, **more) -> None:
+        self.judge(name, lambda model: masked(tensors(run(model, inputs, **more)), mask))
+
+    def control(self, inputs: dict) -> None:
+        """A scale that is wrong by half must show, or the comparison proves nothing."""
+        try:
+            right = tensors(run(self.model, inputs))
+            with wrong_scale(self.watch):
+                error = largest_error(right, tensors(run(self.model, inputs)))
+        except Exception:  # noqa: BLE001 - the checks say what it was
+            return
+        self.checks["control"] = float(f"{error:.1e}")
+
+    def steps(self, name: str, inputs: dict, takes: dict, lengths: list[int]) -> None:
+        """Prefill in pieces, or decode given tokens one at a time, on the cache that the model makes itself."""
+        rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+        mask = padding("left").to(self.device)
+
+        def call(model):
+            outputs, cache, start = [], None, 0
+            for length in lengths:
+                step = {**rest, "input_ids": inputs["input_ids"][:, start : start + length]}
+                if "attention_mask" in takes:
+                    step["attention_mask"] = mask[:, : start + length]
+                if "position_ids" in takes:
+                    positions = (mask.cumsum(1) - 1).clamp(min=0)
+                    step["position_ids"] = positions[:, start : start + length]
+                output = run(model, step, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                if cache is None:
+                    raise ValueError("the model returns no cache")
+                outputs += masked(tensors(output), mask[:, start : start + length])
+                start += length
+            return outputs
+
+        self.judge(name, call)
+
+    def images(self, inputs: dict, takes: dict, config) -> None:
+        """An image among the tokens, where the model says how many tokens it makes of it."""
+        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        if token is None or "pixel_values" not in takes or not hasattr(self.eager, "get_image_features"):
+            return
+        for _, more in recipes(self.eager, config):
+            if "pixel_values" not in more or "input_ids" in more:
+                continue
+            more = {name: value.to(self.device) for name, value in more.items()}
+            try:
+                with torch.no_grad():
+                    features = tensors(self.eager.get_image_features(**more))
+                count = max(t.shape[:-1].numel() for t in features)
+                ids = torch.cat([token_ids(1, 4), torch.full((1, count), token), token_ids(1, 5, seed=7)], 1)
+                ids = ids.to(self.device)
+                ask = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+                for name in ("token_type_ids", "mm_token_type_ids"):
+                    if name in takes:
+                        ask[name] = (ids == token).long()
+                run(self.eager, ask)
+            except Exception as error:  # noqa: BLE001 - the next shape may do
+                self.checks["image"] = f"not for eager: {short(error)[:120]}"
+                continue
+            self.forward("image", ask, ask["attention_mask"])
+            return
+
+    def tokens(self, name: str, inputs: dict, **options) -> None:
+        """32 greedy tokens from a left-padded batch."""
+        takes = parameters_of(self.eager)
+        rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+        rest = {key: value for key, value in rest.items() if not key.startswith("decoder_")}
+        mask = padding("left").to(self.device) if "attention_mask" in takes else None
+
+        def call(model):
+            torch.manual_seed(0)
+            return model.generate(
+                inputs["input_ids"] * (1 if mask is None else mask), attention_mask=mask, max_new_tokens=NEW_TOKENS,
+                do_sample=False, output_logits=True, return_dict_in_generate=True, disable_compile=True, **rest,
+                **options,
+            )  # fmt: skip
+
+        answers = self.both(name, call)
+        if answers is None:
+            return
+        expected, got = answers
+        if not (hasattr(expected, "logits") and isinstance(getattr(expected, "sequences", None), torch.Tensor)):
+            self.checks[name] = "not for eager: generate() returns something else than tokens"
+            return
+        same = expected.sequences.shape == got.sequences.shape and torch.equal(expected.sequences, got.sequences)
+        self.checks[name] = same
+        if not same:
+            self.explain_tokens(name, expected, got)
+
+    def explain_tokens(self, name: str, expected, got) -> None:
+        """Tokens differ: a tie of eager's own at the first of them, or wrong."""
+        a, b = expected.sequences[:, -len(expected.logits) :], got.sequences[:, -len(got.logits) :]
+        length = min(a.shape[1], b.shape[1])
+        differ = (a[:, :length] != b[:, :length]).any(0).nonzero()
+        step = int(differ[0]) if len(differ) else length - 1
+        rows = (a[:, step] != b[:, step]).nonzero().flatten()
+        logits = expected.logits[step][rows].float()
+        gap = 1.0
+        if len(rows):
+            two = logits.topk(2).values
+            gap = ((two[:, 0] - two[:, 1]) / logits.abs().amax(-1)).min().item()
+        text = f"{name}: tokens differ from step {step} on, where eager's two best are {gap:.1e} apart"
+        (self.unstable if gap <= 2 * TOLERANCE else self.wrong).append(text)
+
+
+class HalfComparison(Comparison):
+    """bf16 (or fp16) beside eager in the same dtype, both measured against eager in fp32 with the same weights."""
+
+    def __init__(self, eager, model, watch: Watch, device: str, dtype: torch.dtype):
+        reference = copy.deepcopy(eager)
+        for parameter in reference.parameters():
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+        super().__init__(to_half(copy.deepcopy(reference), dtype), to_half(model, dtype), watch, device)
+        model.load_state_dict(self.eager.state_dict())
+        self.reference, self.dtype = reference, dtype
+
+    def judge(self, name: str, call) -> None:
+        try:
+            exact = call(self.reference)
+        except Exception as error:  # noqa: BLE001
+            self.checks[name] = f"not for eager: {short(error)[:120]}"
+            return
+        answers = self.both(name, call)
+        if answers is None:
+            return
+        if [t.shape for t in exact] != [t.shape for t in answers[1]] or not all(t.isfinite().all() for t in exact):
+            self.checks[name] = "not for eager: its outputs are not finite or differ in shape"
+            return
+        own, ours = (max((rms_error(a, b) for a, b in zip(exact, answer)), default=0.0) for answer in answers)
+        self.checks[name] = float(f"{ours:.2e}")
+        # One rounding of the output is below what any comparison in this dtype can tell.
+        if ours <= 1.5 * own + torch.finfo(self.dtype).eps:
+            return
+        typical_own, typical = (
+            max((rms_error(a, b, typical=True) for a, b in zip(exact, answer)), default=0.0) for answer in answers
+        )
+        text = f"{name}: RMS error {ours:.1e} against fp32, eager's {own:.1e}; of the median token {typical:.1e}, eager's "
+        # Experts are chosen by comparing numbers that are rounded: single tokens then go elsewhere, in eager as well.
+        flipped = typical <= 1.5 * typical_own + torch.finfo(self.dtype).eps
+        (self.notes if flipped else self.wrong).append(text + f"{typical_own:.1e}")
+
+    def tokens(self, name: str, inputs: dict, **options) -> None:
+        """Not compared: in 16 bits two right backends choose differently between tokens that are nearly tied."""
+
+
+def rms_error(exact: torch.Tensor, got: torch.Tensor, typical: bool = False) -> float:
+    """Root mean square of the difference relative to that of the exact values; `typical`: of the median token."""
+    exact, got = exact.float(), got.float()
+    huge = ~(exact.abs() < 1e30)
+    exact, got = exact.masked_fill(huge, 0.0), got.masked_fill(huge, 0.0)
+    square = (exact - got).square()
+    error = square.mean(-1).median() if typical else square.mean()
+    return (error.sqrt() / exact.square().mean().sqrt().clamp(min=1e-6)).item()
+
+
+def to_half(model, dtype: torch.dtype):
+    """Parameters in dtype; buffers such as rotary frequencies stay as a checkpoint's would."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@contextmanager
+def wrong_scale(watch: Watch):
+    """Attention scores 1.5 times as large as they should be."""
+    watch.scale = 1.5
+    try:
+        yield
+    finally:
+        watch.scale = 1.0

@@ -1,0 +1,58 @@
+"""What the patterns of configs.py do not get right, by model_type or class name, with the reason where it is not plain.
+
+`before`: keywords of the default configuration, where that cannot be made without; `config`: keywords of the small one;
+`mrope`: whether rotary sections must be made; `inputs`: a function from the config to the inputs of a forward.
+"""
+
+_LINEAR_AND_FULL = ["linear_attention", "full_attention"]
+# The rotary sections' default is that of head_dim 128, in the code instead of the configuration.
+_MROPE = {"mrope": True}
+_MLA_HEAD_DIM = {"config": {"head_dim": 8}}
+
+OVERRIDES: dict[str, dict] = {
+    **{name: _MROPE for name in (
+        "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm4v_text", "glm4v_moe_text", "glm_ocr_text",
+        "paddleocr_vl_text", "glm_image_text", "qwen2_5_omni_talker", "glm46v_text", "keye_text",
+    )},
+    "axk1": _MLA_HEAD_DIM,
+    "deepseek_v3": _MLA_HEAD_DIM,
+    "longcat_flash": _MLA_HEAD_DIM,
+    "youtu": _MLA_HEAD_DIM,
+    "mistral4": _MLA_HEAD_DIM,
+    # Without these there is no attention layer among two.
+    "bamba": {"config": {"attn_layer_indices": [1]}},
+    "granitemoehybrid": {"config": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2}},
+    "recurrent_gemma": {"config": {"num_hidden_layers": 3}},
+    "zamba": {"config": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+                         "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_dt_rank": 4}},
+    "zamba2": {"config": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+                          "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8,
+                          "mamba_headdim": 16, "chunk_size": 8}},
+    "lfm2_moe": {"config": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
+    "mimo_v2_flash": {"config": {"sliding_window": 6}},
+    "cohere_compass_text": {"config": {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}}},
+    "kimi_k25": {"config": {"text_config": {"head_dim": 8}}},
+    "dots1": {"config": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+                         "topk_group": 1}},
+    "esm": {"before": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1}},
+    "informer": {"before": {"prediction_length": 4}, "config": {"context_length": 16, "lags_sequence": [1, 2, 3]}},
+    "time_series_transformer": {"before": {"prediction_length": 4},
+                                "config": {"context_length": 16, "lags_sequence": [1, 2, 3]}},
+    "mamba2": {"config": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8}},
+    "mobilebert": {"config": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64,
+                              "hidden_size": 64, "trigram_input": False, "use_bottleneck": False}},
+    "gemma4_unified_assistant": {"config": {}},
+    "sapiens2": {"config": {"image_size": 32}},
+    "efficientloftr": {"config": {"hidden_size": 256}},
+    "lw_detr_vit": {"config": {"image_size": 64, "num_windows": 4}},
+    "dbrx": {"config": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+                        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}}},
+    "deepseek_v2": {"config": {"num_experts_per_tok": 2, "head_dim": 8}},
+    "csm_depth_decoder_model": {"config": {"num_codebooks": 32, "max_position_embeddings": 33}},
+    "xmod": {"config": {"default_language": "en_XX"}},
+    "nemotron": {"config": {"num_key_value_heads": 2}},
+    "qwen4_exp_text": {"config": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+                                  "indexer_budget": 4, "indexer_compress_ratio": 1}},
+}  # fmt: skip
