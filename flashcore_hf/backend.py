@@ -6,6 +6,7 @@
 import functools
 import re
 import sys
+import warnings
 from inspect import getsource
 
 from . import compat
@@ -15,6 +16,7 @@ from .masks import flashcore_mask
 NAME = "flashcore"
 
 _MISSING = object()
+_warned_version = False
 _undo: list[tuple] = []  # (mapping or class, key or attribute, what stood there or _MISSING)
 
 
@@ -26,10 +28,13 @@ def enable() -> None:
     """
     if _undo:
         return
+    _warn_of_untested_version()
     if compat.attention_registry() is not None:
         _register(compat.attention_registry(), NAME, flashcore_attention)
     if compat.HAS_INTERFACE:
         _register(compat.mask_registry(), NAME, flashcore_mask)
+    if hasattr(compat.masking_utils, "is_flash_attention_requested"):
+        _patch(compat.masking_utils, "is_flash_attention_requested", _ours_makes_any_mask)
     if hasattr(compat.masking_utils, "is_flash_attention_requested"):
         _patch(compat.masking_utils, "is_flash_attention_requested", _ours_makes_any_mask)
     model_class = compat.PreTrainedModel
@@ -38,6 +43,19 @@ def enable() -> None:
         _patch(model_class, "set_attn_implementation", _refuse_before_setting)
     else:
         _patch(model_class, "_autoset_attn_implementation", _refuse_in_autoset)
+
+
+def _warn_of_untested_version() -> None:
+    global _warned_version
+    version = compat.untested_version()
+    if version is not None and not _warned_version:
+        _warned_version = True
+        warnings.warn(
+            f"flashcore was tested with Transformers up to {compat.NEWEST_TESTED}, and this is {version}. "
+            "`python -m flashcore_hf parity` compares it with eager here; `pytest tests/hf/test_tripwire.py` says what "
+            "is new for attention backends.",
+            stacklevel=3,
+        )
 
 
 def disable() -> None:

@@ -34,6 +34,15 @@ HAS_INTERFACE = masking_utils is not None
 if VERSION < (4, 40):
     raise ImportError(f"flashcore needs Transformers 4.40 or newer, and this is {transformers.__version__}")
 
+# The newest version that the tests and the sweep over all architectures have run on.
+NEWEST_TESTED = "5.23.0"
+
+
+def untested_version() -> str | None:
+    """The version of Transformers, where it is of a newer minor release than any that was tested; else None."""
+    installed, tested = (tuple(map(int, v.split(".")[:2])) for v in (transformers.__version__, NEWEST_TESTED))
+    return transformers.__version__ if installed > tested else None
+
 
 def attention_registry() -> dict | None:
     """The class-level mapping from name to attention function, which every model's own view reads through.

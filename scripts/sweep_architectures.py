@@ -109,7 +109,15 @@ def collect(args: argparse.Namespace, entries: list, partial: Path) -> list[dict
     families = FAMILIES if args.interpret == [] else args.interpret or []
     through_kernels = [e for e in todo if e.module.split(".")[2] in directories(families)]
     others = [entry for entry in todo if entry not in through_kernels]
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--device", args.device, "--dtypes", *args.dtypes]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--worker",
+        "--device",
+        args.device,
+        "--dtypes",
+        *args.dtypes,
+    ]
     command += ["--key-range-for-all"] if args.key_range_for_all else []
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(root), str(root / "kernels")])
@@ -132,7 +140,9 @@ def collect(args: argparse.Namespace, entries: list, partial: Path) -> list[dict
                 file.flush()
                 progress.advance(task)
                 if not console.is_terminal or row["status"] == "wrong":
-                    console.print(f"{row['status']:11} {entry.name} {row['reason'][:150]}", markup=False, highlight=False)
+                    console.print(
+                        f"{row['status']:11} {entry.name} {row['reason'][:150]}", markup=False, highlight=False
+                    )
     return [found[entry.key] for entry in entries if entry.key in found]
 
 

@@ -452,7 +452,9 @@ class HalfComparison(Comparison):
         typical_own, typical = (
             max((rms_error(a, b, typical=True) for a, b in zip(exact, answer)), default=0.0) for answer in answers
         )
-        text = f"{name}: RMS error {ours:.1e} against fp32, eager's {own:.1e}; of the median token {typical:.1e}, eager's "
+        text = (
+            f"{name}: RMS error {ours:.1e} against fp32, eager's {own:.1e}; of the median token {typical:.1e}, eager's "
+        )
         # Experts are chosen by comparing numbers that are rounded: single tokens then go elsewhere, in eager as well.
         flipped = typical <= 1.5 * typical_own + torch.finfo(self.dtype).eps
         (self.notes if flipped else self.wrong).append(text + f"{typical_own:.1e}")

@@ -68,9 +68,7 @@ def all_entries() -> tuple[list[Entry], dict[str, str]]:
             broken[module_name] = f"{type(error).__name__}: {error}"
             continue
         interface = "ALL_ATTENTION_FUNCTIONS" in file.read_text()
-        covered = {
-            name.replace(head, "Model") for name in vars(module) for head in _GENERATING if name.endswith(head)
-        }
+        covered = {name.replace(head, "Model") for name in vars(module) for head in _GENERATING if name.endswith(head)}
         for name, member in vars(module).items():
             if not (isinstance(member, type) and issubclass(member, PreTrainedModel)):
                 continue

@@ -196,7 +196,9 @@ def _small(name: str, value: int, width: int, heads: int, kv_heads: int, token_i
 
 def _layer_lists(fields: dict, changes: dict) -> dict:
     """Lists with an entry a layer keep one layer of each kind, at least two layers."""
-    depth_name = next((n for n in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth") if n in fields), None)
+    depth_name = next(
+        (n for n in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth") if n in fields), None
+    )
     depth = fields.get(depth_name)
     lists = {
         name: value for name, value in fields.items()

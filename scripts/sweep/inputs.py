@@ -83,8 +83,10 @@ def _text(takes: dict, config) -> dict[str, torch.Tensor] | None:
 
 def _attends_across(takes: dict, config) -> bool:
     required = takes["encoder_hidden_states"].default is inspect.Parameter.empty
-    return required or bool(getattr(config, "add_cross_attention", False)) or bool(
-        getattr(config, "is_encoder_decoder", False)
+    return (
+        required
+        or bool(getattr(config, "add_cross_attention", False))
+        or bool(getattr(config, "is_encoder_decoder", False))
     )
 
 

@@ -4,7 +4,9 @@
 `mrope`: whether rotary sections must be made; `inputs`: a function from the config to the inputs of a forward.
 """
 
-_LINEAR_AND_FULL = ["linear_attention", "full_attention"]
+# The last two layers read the keys and values of the first two.
+_SHARED_KV = {"config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+                         "layer_types": ["sliding_attention", "full_attention"] * 2}}  # fmt: skip
 # The rotary sections' default is that of head_dim 128, in the code instead of the configuration.
 _MROPE = {"mrope": True}
 _MLA_HEAD_DIM = {"config": {"head_dim": 8}}
@@ -14,6 +16,9 @@ OVERRIDES: dict[str, dict] = {
         "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm4v_text", "glm4v_moe_text", "glm_ocr_text",
         "paddleocr_vl_text", "glm_image_text", "qwen2_5_omni_talker", "glm46v_text", "keye_text",
     )},
+    "gemma3n_text": {"config": {**_SHARED_KV["config"], "intermediate_size": [96] * 4, "altup_num_inputs": 2,
+                                "activation_sparsity_pattern": [0.0] * 4}},
+    "gemma4_text": _SHARED_KV,
     "axk1": _MLA_HEAD_DIM,
     "deepseek_v3": _MLA_HEAD_DIM,
     "longcat_flash": _MLA_HEAD_DIM,
@@ -29,7 +34,8 @@ OVERRIDES: dict[str, dict] = {
                           "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8,
                           "mamba_headdim": 16, "chunk_size": 8}},
     "lfm2_moe": {"config": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
-    "mimo_v2_flash": {"config": {"sliding_window": 6}},
+    # A third of the head is rotated, in pairs.
+    "mimo_v2_flash": {"config": {"head_dim": 24, "v_head_dim": 16}},
     "cohere_compass_text": {"config": {"rope_parameters": {
         "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}}},
@@ -43,11 +49,11 @@ OVERRIDES: dict[str, dict] = {
     "mamba2": {"config": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8}},
     "mobilebert": {"config": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64,
                               "hidden_size": 64, "trigram_input": False, "use_bottleneck": False}},
-    "gemma4_unified_assistant": {"config": {}},
+    "gemma4_assistant": {"before": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}}},
     "sapiens2": {"config": {"image_size": 32}},
     "efficientloftr": {"config": {"hidden_size": 256}},
     "lw_detr_vit": {"config": {"image_size": 64, "num_windows": 4}},
-    "dbrx": {"config": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+    "dbrx": {"config": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
                         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}}},
     "deepseek_v2": {"config": {"num_experts_per_tok": 2, "head_dim": 8}},
     "csm_depth_decoder_model": {"config": {"num_codebooks": 32, "max_position_embeddings": 33}},

@@ -135,10 +135,14 @@ class TestTheFunctionAlone:
         torch.manual_seed(0)
         return torch.randn(1, 4, num_queries, 16), torch.randn(1, 2, num_keys, 16), torch.randn(1, 2, num_keys, 16)
 
-    def test_unknown_tensor_is_an_error(self):
-        with pytest.raises(NotImplementedError, match="'block_indices'"):
-            flashcore_attention(self.module, *self.tensors(), None, block_indices=torch.zeros(3))
-        flashcore_attention(self.module, *self.tensors(), None, position_ids=torch.arange(7)[None], unknown_flag=True)
+    @pytest.mark.parametrize("argument", [torch.zeros(3), 0.5, 4, True, (1, 2)], ids=repr)
+    def test_unknown_argument_is_an_error(self, argument):
+        with pytest.raises(NotImplementedError, match="'key_temperature'.*attn_implementation='eager'"):
+            flashcore_attention(self.module, *self.tensors(), None, key_temperature=argument)
+
+    def test_what_is_known_or_off_is_none(self):
+        flashcore_attention(self.module, *self.tensors(), None, position_ids=torch.arange(7)[None], use_cache=True)
+        flashcore_attention(self.module, *self.tensors(), None, key_temperature=None, head_mask=None, strange=False)
 
     def test_no_mask_with_more_keys_is_ambiguous(self):
         with pytest.raises(ValueError, match="the first or the last of the keys"):
