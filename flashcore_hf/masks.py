@@ -11,16 +11,30 @@ from flashcore_kernels import make_key_range, make_row_ranges
 
 from .compat import MaskCall, mask_call, masking_utils
 
-# Models that hand the mask from the mask function to the attention function as it is. Others may read or slice it, and
-# get a dense mask. Every entry is one that was run beside eager.
+# Models that hand the mask from the mask function to the attention function as it is. Others may read or slice it,
+# and get a dense mask. Every entry was run beside eager by scripts/sweep_architectures.py, and its code read for uses
+# of the mask in Transformers 4.53 to 5.23.
 KEY_RANGE_MODELS = frozenset(
-    "cohere cohere2 deepseek_v3 exaone4 gemma gemma2 gemma3_text glm glm4 gpt_neox gpt_oss granite helium llama "
-    "ministral mistral mixtral olmo olmo2 olmo3 phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm "
-    "starcoder2".split()
+    (
+        "afmoe apertus arcee aria_text axk1 bailing_hybrid bamba bitnet cohere cohere2 cohere2_moe cwm dbrx "
+        "deepseek_v2 deepseek_v3 dots1 emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 "
+        "flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 "
+        "glm4_moe glm4_moe_lite gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa "
+        "granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax "
+        "inkling2_text inkling_text jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama "
+        "longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mistral4 mixtral "
+        "modernbert-decoder nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi "
+        "phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss "
+        "smollm3 solar_open stablelm starcoder2 vaultgemma youtu zamba2 zaya"
+    ).split()
 )
 
 # Models that add the mask to scores, or terms to the mask, in code of their own, and so need eager's additive one.
 ADDITIVE_MASK_MODELS = frozenset({"bigbird_pegasus", "deepseek_v4"})
+
+# Models whose masks have the wrong length up to 5.22 and only work because eager leaves out what hides nothing; None
+# then means that everything is seen (see attention._NOT_CAUSAL).
+MAYBE_NO_MASK_MODELS = frozenset({"bridgetower", "bridgetower_text_model"})
 
 
 class Pattern(NamedTuple):
@@ -51,7 +65,8 @@ EVERYTHING = Pattern()
 def flashcore_mask(**kwargs) -> torch.Tensor:
     """Answer Transformers' mask request: a KeyRange (int32) where it can say the mask, else a dense bool mask.
 
-    Never None: to the attention function that would mean "no mask" or "causal", depending on who asks.
+    Never None, but for MAYBE_NO_MASK_MODELS: to the attention function that would mean "no mask" or "causal", depending
+    on who asks.
 
     Args: Transformers' own, by keyword (see `compat.mask_call`).
 
@@ -70,8 +85,11 @@ def flashcore_mask(**kwargs) -> torch.Tensor:
             call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
             key_mask=call.key_mask, device=call.device,
         )  # fmt: skip
-    whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    if getattr(kwargs.get("config"), "model_type", None) in ADDITIVE_MASK_MODELS:
+    model_type = getattr(kwargs.get("config"), "model_type", None)
+    whole = {**kwargs, "allow_is_causal_skip": False}
+    if model_type not in MAYBE_NO_MASK_MODELS:
+        whole["allow_is_bidirectional_skip"] = False
+    if model_type in ADDITIVE_MASK_MODELS:
         return masking_utils.eager_mask(**whole)
     return masking_utils.sdpa_mask(**whole)
 

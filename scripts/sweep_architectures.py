@@ -30,8 +30,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = (
-    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 olmo2 granite starcoder2 stablelm cohere2 "
-    "deepseek_v3 gpt_oss glm4 smollm3 falcon_h1"
+    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi3 olmo2 granite starcoder2 stablelm "
+    "cohere2 deepseek_v3 gpt_oss glm4 smollm3 falcon_h1"
 ).split()
 
 

@@ -38,7 +38,7 @@ def noise(*shape: int, seed: int = 2) -> torch.Tensor:
 
 
 def recipes(model, config) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """(kind, inputs) pairs, likeliest first. Kind is "text" where inputs hold ids that may be padded and generated on."""
+    """(kind, inputs) pairs, likeliest first; kind is "text" where ids may be padded and generated on."""
     takes = parameters_of(model)
     special = OVERRIDES.get(type(model).__name__, {}).get("inputs")
     if special is not None:
@@ -50,7 +50,7 @@ def recipes(model, config) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         decoder["decoder_input_ids"] = token_ids(2, DECODER_LENGTH, seed=5)
     if text and model.main_input_name == "input_ids":
         yield "text", text
-    for name, shapes in _media(takes, config).items():
+    for shapes in _media(takes, config).values():
         for more in shapes:
             yield "other", {**more, **decoder}
             if "input_ids" in takes:

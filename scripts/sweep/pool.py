@@ -31,7 +31,11 @@ def work(device: str, dtypes: list[str], key_range_for_all: bool) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         row = sweep_class(Entry(*json.loads(line)), device, dtypes)
-        print(json.dumps(row), file=answers, flush=True)
+        # What one class does to a GPU's context, all that follow in the process would suffer.
+        poisoned = "CUDA error" in json.dumps(row)
+        print(json.dumps(row | {"poisoned": True} if poisoned else row), file=answers, flush=True)
+        if poisoned:
+            return
 
 
 class _Worker:
@@ -83,7 +87,7 @@ def sweep(
     done: queue.SimpleQueue[tuple[Entry, dict] | None] = queue.SimpleQueue()
 
     def serve() -> None:
-        worker = None
+        worker, fresh = None, 0
         try:
             while True:
                 try:
@@ -110,6 +114,12 @@ def sweep(
                            "reason": reason}  # fmt: skip
                 else:
                     row = json.loads(answer)
+                    if row.pop("poisoned", False):
+                        worker.end()
+                        worker = None
+                        if fresh < 2:
+                            waiting.put(entry)  # perhaps it was not this class that did it: once more in a new process
+                            continue
                 done.put((entry, {**row, "seconds": round(time.monotonic() - began, 1)}))
         finally:
             if worker is not None:

@@ -109,7 +109,7 @@ def pair(class_name: str, **changes):
         pytest.skip(f"refused by Transformers {transformers.__version__}'s source: {class_name}")
     switch_on(eager)
     model.load_state_dict(eager.state_dict())
-    kind, inputs, reason = accepted_inputs(eager, config, "cpu")
+    kind, inputs, reason = accepted_inputs(eager, config)
     assert inputs is not None, reason
     return eager, model, kind, inputs
 

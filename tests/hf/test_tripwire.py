@@ -79,7 +79,7 @@ class FlashAttentionLayer(nn.Module):
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
         if "flash" in self.config._attn_implementation:
             attention_mask = None
-        return attention_interface(self, query, key, value, attention_mask, scaling=1.0, key_temperature=self.temperature)
+        return attention_interface(self, query, key, value, attention_mask, scaling=1.0, key_temperature=self.t)
 """
 PLANTED_MASKS = """
 def dilated_overlay(step):
@@ -108,7 +108,7 @@ def test_it_is_quiet_without_them(tmp_path):
     """The control: the same tree without the planted words."""
     model = tmp_path / "models" / "new" / "modeling_new.py"
     model.parent.mkdir(parents=True)
-    model.write_text(PLANTED.replace(", key_temperature=self.temperature", "").replace('"flash" in', '"eager" in'))
+    model.write_text(PLANTED.replace(", key_temperature=self.t", "").replace('"flash" in', '"eager" in'))
     shutil.copy(ROOT / "masking_utils.py", tmp_path)
     assert unknown(tmp_path) == []
 

@@ -1,0 +1,153 @@
+"""SUPPORT.md from the sweeps in scripts/results/support-*.json.
+
+python scripts/support_table.py           # write it
+python scripts/support_table.py --check   # exit 1 where it is not what the results say
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = ("wrong", "refused", "unstable", "match", "unbuildable")
+CELL = {
+    "match": "yes",
+    "refused": "refused",
+    "unstable": "see below",
+    "wrong": "**wrong**",
+    "unbuildable": "not checked",
+}
+
+
+def load(folder: Path = ROOT / "scripts" / "results") -> list[dict]:
+    """The sweeps, oldest Transformers first."""
+    records = [json.loads(file.read_text()) for file in folder.glob("support-*.json")]
+    return sorted(records, key=lambda r: ([int(n) for n in r["environment"]["transformers"].split(".")], r["date"]))
+
+
+def label(record: dict) -> str:
+    """Like "5.17.0, H200"."""
+    device = record["environment"]["device"]
+    return f"{record['environment']['transformers']}, {'CPU' if device == 'CPU' else device.split()[-1]}"
+
+
+def is_causal(row: dict) -> bool:
+    return row["class"].endswith("ForCausalLM")
+
+
+def masks(rows: list[dict]) -> str:
+    """Which masks attention got: key ranges alone (the fast path), dense ones, or none at all."""
+    counts = Counter()
+    for row in rows:
+        counts.update(row.get("paths") or {})
+    kinds = [name for key, name in (("key_range", "key range"), ("dense_mask", "dense")) if counts[key]]
+    return " and ".join(kinds) or ("none needed" if counts["no_mask"] else "")
+
+
+def checks(rows: list[dict]) -> str:
+    """The ways of running that were compared in fp32, over all rows."""
+    done = {}
+    for row in rows:
+        for name, result in row.get("checks", {}).get("float32", {}).items():
+            if not isinstance(result, str) and name != "control":
+                done[name] = None
+    return ", ".join(done)
+
+
+def status(rows: list[dict]) -> str:
+    """One word for several classes: a match is what counts, where nothing is wrong."""
+    found = {row["status"] for row in rows}
+    for word in ("wrong", "match", "unstable", "refused", "unbuildable"):
+        if word in found:
+            return word
+    return ""
+
+
+def table(records: list[dict], names: list[str], select) -> list[str]:
+    """A line for each name; `select(row)` is the name that a row belongs to, or None."""
+    lines = ["| | " + " | ".join(label(r) for r in records) + " | masks | compared with eager |"]
+    lines.append("|---|" + "---|" * (len(records) + 2))
+    for name in names:
+        found = [[row for row in record["rows"] if select(row) == name] for record in records]
+        every = [row for rows in found for row in rows]
+        cells = [CELL[status(rows)] if rows else "" for rows in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {masks(every)} | {checks(every)} |")
+    return lines
+
+
+def why(records: list[dict], wanted: str) -> list[str]:
+    """Rows of one status with their reasons: a line for each reason, with the classes that have it."""
+    reasons: dict[str, dict[str, None]] = {}
+    for record in records:
+        for row in record["rows"]:
+            if row["status"] == wanted:
+                reason = re.sub(r"^\w+Error: ", "", row["reason"]).replace(row["class"], "this class")
+                reasons.setdefault(reason.replace("|", "\\|"), {})[row["class"]] = None
+    return [f"- {', '.join(classes)}: {reason}" for reason, classes in sorted(reasons.items())]
+
+
+def build(records: list[dict]) -> str:
+    """The whole of SUPPORT.md."""
+    causal = sorted({row["class"] for r in records for row in r["rows"] if is_causal(row)})
+    others = sorted({row["module"].split(".")[0] for r in records for row in r["rows"] if not is_causal(row)})
+    lines = [
+        "# Which models run on flashcore",
+        "",
+        "Written by `scripts/support_table.py` from the sweeps in `scripts/results/support-*.json`; not to be",
+        "edited. `scripts/sweep_architectures.py` builds every class of a Transformers release that uses its",
+        "attention interface, small and with random weights, and compares it with `eager`: logits without",
+        "padding, padded on the left and on the right, prefill in pieces, decoding token by token, packed rows,",
+        "an image among the tokens, and 32 greedy tokens with dynamic and with static caches. In fp32 the largest",
+        "error may be 2e-5 of the largest logit, and tokens must be equal; bf16 is measured against fp32, beside",
+        'eager in bf16. "yes" is all of that, in every way that eager runs.',
+        "",
+        "| Transformers | device | dtypes | match | refused | unstable | wrong | not checked | date |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        count, env = Counter(row["status"] for row in record["rows"]), record["environment"]
+        lines.append(
+            f"| {env['transformers']} | {env['device']}, torch {env['torch']}, triton {env['triton']} | "
+            f"{', '.join(record['dtypes'])} | {count['match']} | {count['refused']} | {count['unstable']} | "
+            f"{count['wrong']} | {count['unbuildable']} | {record['date'][:10]} |"
+        )
+    lines += ["", "## Causal language models", ""]
+    lines += ["Masks: `key range` is the fast path, a few words a sequence; `dense` is a mask of queries x keys.", ""]
+    lines += table(records, causal, lambda row: row["class"] if is_causal(row) else None)
+    lines += ["", "## Other architectures", "", "A line for each folder of `transformers.models`.", ""]
+    lines += table(records, others, lambda row: None if is_causal(row) else row["module"].split(".")[0])
+    lines += ["", "## Refused", "", "An error at load, which says:", "", *why(records, "refused")]
+    lines += ["", "## Where the reference is not one", "", *why(records, "unstable")]
+    wrong = why(records, "wrong")
+    if wrong:
+        lines += ["", "## Wrong", "", *wrong]
+    lines += [
+        "",
+        "## Not checked",
+        "",
+        "No small model or no input could be made, for instance because a package is missing.",
+        "",
+    ]
+    lines += ["<details>", "", *why(records, "unbuildable"), "", "</details>", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    args = parser.parse_args()
+    text, path = build(load()), ROOT / "SUPPORT.md"
+    if not args.check:
+        path.write_text(text)
+        return 0
+    if not path.exists() or path.read_text() != text:
+        print("SUPPORT.md is not what scripts/results/support-*.json say; run python scripts/support_table.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
