@@ -35,8 +35,6 @@ def enable() -> None:
         _register(compat.mask_registry(), NAME, flashcore_mask)
     if hasattr(compat.masking_utils, "is_flash_attention_requested"):
         _patch(compat.masking_utils, "is_flash_attention_requested", _ours_makes_any_mask)
-    if hasattr(compat.masking_utils, "is_flash_attention_requested"):
-        _patch(compat.masking_utils, "is_flash_attention_requested", _ours_makes_any_mask)
     model_class = compat.PreTrainedModel
     if hasattr(model_class, "_check_and_adjust_attn_implementation"):
         _patch(model_class, "_check_and_adjust_attn_implementation", _accept_name)

@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="regular expression on MODULE.CLASS, as modeling_llama.Llama")
     parser.add_argument("--causal", action="store_true", help="causal language models alone")
     parser.add_argument("--interpret", nargs="*", default=None, metavar="FAMILY",
-                        help="directories of models whose calls go through the kernels, in Triton's interpreter; "
+                        help="causal models that are also run through the kernels, in Triton's interpreter; "
                              "without names the 20 most used")  # fmt: skip
     parser.add_argument("--key-range-for-all", action="store_true",
                         help="not only for masks.KEY_RANGE_MODELS: shows which models could join them")  # fmt: skip
@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--redo", nargs="*", default=[], help="statuses to run again, as wrong or unbuildable")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier sweep that was stopped")
     parser.add_argument("--output", type=Path, help="of the result, instead of scripts/results/support-...json")
+    parser.add_argument("--tokens", type=int, default=32, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -62,7 +63,7 @@ def main() -> int:
     if args.worker:
         from sweep.pool import work
 
-        work(args.device, args.dtypes, args.key_range_for_all)
+        work(args.device, args.dtypes, args.tokens, args.key_range_for_all)
         return 0
 
     import transformers
@@ -94,56 +95,69 @@ def main() -> int:
 
 def collect(args: argparse.Namespace, entries: list, partial: Path) -> list[dict]:
     """Sweep what is not in `partial` yet, and return all rows in the order of the entries."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from sweep.pool import sweep
-
     if args.fresh:
         partial.unlink(missing_ok=True)
-    found = {}
+    found: dict[str, dict] = {}
     if partial.exists():
         for line in partial.read_text().splitlines():
             key, row = json.loads(line)
             found[key] = row
     todo = [entry for entry in entries if entry.key not in found or found[entry.key]["status"] in args.redo]
-    families = FAMILIES if args.interpret == [] else args.interpret or []
-    through_kernels = [e for e in todo if e.module.split(".")[2] in directories(families)]
-    others = [entry for entry in todo if entry not in through_kernels]
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--worker",
-        "--device",
-        args.device,
-        "--dtypes",
-        *args.dtypes,
-    ]
+    # Causal language models first: what a sweep that is stopped should have.
+    todo.sort(key=lambda entry: not entry.name.endswith("ForCausalLM"))
+    began = time.monotonic()
+    with partial.open("a") as file:
+
+        def keep(entry, row: dict) -> None:
+            found[entry.key] = row
+            file.write(json.dumps([entry.key, row]) + "\n")
+            file.flush()
+
+        run(args, todo, ["--tokens", "32"], {}, args.timeout, began + args.limit, keep)
+        families = directories(FAMILIES if args.interpret == [] else args.interpret or [])
+        todo = [
+            entry for entry in entries
+            if entry.name.endswith("ForCausalLM") and entry.module.split(".")[2] in families
+            and "interpreter" not in found.get(entry.key, {"interpreter": None})
+        ]  # fmt: skip
+
+        def add(entry, row: dict) -> None:
+            kept = {name: row.get(name) for name in ("status", "reason", "checks", "paths", "seconds")}
+            worse = found[entry.key] if row["status"] in ("match", "unbuildable") else row
+            keep(entry, {**found[entry.key], "status": worse["status"], "reason": worse["reason"], "interpreter": kept})
+
+        # A kernel takes a second there: a few tokens are what time allows, after the 32 above.
+        interpreter = {"TRITON_INTERPRET": "1"}
+        run(args, todo, ["--tokens", "3"], interpreter, 10 * args.timeout, began + args.limit, add)
+    return [found[entry.key] for entry in entries if entry.key in found]
+
+
+def run(args: argparse.Namespace, todo: list, options: list[str], env: dict, timeout: float, deadline: float, keep):
+    """Sweep `todo` in workers with these options and environment, showing progress; keep(entry, row) for each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from sweep.pool import sweep
+
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--device", args.device]
+    command += ["--dtypes", *args.dtypes, *options]
     command += ["--key-range-for-all"] if args.key_range_for_all else []
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(root), str(root / "kernels")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env.pop("TRITON_INTERPRET", None)
-    began = time.monotonic()
+    full = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    full.pop("TRITON_INTERPRET", None)
     console = Console()
     columns = (TextColumn("{task.description:50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, partial.open("a") as file:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(todo))
-        for group, more in ((through_kernels, {"TRITON_INTERPRET": "1"}), (others, {})):
-            for entry, row in sweep(
-                group, command, env | more, args.jobs, args.timeout * (5 if more else 1), began + args.limit,
-                lambda entry: progress.update(task, description=entry.name),
-            ):  # fmt: skip
-                if more:
-                    row["interpreter"] = True
-                found[entry.key] = row
-                file.write(json.dumps([entry.key, row]) + "\n")
-                file.flush()
-                progress.advance(task)
-                if not console.is_terminal or row["status"] == "wrong":
-                    console.print(
-                        f"{row['status']:11} {entry.name} {row['reason'][:150]}", markup=False, highlight=False
-                    )
-    return [found[entry.key] for entry in entries if entry.key in found]
+        for entry, row in sweep(
+            todo, command, full | env, args.jobs, timeout, deadline,
+            lambda entry: progress.update(task, description=entry.name),
+        ):  # fmt: skip
+            keep(entry, row)
+            progress.advance(task)
+            if not console.is_terminal or row["status"] == "wrong":
+                line = f"{row['status']:11} {entry.name} {row['reason'][:150]}"
+                console.print(line, markup=False, highlight=False)
 
 
 def directories(families: list[str]) -> set[str]:

@@ -94,7 +94,7 @@ def sweep_class(entry: Entry, device: str, dtypes: list[str]) -> dict:
     if inputs is None:
         return row | {"status": "unbuildable", "reason": f"no input was found that its forward takes: {reason}"}
     eager, model = eager.to(device), model.to(device)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     row["inputs"] = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     try:
         checks, verdicts = {}, []
@@ -164,8 +164,11 @@ def run(model, inputs: dict, **more):
     """One forward; what it draws at random is the same each time."""
     torch.manual_seed(0)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    return model(**inputs, **more)
+    inputs = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    return model(**{**inputs, **more})
 
 
 def tensors(output) -> list[torch.Tensor]:
@@ -464,8 +467,8 @@ class HalfComparison(Comparison):
         # One rounding of the output is below what any comparison in this dtype can tell.
         if ours <= 1.5 * own + torch.finfo(self.dtype).eps:
             return
-        # Experts and keys are chosen by comparing numbers that are rounded: single tokens then go elsewhere, in eager as
-        # well once its weights move by one unit in the last place.
+        # Experts and keys are chosen by comparing numbers that are rounded: single tokens then go elsewhere, in eager
+        # as well once its weights move by one unit in the last place.
         moved = self.moved_error(call, exact)
         text = f"{name}: RMS error {ours:.1e} against fp32, eager's {own:.1e}"
         if ours <= 1.5 * moved + torch.finfo(self.dtype).eps:

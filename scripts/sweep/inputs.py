@@ -37,7 +37,7 @@ def noise(*shape: int, seed: int = 2) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def recipes(model, config) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def recipes(model, config) -> Iterator[tuple[str, dict[str, torch.Tensor | bool]]]:
     """(kind, inputs) pairs, likeliest first; kind is "text" where ids may be padded and generated on."""
     takes = parameters_of(model)
     special = OVERRIDES.get(type(model).__name__, {}).get("inputs")
@@ -58,6 +58,8 @@ def recipes(model, config) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
                 yield "other", {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
     if text and model.main_input_name != "input_ids":
         yield "text", text
+    if text and "use_cache" in takes:
+        yield "text", {**text, "use_cache": False}
     width = _first(config, "hidden_size", "d_model", "embed_dim", "hidden_dim") or 64
     for name in ("inputs_embeds", "hidden_states", "input_embeds"):
         if name in takes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from .classes import Entry
 
 
-def work(device: str, dtypes: list[str], key_range_for_all: bool) -> None:
+def work(device: str, dtypes: list[str], tokens: int, key_range_for_all: bool) -> None:
     """A worker's life: an entry a line on stdin, a row a line on the pipe that was stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever models print goes to stderr
@@ -22,15 +22,16 @@ def work(device: str, dtypes: list[str], key_range_for_all: bool) -> None:
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    from .checks import sweep_class
+    from . import checks
 
+    checks.NEW_TOKENS = tokens
     if key_range_for_all:
         from flashcore_hf import masks
 
         masks.takes_key_range = lambda config: True
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        row = sweep_class(Entry(*json.loads(line)), device, dtypes)
+        row = checks.sweep_class(Entry(*json.loads(line)), device, dtypes)
         # What one class does to a GPU's context, all that follow in the process would suffer.
         poisoned = "CUDA error" in json.dumps(row)
         print(json.dumps(row | {"poisoned": True} if poisoned else row), file=answers, flush=True)
@@ -85,9 +86,10 @@ def sweep(
     for entry in entries:
         waiting.put(entry)
     done: queue.SimpleQueue[tuple[Entry, dict] | None] = queue.SimpleQueue()
+    again: set[Entry] = set()
 
     def serve() -> None:
-        worker, fresh = None, 0
+        worker = None
         try:
             while True:
                 try:
@@ -117,8 +119,9 @@ def sweep(
                     if row.pop("poisoned", False):
                         worker.end()
                         worker = None
-                        if fresh < 2:
-                            waiting.put(entry)  # perhaps it was not this class that did it: once more in a new process
+                        if entry not in again:
+                            again.add(entry)
+                            waiting.put(entry)  # an earlier class may have done it
                             continue
                 done.put((entry, {**row, "seconds": round(time.monotonic() - began, 1)}))
         finally:

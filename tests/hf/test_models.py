@@ -23,8 +23,9 @@ def build(model_type: str):
         raise
 
 
-def test_every_family_is_tested():
-    assert masks.KEY_RANGE_MODELS == set(FAMILIES)
+def test_every_family_gets_key_ranges():
+    """The others that get them have their rows in SUPPORT.md's data: see tests/test_support_table.py."""
+    assert set(FAMILIES) <= masks.KEY_RANGE_MODELS
 
 
 @pytest.mark.parametrize("model_type", PRESENT)
