@@ -28,6 +28,7 @@ OVERRIDES: dict[str, dict] = {
     "bamba": {"config": {"attn_layer_indices": [1]}},
     "granitemoehybrid": {"config": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2}},
     "recurrent_gemma": {"config": {"num_hidden_layers": 3}},
+    "gpt_neo": {"config": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}},
     "zamba": {"config": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
                          "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_dt_rank": 4}},
     "zamba2": {"config": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],

@@ -117,6 +117,8 @@ def pair(class_name: str, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind(kind, registry):
     class_name, change = KINDS[kind]
+    if kind.startswith("packed images") and compat.VERSION < (5, 0):
+        pytest.skip("before 5.0 only flash_attention_2 gets them packed; others get one call an image")
     eager, model, kind_of_inputs, inputs = pair(class_name)
     if kind_of_inputs == "text" and "attention_mask" in inputs:
         mask = padding("right")

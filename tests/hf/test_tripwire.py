@@ -116,7 +116,7 @@ def test_it_is_quiet_without_them(tmp_path):
 def test_the_scan_sees_what_is_there():
     """A scan that reads nothing would never fire."""
     arguments = scan.attention_arguments(ROOT)
-    assert len(arguments["scaling"]) > 50 and "gpt_oss" in arguments["s_aux"]
+    assert len(arguments["scaling"]) > 50 and "llama" in arguments["scaling"] and "gemma2" in arguments["softcap"]
     assert {"causal_mask_function", "sliding_window_overlay", "argument attention_mask"} <= scan.mask_parts(ROOT)
     assert {"kv_length", "mask_function", "attention_mask"} <= scan.mask_requests(ROOT)
     assert scan.flash_tests(ROOT)["modeling_utils.py"] > 0
