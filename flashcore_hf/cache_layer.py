@@ -132,18 +132,18 @@ class FlashCoreLayer(CacheLayerMixin):
                 "FlashCoreCache writes in place, which gradients cannot pass. Run under torch.no_grad(), "
                 "or train with use_cache=False or a DynamicCache"
             )
-        shapes = [(*states.shape[:2], states.shape[3]) for states in (key_states, value_states)]
-        if not self.is_initialized or (
-            self.length == 0
-            and (shapes, key_states.dtype, key_states.device) != (self._shapes, self.dtype, self.device)
-        ):
-            self.key_scale = None
-            self.lazy_initialization(key_states, value_states)
-        elif shapes != self._shapes or key_states.dtype != self.dtype:
+        if self.is_initialized and key_states.dtype == self.dtype and key_states.device == self.device:
+            (b, h, _, d), (batch_size, heads, _, head_dim) = self.key_buffer.shape, key_states.shape
+            if b == batch_size and h == heads and d == head_dim and value_states.shape[3] == self.value_buffer.shape[3]:
+                return
+        if self.is_initialized and self.length > 0:
             raise ValueError(
-                f"key and value are [B, Hkv, n, D] of {shapes} in {key_states.dtype}; this FlashCoreCache holds "
-                f"{self._shapes} in {self.dtype} (another batch or model?). reset() empties it"
+                f"key {list(key_states.shape)} and value {list(value_states.shape)} in {key_states.dtype} on "
+                f"{key_states.device} do not continue what this FlashCoreCache holds: {self._shapes} (B, Hkv, D) in "
+                f"{self.dtype} on {self.device} (another batch or model?). reset() empties it"
             )
+        self.key_scale = None
+        self.lazy_initialization(key_states, value_states)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs

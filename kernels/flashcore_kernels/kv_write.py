@@ -34,27 +34,9 @@ def write_kv(
     Raises:
         ValueError: shapes, dtypes or slots do not fit.
     """
-    for name, buffer, states, scale in (
-        ("key", key_buffer, key, key_scale),
-        ("value", value_buffer, value, value_scale),
-    ):
-        fits = (buffer.shape[0], buffer.shape[1], buffer.shape[3]) == (
-            states.shape[0],
-            states.shape[1],
-            states.shape[3],
-        )
-        fp8 = buffer.dtype == torch.float8_e4m3fn
-        if (
-            not fits
-            or not buffer.is_contiguous()
-            or (scale is not None) != fp8
-            or not (fp8 or buffer.dtype == states.dtype)
-        ):
-            raise ValueError(
-                f"{name}: got {states.dtype} {list(states.shape)} for a buffer of {buffer.dtype} {list(buffer.shape)}"
-                f"{'' if buffer.is_contiguous() else ', not contiguous'}, {'with' if scale is not None else 'without'} "
-                "scale; batch, heads and head_dim must be equal, and float8_e4m3fn alone has scales"
-            )
+    fits = _fits(key_buffer, key, key_scale) and _fits(value_buffer, value, value_scale)
+    if not fits or key.shape[2] != value.shape[2] or key_buffer.shape[2] != value_buffer.shape[2]:
+        _refuse(("key", key_buffer, key, key_scale), ("value", value_buffer, value, value_scale))
     first = 0 if isinstance(slot, torch.Tensor) else slot
     if first < 0 or first + key.shape[2] > key_buffer.shape[2]:
         raise ValueError(f"slots [{first}, {first + key.shape[2]}) are not within the buffer's {key_buffer.shape[2]}")
@@ -62,6 +44,24 @@ def write_kv(
         key_buffer, value_buffer, key, value, slot if isinstance(slot, torch.Tensor) else None, first, key_scale,
         value_scale,
     )  # fmt: skip
+
+
+def _fits(buffer: torch.Tensor, states: torch.Tensor, scale: torch.Tensor | None) -> bool:
+    (b, h, _, d), (batch_size, num_kv_heads, _, dim) = buffer.shape, states.shape
+    fp8 = buffer.dtype == torch.float8_e4m3fn
+    return (
+        b == batch_size and h == num_kv_heads and d == dim and buffer.is_contiguous()
+        and (scale is not None if fp8 else scale is None and buffer.dtype == states.dtype)
+    )  # fmt: skip
+
+
+def _refuse(*pairs) -> None:
+    said = "; ".join(
+        f"{name}: got {states.dtype} {list(states.shape)} {'with' if scale is not None else 'without'} scale for a "
+        f"buffer of {buffer.dtype} {list(buffer.shape)}{'' if buffer.is_contiguous() else ', not contiguous'}"
+        for name, buffer, states, scale in pairs
+    )
+    raise ValueError(f"{said}. Batch, heads and head_dim must be equal, and float8_e4m3fn alone has scales")
 
 
 def _write(key_buffer, value_buffer, key, value, slot, first, key_scale, value_scale) -> None:

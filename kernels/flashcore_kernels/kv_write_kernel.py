@@ -97,15 +97,19 @@ def run_write(
     batch_size, num_kv_heads, count, head_dim = key.shape
     value_dim = value.shape[3]
     block = 1 if count == 1 else BLOCK_TOKENS
-    with torch.cuda.device_of(key):
-        launch(
-            flashcore_write_kv,
-            triton.cdiv(count, block) * batch_size * num_kv_heads,
-            (
-                key, value, key_buffer, value_buffer, slot, key_scale, value_scale, *key.stride()[:3],
-                *value.stride()[:3], num_kv_heads,
-            ),
-            (first, count, key_buffer.shape[2]),
-            (head_dim, value_dim, padded(head_dim), padded(value_dim), block),
-            _PLAN,
-        )  # fmt: skip
+    arguments = (
+        flashcore_write_kv,
+        triton.cdiv(count, block) * batch_size * num_kv_heads,
+        (
+            key, value, key_buffer, value_buffer, slot, key_scale, value_scale, *key.stride()[:3],
+            *value.stride()[:3], num_kv_heads,
+        ),
+        (first, count, key_buffer.shape[2]),
+        (head_dim, value_dim, padded(head_dim), padded(value_dim), block),
+        _PLAN,
+    )  # fmt: skip
+    if key.is_cuda and key.device.index != torch.cuda.current_device():
+        with torch.cuda.device(key.device):
+            launch(*arguments)
+    else:
+        launch(*arguments)
