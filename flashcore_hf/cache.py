@@ -159,12 +159,15 @@ def _converted(cache: Cache, max_length: int | None = None, dtype: torch.dtype |
     return cache
 
 
+CHANGES = ("cache", "graphs")
+
+
 def on_new_cache(model, name: str, change) -> None:
     """Have `change(cache, batch_size)` answer the cache that generate() goes on with, when it has made one.
 
     Args:
-        name: which of a model's changes this is; they run in the order in which they came. A `change` of None takes it
-            away, and with the last one every trace of them.
+        name: one of CHANGES, in whose order they run. A `change` of None takes it away, and with the last one every
+            trace of them.
     """
     prepare = vars(model).get("_prepare_cache_for_generation")
     if not isinstance(prepare, _PrepareCache):
@@ -203,7 +206,8 @@ class _PrepareCache:
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # 5.0 leaves it to the forward
         if given is None and cache is not None:
             batch_size *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            for change in self.changes.values():
-                cache = change(cache, batch_size)
+            for name in CHANGES:
+                if name in self.changes:
+                    cache = self.changes[name](cache, batch_size)
             model_kwargs["past_key_values"] = cache
         return answer

@@ -211,13 +211,19 @@ class GraphedSteps:
 
         @wraps(original)
         def forward(*args, **kwargs):
-            if torch.compiler.is_compiling() or args or kwargs.get("past_key_values") is None:
+            if torch.compiler.is_compiling() or len(args) > 1 or kwargs.get("past_key_values") is None:
                 return original(*args, **kwargs)
-            return self.step(kwargs)
+            return self.step({"input_ids": args[0], **kwargs} if args else kwargs)
 
         forward.graphed_steps = self
         model.forward = forward
         on_new_cache(model, "graphs", self.new_cache)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a graphed model cannot be copied or pickled, because its graphs belong to this very object; "
+            "call flashcore_hf.graphed(model, False) before"
+        )
 
     def restore(self) -> None:
         """Put the model back as it was."""

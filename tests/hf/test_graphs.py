@@ -222,6 +222,31 @@ def test_restore(recorded):
     assert model.forward == forward
 
 
+def test_a_copy_would_run_the_original(recorded):
+    """So it is refused; without graphs the model can be copied."""
+    _, model = graphed_pair("llama")
+    with pytest.raises(TypeError, match="graphed\\(model, False\\)"):
+        copy.deepcopy(model)
+    flashcore_hf.graphed(model, False)
+    flashcore_hf.use_flashcore_cache(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    ids, mask = prompts(1, 4)
+    assert (greedy(other, ids, mask, 3)[:, 4:] == 0).all() and (greedy(model, ids, mask, 3)[:, 4:] != 0).any()
+
+
+@pytest.mark.parametrize("first", ["cache", "graphs"])
+def test_an_fp8_cache_whichever_line_comes_first(first, recorded):
+    _, model = model_pair("llama")
+    if first == "graphs":
+        flashcore_hf.graphed(model)
+    flashcore_hf.use_flashcore_cache(model, dtype=torch.float8_e4m3fn)
+    flashcore_hf.graphed(model)
+    answer = greedy(model, *prompts(1, 9), 4, return_dict_in_generate=True)
+    assert answer.past_key_values.layers[0].key_buffer.dtype == torch.float8_e4m3fn and recorded["replayed"] == 3
+
+
 def warned(model, ids, mask, **options) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
