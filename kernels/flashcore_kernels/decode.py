@@ -14,11 +14,29 @@ from .problem import Problem
 
 
 @triton.jit
+def load_block(
+    base, n, stride, present, SIZE_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, FAR_ROWS: tl.constexpr
+):  # fmt: skip
+    """[N, D] tile of rows n to n + N; rows that are not `present` and padding columns are 0.
+
+    What depends on n is one scalar, so that a loop has an addition for each address and not a product.
+    """
+    rows = tl.arange(0, BLOCK_N)
+    if FAR_ROWS:
+        rows = rows.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = (base + n.to(tl.int64) * stride) + (rows[:, None] * stride + offs_d[None, :])
+    if SIZE_D == BLOCK_D:
+        return tl.load(ptrs, mask=present[:, None], other=0.0)
+    return tl.load(ptrs, mask=present[:, None] & (offs_d < SIZE_D)[None, :], other=0.0)
+
+
+@triton.jit
 def attend_keys(
     q,  # [D, M]; where EXACT, [M] pointers to its rows
     acc,  # [DV, M] fp32, unnormalised output
     m,  # [M] fp32, running maximum of the scores (log2 units)
-    l,  # [M] fp32, running denominator
+    l,  # [N, M] fp32, running denominator, not yet summed over the keys of a block
     K,
     V,  # of this sequence and KV head
     stride_ks,
@@ -41,6 +59,8 @@ def attend_keys(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,  # all rows are of one query token, which sees all of [lo, hi)
+    FAR_ROWS: tl.constexpr,  # offsets within a block need 64 bits
     BITS: tl.constexpr,  # read the bitmap
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     SOFTCAP: tl.constexpr,
@@ -58,14 +78,16 @@ def attend_keys(
     if EXACT:
         s = tl.trans(short_sums(q, K, stride_ks, cols, present, row_valid, one, HEAD_DIM, BLOCK_D, True))  # [N, M]
     else:
-        k = load_tile(K, cols, stride_ks, tl.arange(0, BLOCK_D), present, HEAD_DIM, BLOCK_D, True)  # [N, D]
+        k = load_block(K, n, stride_ks, present, HEAD_DIM, BLOCK_D, BLOCK_N, FAR_ROWS)  # [N, D]
         s = tl.dot(k.to(q.dtype), q)  # [N, M]
     # s * unit are the scores in units of log2; multiplied out only with the maximum at hand, by one fma.
     unit = score_scale
     if SOFTCAP:
         s = tanh(s * unit)
         unit = cap_scale
-    see = present[:, None] & (cols[:, None] >= row_lo[None, :]) & (cols[:, None] < row_hi[None, :])  # [N, M]
+    see = present[:, None]
+    if not ONE_TOKEN:
+        see = see & (cols[:, None] >= row_lo[None, :]) & (cols[:, None] < row_hi[None, :])  # [N, M]
     if MASK != 0:
         at = bias_rows[None, :] + cols.to(tl.int64)[:, None] * stride_mk
         bias = tl.load(at, mask=row_valid[None, :] & present[:, None], other=0)  # [N, M]
@@ -81,14 +103,14 @@ def attend_keys(
     if MASK != 0:
         # V may hold NaN where no row looks, and 0 * NaN is NaN. Rows past the last one do not count as looking.
         present = present & (tl.max((see & row_valid[None, :]).to(tl.int32), axis=1) > 0)
-    v = load_tile(V, cols, stride_vs, tl.arange(0, BLOCK_DV), present, VALUE_DIM, BLOCK_DV, True)  # [N, DV]
+    v = load_block(V, n, stride_vs, present, VALUE_DIM, BLOCK_DV, BLOCK_N, FAR_ROWS)  # [N, DV]
 
     m_new = tl.maximum(m, tl.max(s, axis=0) * unit)  # [M]
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = power_of_2(tl.fma(s, unit + tl.zeros_like(s), tl.zeros_like(s) - m_finite[None, :]), EXACT)  # [N, M]
     alpha = power_of_2(m - m_finite, EXACT)  # [M]
-    l = l * alpha + tl.sum(p, axis=0)
+    l = l * alpha[None, :] + p
     if EXACT:
         pv = tl.trans(tl.dot(tl.trans(p), v.to(tl.float32), input_precision="ieee"))  # [DV, M]
         acc = tl.fma(acc, tl.broadcast_to(alpha[None, :], acc.shape), pv)
@@ -144,7 +166,7 @@ def end_chunk(acc, m, l, Partial, stats, line, rows, row_valid, left, per_chunk,
         offs_dv = tl.arange(0, BLOCK_DV)
         tl.store(Partial + line[None, :] * BLOCK_DV + offs_dv[:, None], acc, mask=row_valid[None, :])
         tl.store(stats + line * 2, m, mask=row_valid)
-        tl.store(stats + line * 2 + 1, l, mask=row_valid)
+        tl.store(stats + line * 2 + 1, tl.sum(l, axis=0), mask=row_valid)
         acc = tl.zeros_like(acc)
         m = tl.full([m.shape[0]], float("-inf"), tl.float32)
         l = tl.zeros_like(l)
@@ -214,14 +236,13 @@ def flashcore_decode(
     stride_mh,
     stride_mq,
     stride_mk,
-    num_kv_heads,
-    group,
     num_queries,
     num_keys,
     query_start,
     window_left,
     window_right,
     num_splits,
+    programs,
     per_program,
     score_scale,
     cap_scale,
@@ -234,6 +255,11 @@ def flashcore_decode(
     BLOCK_N: tl.constexpr,
     MERGE_ROWS: tl.constexpr,  # rows that are merged at once
     EXACT: tl.constexpr,  # fp32
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per KV head
+    ROW_TILES: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
+    FAR_ROWS: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,  # a power of two
     MAY_SPLIT: tl.constexpr,  # False: no sequence can have more than one chunk, and there is no workspace
@@ -245,26 +271,24 @@ def flashcore_decode(
 ):
     """out = softmax(cap(scale * q k^T) + mask) v, with the rows of a KV head's whole group in one tile.
 
-    Row r of a KV head is query token r // group of query head `kv_head * group + r % group`. A sequence's visible keys
+    Row r of a KV head is query token r // group of query head `kv_head * GROUP + r % GROUP`. A sequence's visible keys
     are cut into chunks of at least MIN_BLOCKS blocks and at most MAX_SPLITS chunks: a function of that sequence's own
     length alone. So is the order of the merge. A program computes `per_program` chunks, each as if it were alone; which
     program computes a chunk, or merges them, does not matter.
 
     Shapes: as `flashcore_forward`; Partial fp32 `[B * Hkv * num_splits * rows, BLOCK_DV + 2]` (acc, m, l; the last two
     behind all of the acc), Count int32 `[B * Hkv * row_tiles]`, all 0 at the start and again at the end.
-    Grid: `(cdiv(num_splits, per_program) * B * Hkv * row_tiles,)`; programs beyond a sequence's own number of chunks
-    leave at once.
+    Grid: `(programs * B * Hkv * row_tiles,)`, where `programs` is cdiv(num_splits, per_program); those beyond a
+    sequence's own number of chunks leave at once.
     """
-    rows = num_queries * group
-    row_tiles = tl.cdiv(rows, BLOCK_M)
+    rows = num_queries * GROUP
     pid = tl.program_id(0)
-    programs = tl.cdiv(num_splits, per_program)
     split = pid % programs * per_program
     unit = pid // programs
-    head_unit = unit // row_tiles
-    tile = unit % row_tiles
-    b = (head_unit // num_kv_heads).to(tl.int64)
-    kv_head = (head_unit % num_kv_heads).to(tl.int64)
+    head_unit = unit // ROW_TILES
+    tile = unit % ROW_TILES
+    b = (head_unit // NUM_KV_HEADS).to(tl.int64)
+    kv_head = (head_unit % NUM_KV_HEADS).to(tl.int64)
 
     first, end, start, left, right, holes = sequence_bounds(
         Range, stride_rb, b, num_keys, query_start, window_left, window_right, HAS_RANGE
@@ -278,8 +302,8 @@ def flashcore_decode(
     if split < used:
         r = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
         row_valid = r < rows
-        token = r // group
-        head = kv_head.to(tl.int32) * group + r % group
+        token = r // GROUP
+        head = kv_head.to(tl.int32) * GROUP + r % GROUP
         row_lo = tl.maximum(first, start + token - left)
         row_hi = tl.minimum(end, start + token + right + 1)
         q_rows = head.to(tl.int64) * stride_qh + token.to(tl.int64) * stride_qs  # [M]
@@ -291,7 +315,7 @@ def flashcore_decode(
                 q = q.to(tl.float16)  # which holds every e4m3 value
             q = tl.trans(q)  # [D, M]
         if KeyScale is not None:
-            score_scale *= tl.load(KeyScale + b * num_kv_heads + kv_head)
+            score_scale *= tl.load(KeyScale + b * NUM_KV_HEADS + kv_head)
         k_head = K + b * stride_kb + kv_head * stride_kh
         v_head = V + b * stride_vb + kv_head * stride_vh
         bitmap = Range + b * stride_rb + BITMAP if HAS_RANGE else Range
@@ -301,10 +325,10 @@ def flashcore_decode(
             bias_rows = r
         acc = tl.zeros([BLOCK_DV, BLOCK_M], tl.float32)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
+        l = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         line = (head_unit.to(tl.int64) * num_splits + split) * rows + r  # [M], of the first chunk
         left = tl.where(used > 1, per_chunk, FAR)  # a lone chunk is not written there
-        units = tl.num_programs(0) // programs // row_tiles  # B * Hkv
+        units = tl.num_programs(0) // programs // ROW_TILES  # B * Hkv
         stats = Partial + units.to(tl.int64) * num_splits * rows * BLOCK_DV if MAY_SPLIT else Partial
         last_block = tl.minimum((split + per_program) * per_chunk, blocks)
         if HAS_RANGE and holes != 0:
@@ -312,7 +336,7 @@ def flashcore_decode(
                 acc, m, l = attend_keys(
                     q, acc, m, l, k_head, v_head, stride_ks, stride_vs, lo + block * BLOCK_N, lo, hi, row_lo, row_hi,
                     bitmap, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, True, MASK, SOFTCAP,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, ONE_TOKEN, FAR_ROWS, True, MASK, SOFTCAP,
                 )  # fmt: skip
                 if MAY_SPLIT:
                     left = tl.where((block == blocks - 1) & (used > 1), 0, left - 1)
@@ -325,7 +349,7 @@ def flashcore_decode(
                 acc, m, l = attend_keys(
                     q, acc, m, l, k_head, v_head, stride_ks, stride_vs, lo + block * BLOCK_N, lo, hi, row_lo, row_hi,
                     bitmap, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, False, MASK, SOFTCAP,
+                    BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, ONE_TOKEN, FAR_ROWS, False, MASK, SOFTCAP,
                 )  # fmt: skip
                 if MAY_SPLIT:
                     left = tl.where((block == blocks - 1) & (used > 1), 0, left - 1)
@@ -346,14 +370,15 @@ def flashcore_decode(
                         MERGE_ROWS, BLOCK_DV, MAX_SPLITS, EXACT,
                     )  # fmt: skip
                     write_rows(
-                        part_acc, part_m, part_l, Out, Lse, Sinks, ValueScale, b, kv_head, part, there, num_kv_heads,
-                        group, num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
+                        part_acc, part_m, part_l, Out, Lse, Sinks, ValueScale, b, kv_head, part, there, NUM_KV_HEADS,
+                        GROUP, num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE,
                         EXACT,
                     )  # fmt: skip
         else:
             write_rows(
-                tl.trans(acc), m, l, Out, Lse, Sinks, ValueScale, b, kv_head, r, row_valid, num_kv_heads, group,
-                num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
+                tl.trans(acc), m, tl.sum(l, axis=0), Out, Lse, Sinks, ValueScale, b, kv_head, r, row_valid,
+                NUM_KV_HEADS, GROUP, num_queries, stride_ob, stride_oh, stride_os, VALUE_DIM, BLOCK_DV, HAS_SINKS,
+                HAS_LSE, EXACT,
             )  # fmt: skip
 
 
@@ -390,27 +415,31 @@ def decode_launch(
 ) -> DecodeLaunch:
     """Grid, workspace and parameters for tensors with these strides."""
     rows = problem.num_queries * problem.group
-    units = problem.batch_size * problem.num_kv_heads * triton.cdiv(rows, plan.block_m)
+    row_tiles = triton.cdiv(rows, plan.block_m)
+    units = problem.batch_size * problem.num_kv_heads * row_tiles
     num_splits = max_splits_for(problem.num_keys, plan)
     # Chunks are for one long sequence to fill the GPU; a batch that fills it does several in a program.
     per_program = min(padded(max(units * num_splits // plan.programs, 1)), padded(num_splits))
+    programs = triton.cdiv(num_splits, per_program)
     lines = problem.batch_size * problem.num_kv_heads * num_splits * rows
     return DecodeLaunch(
         flashcore_decode,
-        triton.cdiv(num_splits, per_program) * units,
+        programs * units,
         units,
         lines * (plan.block_dv + 2) if num_splits > 1 else 0,
         (
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-            0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
+            0 if key_range is None else key_range.stride(0), *mask_strides,
         ),
         (
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
-            per_program, *score_factors(problem),
+            programs, per_program, *score_factors(problem),
         ),
         (
             problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
-            max(min(plan.block_m, 512 // plan.block_dv), 1), problem.dtype == torch.float32, plan.min_blocks,
+            max(min(plan.block_m, 512 // plan.block_dv), 1), problem.dtype == torch.float32,
+            problem.num_kv_heads, problem.group, row_tiles, problem.num_queries == 1,
+            max(key.stride(2), value.stride(2)) * plan.block_n >= 1 << 31, plan.min_blocks,
             plan.max_splits, num_splits > 1, problem.range_layout is not None,
             (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0, has_lse,
         ),
