@@ -48,7 +48,8 @@ class Counters:
             if not may_grow:
                 return torch.zeros(count, dtype=torch.int32, device=device)
             pool, used = _lasting_zeros(max(POOL if device.type == "cuda" else 0, count), device), 0
-        self._pools[key] = [pool, used + count]
+        # Each begins at a multiple of 16 bytes, as compiled kernels expect.
+        self._pools[key] = [pool, used + (count + 3) // 4 * 4]
         return pool[used : used + count]
 
 

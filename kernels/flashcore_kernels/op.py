@@ -83,9 +83,9 @@ def attention(
         NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
     """
     signature = None
-    if mask is None and not torch.compiler.is_compiling():
+    if mask is None and key_scale is None and value_scale is None and not torch.compiler.is_compiling():
         options = (is_causal, window, scale, softcap, return_lse)
-        tensors = (query, key, value, key_range, sinks, key_scale, value_scale)
+        tensors = (query, key, value, key_range, sinks)
         signature = signature_of(*tensors, *options)
         call = lookup(signature)
         if call is not None:

@@ -42,8 +42,7 @@ class Plan(NamedTuple):
         block_m, block_n: rows of a tile, keys of a block.
         block_d, block_dv: head_dim and value_dim padded to powers of two.
         num_warps, num_stages: of the launch.
-        min_blocks, max_splits: decode only: least blocks of a chunk, most chunks of a sequence.
-        programs: decode only: how many programs fill the GPU.
+        min_chunk, max_splits: decode only: least keys of a chunk, most chunks of a sequence.
         hopper: flashcore_hopper only: its row of the tables.
     """
 
@@ -55,9 +54,8 @@ class Plan(NamedTuple):
     block_dv: int = 0
     num_warps: int = 4
     num_stages: int = 1
-    min_blocks: int = 1
+    min_chunk: int = 1
     max_splits: int = 1
-    programs: int = 1
     hopper: HopperRow | None = None
 
 
@@ -86,10 +84,12 @@ def plan(problem: Problem, device: Device) -> Plan:
     if reason is not None:
         return Plan("torch", reason)
     head = max(problem.head_dim, problem.value_dim)
-    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows":
+    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows" and not problem.fp8:
         kernel, why = "flashcore_decode", f"{problem.num_queries} query tokens, at most {MAX_DECODE_QUERIES}"
     elif problem.range_layout == "rows":
         kernel, why = "flashcore_forward", "a key range for each query"
+    elif problem.fp8:
+        kernel, why = "flashcore_forward", "the decode kernel does not read fp8 yet"
     else:
         kernel, why = "flashcore_forward", f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
     if kernel == "flashcore_forward" and device.arch == 90:
@@ -112,9 +112,8 @@ def plan(problem: Problem, device: Device) -> Plan:
         value_columns(problem, device),
         row.num_warps,
         row.num_stages,
-        row.min_blocks,
+        row.min_chunk,
         padded(-(-row.chunks // problem.num_kv_heads)),
-        row.programs,
     )
 
 
@@ -159,8 +158,7 @@ def _hopper_plan(problem: Problem, why: str) -> Plan:
 
 def max_splits_for(num_keys: int, plan: Plan) -> int:
     """The most chunks that any sequence within `num_keys` slots can have: how many programs a head gets."""
-    blocks = -(-num_keys // plan.block_n)
-    return min(-(-blocks // plan.min_blocks), plan.max_splits)
+    return min(-(-num_keys // plan.min_chunk), plan.max_splits)
 
 
 def padded(size: int) -> int:

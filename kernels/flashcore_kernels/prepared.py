@@ -24,7 +24,7 @@ def lookup(signature: tuple | None) -> Callable | None:
     return _prepared.get(signature)
 
 
-def signature_of(query, key, value, key_range, sinks, key_scale, value_scale, *options) -> tuple | None:
+def signature_of(query, key, value, key_range, sinks, *options) -> tuple | None:
     """What decides how a call is served; None where it has to go through torch's dispatcher or needs gradients."""
     if (
         not query.is_cuda
@@ -42,7 +42,7 @@ def signature_of(query, key, value, key_range, sinks, key_scale, value_scale, *o
             query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
             (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16,
             *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in
-              (key_range, sinks, key_scale, value_scale)],
+              (key_range, sinks)],
             *options,
         )  # fmt: skip
         hash(signature)
@@ -55,18 +55,18 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
     """Remember how a call of this signature, which was just served by `run_decode`, is launched.
 
     Args:
-        tensors: the call's query, key, value, key_range, sinks, key_scale, value_scale.
+        tensors: the call's query, key, value, key_range, sinks.
     """
     from .decode import decode_launch  # needs Triton
 
-    query, key, value, key_range, sinks, key_scale, value_scale = tensors
+    query, key, value, key_range, sinks = tensors
     shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
     out = query.new_empty(shape).transpose(1, 2)
     setup = decode_launch(problem, plan, query, key, value, out, key_range, (0, 0, 0, 0), return_lse)
     lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
     counts = counters.get(setup.units, query.device) if setup.partial else None
     partial = query.new_empty(4, dtype=torch.float32) if setup.partial else None
-    pointers = (query, key, value, out, lse, key_range, None, sinks, key_scale, value_scale, partial, counts)
+    pointers = (query, key, value, out, lse, key_range, None, sinks, partial, counts)
     compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
     if compiled is None:
         return
@@ -77,7 +77,7 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
     length, units = setup.partial, setup.units
     raw_stream, empty, float32 = torch._C._cuda_getCurrentRawStream, torch.empty, torch.float32
 
-    def call(query, key, value, key_range, sinks, key_scale, value_scale):
+    def call(query, key, value, key_range, sinks):
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
         partial = empty(length, dtype=float32, device=device) if length else None
@@ -87,8 +87,7 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
                 programs, 1, 1, raw_stream(index), function, metadata, None, None, None,
                 query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
                 None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), None,
-                None if sinks is None else sinks.data_ptr(), None if key_scale is None else key_scale.data_ptr(),
-                None if value_scale is None else value_scale.data_ptr(),
+                None if sinks is None else sinks.data_ptr(),
                 None if partial is None else partial.data_ptr(),
                 counters.get(units, device).data_ptr() if length else None, *rest,
             )  # fmt: skip

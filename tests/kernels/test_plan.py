@@ -207,9 +207,8 @@ class TestDecodeTiles:
 
     def test_splits(self):
         chosen = plan(problem(1), H200)
-        least = chosen.min_blocks * chosen.block_n
-        assert max_splits_for(1, chosen) == max_splits_for(least, chosen) == 1
-        assert max_splits_for(least + 1, chosen) == 2
+        assert max_splits_for(1, chosen) == max_splits_for(chosen.min_chunk, chosen) == 1
+        assert max_splits_for(chosen.min_chunk + 1, chosen) == 2
         assert max_splits_for(10**9, chosen) == chosen.max_splits
 
     @pytest.mark.parametrize("num_keys", [1, 17, 129, 1000, 4097, 100_000])
@@ -217,9 +216,9 @@ class TestDecodeTiles:
         """The kernel's own arithmetic: chunks of a sequence of any length within the slots."""
         chosen = plan(problem(1), H200)
         for length in {1, num_keys // 3 + 1, num_keys - 1 or 1, num_keys}:
-            blocks = -(-length // chosen.block_n)
-            chunk = max(-(-blocks // chosen.max_splits), chosen.min_blocks)
-            assert -(-blocks // chunk) <= max_splits_for(num_keys, chosen)
+            even = -(-length // chosen.max_splits)
+            chunk = max((even + 31) // 32 * 32, chosen.min_chunk)
+            assert -(-length // chunk) <= max_splits_for(num_keys, chosen)
 
     @pytest.mark.parametrize("num_kv_heads, most", [(1, 128), (2, 64), (8, 16), (10, 16), (32, 4), (200, 1)])
     def test_few_kv_heads_are_cut_finer(self, num_kv_heads, most):
@@ -265,7 +264,7 @@ class TestTables:
             for size in (row.block_m, row.block_n, row.num_warps):
                 assert size == padded(size), row
             assert row.block_m >= 16 and row.block_n >= 16, "tl.dot takes no less"
-            assert row.num_stages >= 1 and row.min_blocks >= 1 and row.chunks >= 1 and row.programs >= 1
+            assert row.num_stages >= 1 and row.min_chunk % 32 == 0 and row.chunks >= 1
             assert len(row.why) > 10, f"no reason given: {row}"
 
     @pytest.mark.parametrize("arch", TABLES)

@@ -8,8 +8,8 @@ class Row(NamedTuple):
 
     `gaps` rows serve calls with a dense mask or a key range for each query, and only those.
 
-    `min_blocks`, `chunks` and `programs` are for decode: the least blocks of a chunk, how many chunks one long sequence
-    is cut into over all of its KV heads, and how many programs fill the GPU.
+    `min_chunk` and `chunks` are for decode: the least keys of a chunk, and how many chunks one long sequence is cut
+    into over all of its KV heads, which is to fill the GPU.
 
     `why` says what speaks for it: a measurement, or the limit that forces it.
     """
@@ -22,9 +22,8 @@ class Row(NamedTuple):
     num_warps: int
     num_stages: int
     why: str
-    min_blocks: int = 1
+    min_chunk: int = 64
     chunks: int = 128
-    programs: int = 256
     gaps: bool = False
 
 
