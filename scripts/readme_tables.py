@@ -72,11 +72,11 @@ def model_lines(record: dict) -> list[str]:
 def benchmark_lines(name: str, columns: dict[str, str], wanted: str = "") -> list[str]:
     """A table of the benchmark `name`.json: its cases that begin with `wanted`, and `columns`, key -> heading."""
     record = load(f"{name}.json")
-    if record is None:
+    rows = [row for row in record["rows"] if row["case"].startswith(wanted)] if record else []
+    if not rows:
         return [f"Not measured yet: `scripts/bench_{name.partition('-')[0]}.py`."]
-    rows = [row for row in record["rows"] if row["case"].startswith(wanted)]
     shown = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
-    unit = rows[0]["unit"] if rows else ""
+    unit = rows[0]["unit"]
     out = [f"| {unit} | {' | '.join(shown.values())} |", "|---" + "|---:" * len(shown) + "|"]
     for row in rows:
         figures = (f"{row[key]:.1f}" if isinstance(row.get(key), int | float) else "" for key in shown)

@@ -60,7 +60,7 @@ def test_what_decides_is_in_the_signature():
 def test_bad_input_is_still_refused():
     call = call_of()
     call.run()
-    with pytest.raises(ValueError, match="key_range"):
+    with pytest.raises(ValueError, match="KeyRange"):
         call.run(key_range=make_key_range(2, 200, device="cuda"))
     with pytest.raises(ValueError, match="device"):
         attention(call.query, call.key, call.value.cpu())
