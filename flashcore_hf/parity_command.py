@@ -22,7 +22,7 @@ from rich.table import Table
 
 from . import __version__, import_error, tiny_models
 from .parity import REFERENCES, Row, Settings, compare_model
-from .parity_runs import Cell
+from .parity_runs import Cell, has_static_cache
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -48,6 +48,9 @@ def main(arguments: argparse.Namespace) -> int:
         jobs = _jobs(arguments, device, interpreted)
     except (ValueError, OSError) as error:
         console.print(f"parity cannot run: {error}")
+        return 1
+    if not jobs:
+        console.print("parity cannot run: nothing is left to compare")
         return 1
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, _progress(console) as progress:
@@ -187,11 +190,20 @@ def _jobs(arguments: argparse.Namespace, device: str, interpreted: bool) -> list
     dtype = getattr(torch, arguments.dtype)
     if arguments.model is None:
         cells = _cells(arguments, None, tiny_models.PAD_TOKEN_ID)
-        return [Settings(family, "", dtype, device, references, cells, interpreted) for family in tiny_models.FAMILIES]
-    tokenizer, pad_token_id = _tokenizer(arguments.model)
-    cells = _cells(arguments, tokenizer, pad_token_id)
-    name = Path(arguments.model).name
-    return [Settings(name, arguments.model, dtype, device, references, cells, interpreted)]
+        models = [(family, "", tiny_models.make_config(family)) for family in tiny_models.FAMILIES]
+    else:
+        tokenizer, pad_token_id = _tokenizer(arguments.model)
+        cells = _cells(arguments, tokenizer, pad_token_id)
+        config = transformers.AutoConfig.from_pretrained(arguments.model)
+        models = [(Path(arguments.model).name, arguments.model, config)]
+    jobs = []
+    for name, path, config in models:
+        possible = [cell for cell in cells if cell.cache != "static" or has_static_cache(config)]
+        if possible != cells:
+            print(f"{name}: Transformers {transformers.__version__} has no static cache for it, so that is left out")
+        if possible:
+            jobs.append(Settings(name, path, dtype, device, references, possible, interpreted))
+    return jobs
 
 
 def _tokenizer(model: str):

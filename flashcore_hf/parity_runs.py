@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import transformers
 from flashcore_kernels import path_counts
 from flashcore_kernels import plan as kernel_plan
 from transformers import (
@@ -19,6 +18,9 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+
+from . import compat
+from .legacy import replace_attention_with_flashcore
 
 
 class Cell(NamedTuple):
@@ -106,18 +108,32 @@ class _StopWhenCaught(StoppingCriteria):
 def load(path: str, backend: str, dtype: torch.dtype, device: str):
     """The checkpoint at `path` (or its Hub id) through from_pretrained(attn_implementation=backend).
 
+    Where Transformers is too old to be asked for flashcore, through the helper for older versions.
+
     Args:
         device: "cpu", or a device_map: "cuda", "cuda:1", "auto".
     """
     # The argument was renamed in 4.56.
-    numbers = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    options = {"dtype" if numbers >= (4, 56) else "torch_dtype": dtype}
+    options = {"dtype" if compat.VERSION >= (4, 56) else "torch_dtype": dtype}
     if device != "cpu":
         options["device_map"] = device
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=backend, **options).eval()
+    helped = backend == "flashcore" and not compat.HAS_INTERFACE
+    options["attn_implementation"] = "sdpa" if helped else backend
+    model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    if helped:
+        replace_attention_with_flashcore(model)
     # A checkpoint's own settings (sampling, penalties, end tokens) would end or bend greedy decoding.
     model.generation_config = GenerationConfig()
     return model
+
+
+def has_static_cache(config) -> bool:
+    """Whether generate() of this Transformers has a static cache for models with this configuration."""
+    if compat.HAS_INTERFACE:
+        return True
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    # In 4.40 a method says it, and in what follows a class attribute.
+    return hasattr(model_class, "_setup_cache") or getattr(model_class, "_supports_static_cache", False)
 
 
 def unload() -> None:

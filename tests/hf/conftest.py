@@ -2,11 +2,19 @@
 
 import pytest
 import transformers
-from flashcore_kernels import path_counts
+from flashcore_kernels import op, path_counts
+from flashcore_kernels.fallback import forget_warnings
+from flashcore_kernels.plan import Device
 
 import flashcore_hf  # noqa: F401
+from flashcore_hf import compat
 
 transformers.logging.set_verbosity_error()
+
+# Before 4.53 there is the helper alone: `attn_implementation="flashcore"` and its mask function are not there to test.
+if not compat.HAS_INTERFACE:
+    _NEED_THE_INTERFACE = "backend compile examples fallbacks generation masks models"
+    collect_ignore_glob = [f"test_{name}*.py" for name in _NEED_THE_INTERFACE.split()]
 
 
 @pytest.fixture
@@ -14,3 +22,11 @@ def paths():
     """Counter of attention calls by the path that served them, empty at the start of the test."""
     path_counts.clear()
     return path_counts
+
+
+@pytest.fixture
+def through_torch(monkeypatch, recwarn):
+    """PyTorch instead of Triton's interpreter, for what is not about kernels: the same answers, much faster."""
+    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="the test asks for it"))
+    yield
+    forget_warnings()

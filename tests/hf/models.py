@@ -5,6 +5,9 @@ import copy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flashcore_hf import compat
+from flashcore_hf.legacy import replace_attention_with_flashcore
+
 HIDDEN = 64
 VOCABULARY = 97
 
@@ -63,11 +66,16 @@ def tiny_config(model_type: str, **changes):
 def model_pair(model_type: str, *, seed: int = 0, implementation: str = "flashcore", **changes):
     """(eager, other): two models of one family with the same weights, in eval mode."""
     config = tiny_config(model_type, **changes)
+    helped = implementation == "flashcore" and not compat.HAS_INTERFACE
     torch.manual_seed(seed)
     # A config object that is shared would make both models use the last implementation.
     eager = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
-    other = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    other = AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="sdpa" if helped else implementation
+    ).eval()
     other.load_state_dict(eager.state_dict())
+    if helped:
+        replace_attention_with_flashcore(other)
     return eager, other
 
 
