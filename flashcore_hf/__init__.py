@@ -4,7 +4,8 @@
 cannot be imported, this package can still be: `import_error` then holds the reason, and `python -m flashcore_hf env`
 prints it.
 
-`FlashCoreCache`, `use_flashcore_cache` and `graphed` need Transformers 4.57, and are imported when they are asked for.
+`FlashCoreCache`, `use_flashcore_cache` and `graphed` need Transformers 4.57. On 4.40 to 4.52 the way in is
+`replace_attention_with_flashcore(model)`, which `restore_attention(model)` undoes. All are imported when asked for.
 """
 
 import importlib
@@ -28,7 +29,13 @@ except Exception as error:  # noqa: BLE001 - `env` must be able to report whatev
         """Do nothing: the backend could not be imported, so nothing was changed."""
 
 
-_LAZY = {"FlashCoreCache": "cache", "use_flashcore_cache": "cache", "graphed": "graphs"}
+_LAZY = {
+    "FlashCoreCache": "cache",
+    "use_flashcore_cache": "cache",
+    "graphed": "graphs",
+    "replace_attention_with_flashcore": "legacy",
+    "restore_attention": "legacy",
+}
 
 
 def __getattr__(name: str):

@@ -152,7 +152,7 @@ def _refuse_in_autoset(original):
                 raise ValueError(
                     f'attn_implementation="{NAME}" needs Transformers 4.53 or newer, and this is '
                     f'{compat.transformers.__version__}. Here, load the model with attn_implementation="sdpa" and call '
-                    "flashcore_hf.legacy.replace_attention_with_flashcore(model), for LLaMA, Mistral and Qwen2."
+                    "flashcore_hf.replace_attention_with_flashcore(model), for LLaMA, Mistral and Qwen2."
                 )
             _refuse_without_interface(cls)
         return original.__func__(cls, config, *args, **kwargs)

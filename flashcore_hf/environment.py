@@ -185,7 +185,7 @@ def _way_in() -> str:
     if numbers >= HELPER_SINCE:
         through = "the registry of attention functions" if numbers >= REGISTRY_SINCE else "the attention classes"
         return (
-            "helper for older versions: flashcore_hf.legacy.replace_attention_with_flashcore(model), through "
+            "helper for older versions: flashcore_hf.replace_attention_with_flashcore(model), through "
             f"{through} of LLaMA, Mistral and Qwen2"
         )
     return f"none for transformers {found}: {'.'.join(map(str, HELPER_SINCE))} is the oldest that works"

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import __version__, import_error, tiny_models
+from .compat import require_cache_layers
 from .parity import REFERENCES, Row, Settings, compare_model
 from .parity_runs import Cell, has_static_cache
 
@@ -45,8 +46,10 @@ def main(arguments: argparse.Namespace) -> int:
     )
 
     try:
+        if arguments.fp8:
+            require_cache_layers()
         jobs = _jobs(arguments, device, interpreted)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         console.print(f"parity cannot run: {error}")
         return 1
     if not jobs:
