@@ -71,8 +71,12 @@ def graphed(model, enabled: bool = True):
     return model
 
 
-def record(step: Callable[[], object], device: torch.device) -> tuple[Callable[[], None], object]:
+def record(step: Callable[[], object], device: torch.device, graphs: dict) -> tuple[Callable[[], None], object]:
     """Run `step` once, then record it into a CUDA graph.
+
+    Args:
+        graphs: of the cache; keeps the stream that its graphs are recorded on. cuBLAS has one workspace for each
+            stream, also within graphs, so two caches that are replayed at once must not share it.
 
     Returns:
         what replays the graph on the current stream, and what `step` returned while it was recorded: a replay writes
@@ -83,14 +87,14 @@ def record(step: Callable[[], object], device: torch.device) -> tuple[Callable[[
     """
     with torch.cuda.device(device):
         # Once outside: kernels are compiled and libraries initialised by their first call.
-        stream = torch.cuda.Stream()
+        stream = graphs.setdefault("stream", torch.cuda.Stream())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             output = step()
     return graph.replay, output
 
@@ -142,7 +146,7 @@ class DecodeGraph:
             return output
 
         self._set(cache, inputs)
-        self.replay, output = record(step, device)
+        self.replay, output = record(step, device, cache.graphs)
         if not isinstance(output, ModelOutput):
             raise RuntimeError(f"forward returned a {type(output).__name__}, not a ModelOutput")
         self.output_type = type(output)

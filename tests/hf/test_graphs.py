@@ -35,9 +35,9 @@ def recorded(monkeypatch):
     """Recordings and replays are counted; PyTorch serves attention, because the interpreter is slow."""
     counts = Counter()
 
-    def record(step, device):
+    def record(step, device, graphs):
         counts["recorded"] += 1
-        replay, output = tape.record(step, device)
+        replay, output = tape.record(step, device, graphs)
 
         def counted():
             counts["replayed"] += 1
@@ -319,10 +319,10 @@ def test_the_tape_is_a_graph():
         y.copy_(x * 2 + calls[0])
         return y + 1
 
-    replay, output = tape.record(step, None)
+    replay, output = tape.record(step, None, {})
     calls[0] = 100
     x.fill_(5.0)
     replay()
     assert torch.equal(y, torch.full((3,), 11.0)) and torch.equal(output, y + 1)
     with pytest.raises(RuntimeError, match="capturing"):
-        tape.record(lambda: x.sum().item(), None)
+        tape.record(lambda: x.sum().item(), None, {})
