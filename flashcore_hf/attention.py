@@ -17,8 +17,8 @@ _NOT_OURS = frozenset(
     "inputs_embeds token_type_ids mm_token_type_ids grid_thw".split()
 )
 
-# Files whose layers say is_causal where no mask means that everything is seen; only eager runs them, and does not ask.
-_NOT_CAUSAL = frozenset({"modeling_bridgetower"})
+# Files whose layers are, or by default seem, causal where no mask means that everything is seen; eager does not ask.
+_NOT_CAUSAL = frozenset({"modeling_bridgetower", "modeling_chinese_clip"})
 
 
 def flashcore_attention(

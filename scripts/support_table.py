@@ -85,7 +85,9 @@ def why(records: list[dict], wanted: str) -> list[str]:
         for row in record["rows"]:
             if row["status"] == wanted:
                 reason = re.sub(r"^\w+Error: ", "", row["reason"]).replace(row["class"], "this class")
-                reasons.setdefault(reason.replace("|", "\\|"), {})[row["class"]] = None
+                # Each refusal ends in what is supported and how to load the model instead.
+                reason = reason.split(" Supported are ")[0].replace("|", "\\|")
+                reasons.setdefault(reason, {})[row["class"]] = None
     return [f"- {', '.join(classes)}: {reason}" for reason, classes in sorted(reasons.items())]
 
 
@@ -119,7 +121,14 @@ def build(records: list[dict]) -> str:
     lines += table(records, causal, lambda row: row["class"] if is_causal(row) else None)
     lines += ["", "## Other architectures", "", "A line for each folder of `transformers.models`.", ""]
     lines += table(records, others, lambda row: None if is_causal(row) else row["module"].split(".")[0])
-    lines += ["", "## Refused", "", "An error at load, which says:", "", *why(records, "refused")]
+    lines += [
+        "",
+        "## Refused",
+        "",
+        "An error at load, which ends in what is supported and how to load the model instead:",
+        "",
+        *why(records, "refused"),
+    ]
     lines += ["", "## Where the reference is not one", "", *why(records, "unstable")]
     wrong = why(records, "wrong")
     if wrong:

@@ -190,7 +190,9 @@ def masked(outputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch
     batch, length = mask.shape
     kept = []
     for output in outputs:
-        # Some models answer for the last tokens alone.
+        # Some models answer for the last tokens alone, and one adds a token of its own behind them.
+        if output.dim() > 2 and output.shape[:2] == (batch, length + 1):
+            mask, length = torch.cat([mask, mask.new_ones(batch, 1)], dim=1), length + 1
         if output.dim() > 2 and output.shape[0] == batch and length - 2 <= output.shape[1] <= length:
             exists = mask[:, length - output.shape[1] :].bool()
             output = output.masked_fill(~exists.reshape(*exists.shape, *[1] * (output.dim() - 2)), 0.0)

@@ -35,8 +35,8 @@ OVERRIDES: dict[str, dict] = {
                           "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8,
                           "mamba_headdim": 16, "chunk_size": 8}},
     "lfm2_moe": {"config": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
-    # A third of the head is rotated, in pairs.
-    "mimo_v2_flash": {"config": {"head_dim": 24, "v_head_dim": 16}},
+    # A third of the head is rotated, in pairs; layers with a window have twice as many KV heads.
+    "mimo_v2_flash": {"config": {"head_dim": 24, "v_head_dim": 16, "num_key_value_heads": 2}},
     "cohere_compass_text": {"config": {"rope_parameters": {
         "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}}},
@@ -50,7 +50,8 @@ OVERRIDES: dict[str, dict] = {
     "mamba2": {"config": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8}},
     "mobilebert": {"config": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64,
                               "hidden_size": 64, "trigram_input": False, "use_bottleneck": False}},
-    "gemma4_assistant": {"before": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}}},
+    "gemma4_assistant": {"before": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
+                                             "vocab_size_per_layer_input": 0}}},
     "sapiens2": {"config": {"image_size": 32}},
     "efficientloftr": {"config": {"hidden_size": 256}},
     "lw_detr_vit": {"config": {"image_size": 64, "num_windows": 4}},

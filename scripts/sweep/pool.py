@@ -112,8 +112,8 @@ def sweep(
                     worker.end()
                     worker = None
                     row = {"class": entry.name, "module": entry.module.removeprefix("transformers.models."),
-                           "model_type": entry.module.split(".")[2], "status": "unbuildable",
-                           "reason": reason}  # fmt: skip
+                           "model_type": entry.module.split(".")[2], "supports_backend": entry.supports_backend,
+                           "status": "unbuildable", "reason": reason}  # fmt: skip
                 else:
                     row = json.loads(answer)
                     if row.pop("poisoned", False):

@@ -1,0 +1,75 @@
+"""SUPPORT.md is what the sweeps found, and the sweeps found what is promised."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "scripts" / "results"
+
+
+@pytest.fixture(scope="module")
+def support_table():
+    spec = importlib.util.spec_from_file_location("support_table", ROOT / "scripts" / "support_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(version: str, where: str = "cpu") -> list[dict]:
+    return json.loads((RESULTS / f"support-{version}-{where}.json").read_text())["rows"]
+
+
+def test_table_and_data_agree(support_table):
+    assert (ROOT / "SUPPORT.md").read_text() == support_table.build(support_table.load())
+
+
+def test_a_changed_result_changes_the_table(support_table):
+    """The control: one row that turns wrong, and one that is gone, are seen."""
+    records = support_table.load()
+    before = support_table.build(records)
+    changed = copy.deepcopy(records)
+    next(row for row in changed[-1]["rows"] if row["class"] == "LlamaForCausalLM")["status"] = "wrong"
+    assert support_table.build(changed) != before and "**wrong**" in support_table.build(changed)
+    shorter = copy.deepcopy(records)
+    shorter[-1]["rows"].pop()
+    assert support_table.build(shorter) != before
+
+
+def test_nothing_supported_is_wrong():
+    for file in RESULTS.glob("support-*.json"):
+        assert not [row["class"] for row in json.loads(file.read_text())["rows"] if row["status"] == "wrong"], file.name
+
+
+def test_causal_models_of_the_newest():
+    causal = [row for row in rows("5.23.0") if row["class"].endswith("ForCausalLM") and row["supports_backend"]]
+    assert len(causal) == 120
+    assert sum(row["status"] == "match" for row in causal) >= 112
+    assert all(row["reason"] for row in causal if row["status"] != "match")
+
+
+def test_every_key_range_model_was_run_on_key_ranges():
+    from flashcore_hf.masks import KEY_RANGE_MODELS
+
+    found = {row["model_type"]: row for row in rows("5.23.0") if row["class"].endswith("ForCausalLM")}
+    for model_type in KEY_RANGE_MODELS:
+        row = found[model_type]
+        assert row["status"] == "match" and row["paths"]["key_range"] > 0, model_type
+        assert "dense_mask" not in row["paths"], model_type
+
+
+def test_the_most_used_families_ran_through_the_kernels():
+    import sys
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from sweep_architectures import FAMILIES
+
+    found = {row["model_type"]: row for row in rows("5.23.0") if row["class"].endswith("ForCausalLM")}
+    for family in FAMILIES:
+        row = found[family]["interpreter"]
+        assert row["status"] == "match" and row["paths"]["decode"] > 0 and row["paths"]["forward"] > 0, family
+        assert "dense_mask" not in row["paths"] and "torch" not in row["paths"], family
+        assert row["checks"]["float32"]["control"] > 1e-3, family
