@@ -180,7 +180,27 @@ def uses_interface(model_class: type) -> bool:
     return not has_attention or "ALL_ATTENTION_FUNCTIONS" in source
 
 
+def _drops_mask(model_class: type) -> bool:
+    """Models that forget their mask, and say it in no other way, where a name has "flash" in it.
+
+    SigLIP's text models before 5.0 forget padding; Pixtral's tower in 5.0 to 5.17 what keeps images apart.
+    """
+    source = getsource(sys.modules[model_class.__module__])
+    if model_class.__name__ in ("SiglipTextModel", "Siglip2TextModel"):
+        return '"flash" in self.config._attn_implementation' in source
+    if model_class.__name__ == "PixtralVisionModel":
+        return "is_flash_attention_requested(self.config)" in source and "cu_seq_lens_q" not in source
+    return False
+
+
 def _refuse_without_interface(model_class: type) -> None:
+    if _drops_mask(model_class):
+        raise ValueError(
+            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which in this Transformers forgets '
+            'its mask for every name with "flash" in it. Supported are newer versions of Transformers, and the other '
+            'parts of a model that holds this one: attn_implementation={"text_config": "flashcore"} (or '
+            '"vision_config"). Load this one with attn_implementation="sdpa" or "eager".'
+        )
     if not uses_interface(model_class):
         raise ValueError(
             f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which does not use Transformers\' '

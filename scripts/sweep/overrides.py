@@ -1,7 +1,8 @@
 """What the patterns of configs.py do not get right, by model_type or class name, with the reason where it is not plain.
 
 `before`: keywords of the default configuration, where that cannot be made without; `config`: keywords of the small one;
-`mrope`: whether rotary sections must be made; `inputs`: a function from the config to the inputs of a forward.
+`mrope`: whether rotary sections must be made; `inputs`: a function from the config to the inputs of a forward;
+`reference_defect`: (version, why) before which eager is not what the model means.
 """
 
 # The last two layers read the keys and values of the first two.
@@ -28,6 +29,9 @@ OVERRIDES: dict[str, dict] = {
     "bamba": {"config": {"attn_layer_indices": [1]}},
     "granitemoehybrid": {"config": {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2}},
     "recurrent_gemma": {"config": {"num_hidden_layers": 3}},
+    "Qwen3OmniMoeAudioEncoder": {"reference_defect": (
+        (5, 0), "eager and sdpa get no cu_seqlens before 5.0 and attend across chunks; FlashAttention and we do not"
+    )},
     "gpt_neo": {"config": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}},
     "zamba": {"config": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
                          "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_dt_rank": 4}},

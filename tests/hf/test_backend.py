@@ -21,7 +21,8 @@ def snapshot() -> tuple:
     return (
         dict(compat.attention_registry()),
         dict(compat.mask_registry()),
-        {name: vars(PreTrainedModel).get(name) for name in attributes},
+        {name: vars(PreTrainedModel).get(name) for name in attributes}
+        | {"chunked masks": getattr(compat.masking_utils, "is_flash_attention_requested", None)},
     )
 
 
