@@ -133,6 +133,14 @@ def build(records: list[dict]) -> str:
     wrong = why(records, "wrong")
     if wrong:
         lines += ["", "## Wrong", "", *wrong]
+    amended = [
+        f"- {row['class']} ({label(record)}): was {row['amended']['status']}, is {row['status']}: {row['amended']['why']}"
+        for record in records
+        for row in record["rows"]
+        if "amended" in row
+    ]
+    if amended:
+        lines += ["", "## Judged again after the run", "", *amended]
     lines += [
         "",
         "## Not checked",
