@@ -134,7 +134,8 @@ def build(records: list[dict]) -> str:
     if wrong:
         lines += ["", "## Wrong", "", *wrong]
     amended = [
-        f"- {row['class']} ({label(record)}): was {row['amended']['status']}, is {row['status']}: {row['amended']['why']}"
+        f"- {row['class']} ({label(record)}): was {row['amended']['status']}, is {row['status']}: "
+        + row["amended"]["why"]
         for record in records
         for row in record["rows"]
         if "amended" in row
