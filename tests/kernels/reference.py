@@ -150,12 +150,13 @@ def build(
     if "lse" in features:
         arguments["return_lse"] = True
     full = (batch_size, num_heads, num_queries, num_keys)
-    keep = torch.rand(full, generator=generator) < 0.7
-    if "float-mask" in features:
-        mask = random(*full).masked_fill(~keep, -torch.inf)
-        arguments["mask"] = mask.to(dtype).to(device)
-    elif "bool-mask" in features:
-        arguments["mask"] = keep.to(device)
+    if features & {"float-mask", "bool-mask"}:
+        keep = torch.rand(full, generator=generator) < 0.7
+        if "float-mask" in features:
+            mask = random(*full).masked_fill(~keep, -torch.inf)
+            arguments["mask"] = mask.to(dtype).to(device)
+        else:
+            arguments["mask"] = keep.to(device)
     left, right = (WINDOW - 1 if "window" in features else -1), (0 if "causal" in features else -1)
     if "rows" in features:
         arguments["key_range"] = _packed_rows(batch_size, num_queries, num_keys, left, right).to(device)

@@ -91,51 +91,38 @@ def _softmax(s, m, l, unit, CHECK: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q0, q1, k0_smem, k1_smem, stage, NB: gl.constexpr, C: gl.constexpr):
-    """Issue S = Q K^T for the first NB keys of the block in `stage`."""
+def _scores(q0, q1, k0_smem, k1_smem, stage, C: gl.constexpr):
+    """Issue S = Q K^T for the block in `stage`."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
     BN: gl.constexpr = C.block_n
-    zero = gl.zeros([64, NB], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NB, 16]))
-    k0 = k0_smem.index(stage).reshape([BN, D0]).slice(0, NB)  # [NB, D0]
+    zero = gl.zeros([64, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    k0 = k0_smem.index(stage).reshape([BN, D0])  # [N, D0]
     s = warpgroup_mma(q0, k0.permute((1, 0)), zero, use_acc=False, is_async=True)
     if D1 > 0:
-        k1 = k1_smem.index(stage).reshape([BN, D1]).slice(0, NB)  # [NB, D1]
+        k1 = k1_smem.index(stage).reshape([BN, D1])  # [N, D1]
         s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
     return s
 
 
 @gluon.jit
 def _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C: gl.constexpr):
-    """Issue acc += P V for the first keys of the block in `stage`, as many as P `[64, NB]` has."""
+    """Issue acc += P V for the block in `stage`."""
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
     BN: gl.constexpr = C.block_n
-    NB: gl.constexpr = p.shape[1]
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
     p = gl.convert_layout(p.to(v0_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-    acc0 = warpgroup_mma(p, v0_smem.index(stage).reshape([BN, DV0]).slice(0, NB), acc0, is_async=True)
+    acc0 = warpgroup_mma(p, v0_smem.index(stage).reshape([BN, DV0]), acc0, is_async=True)
     if DV1 > 0:
-        acc1 = warpgroup_mma(p, v1_smem.index(stage).reshape([BN, DV1]).slice(0, NB), acc1, is_async=True)
-    return acc0, acc1
-
-
-@gluon.jit
-def _wait_for_values(acc0_async, acc1_async, C: gl.constexpr):
-    """The sums, once all products with V that were issued are done."""
-    DV1: gl.constexpr = C.dv1
-    if DV1 > 0:
-        acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async])
-    else:
-        acc0 = warpgroup_mma_wait(0, deps=[acc0_async])
-        acc1 = acc1_async
+        acc1 = warpgroup_mma(p, v1_smem.index(stage).reshape([BN, DV1]), acc1, is_async=True)
     return acc0, acc1
 
 
 @gluon.jit
 def _step(state, use, n, q0, q1, smem, bars, masking, unit_cap,
-          CONSUMER: gl.constexpr, CHECK: gl.constexpr, NB: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """The first NB keys of one block: scores and softmax, and the product with V of the block before."""
+          CONSUMER: gl.constexpr, CHECK: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """One block: scores and softmax, and the product with V of the block before."""
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
@@ -154,7 +141,7 @@ def _step(state, use, n, q0, q1, smem, bars, masking, unit_cap,
     mbarrier.wait(k_full.index(stage), use // STAGES & 1)
     if PING_PONG:
         _my_turn(CONSUMER)
-    s_async = _scores(q0, q1, k0_smem, k1_smem, stage, NB, C)
+    s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
     acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, before, acc0, acc1, C)
     if PING_PONG:
         _your_turn(CONSUMER)
@@ -183,202 +170,331 @@ def _step(state, use, n, q0, q1, smem, bars, masking, unit_cap,
 
 
 @gluon.jit
+def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constexpr):
+    """This program's tile number `turn`, as one of its consumers sees it.
+
+    Returns (b, h, head of all sequences, first row; first key of the first block, how many blocks the tile visits, how
+    many of them this consumer computes; the first `left_edge` of those and those from `right_edge` on with a look at
+    each row's range; these ranges; bitmap and holes of the KeyRange).
+    """
+    Lse, Range, Sinks = pointers
+    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
+    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
+    BN: gl.constexpr = C.block_n
+    BM: gl.constexpr = 64 * C.consumers
+    RANGE: gl.constexpr = C.range_layout
+    ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    bh, tile = tile_at(turn, gl.program_id(0), gl.num_programs(0), tiles_per_head, all_heads, section)
+    b = bh // num_heads
+    h = bh % num_heads
+    m0 = tile * BM
+    r0 = m0 + CONSUMER * 64
+    rows = r0 + gl.arange(0, 64, ROWS_LAYOUT)
+    sequence = sequence_bounds(Range, b, numbers, RANGE)
+    first, end, start, left, right, holes = sequence
+    tile_lo, tile_hi = tile_keys(Range, b, m0, sequence, numbers, BM, RANGE, 4)
+    begin, count = tile_blocks(first, tile_lo, tile_hi, num_keys, BN)
+    # Keys before hi are seen by some of this consumer's rows, keys [full_lo, full_hi) by all of them.
+    if RANGE == 2:
+        row_lo, row_hi = row_ranges(Range, b, rows, numbers)
+        valid = rows < num_queries
+        hi = gl.max(gl.where(valid & (row_lo < row_hi), row_hi, 0), axis=0)
+        full_lo = gl.max(gl.where(valid, row_lo, 0), axis=0)
+        full_hi = gl.min(gl.where(valid, row_hi, num_keys), axis=0)
+    else:
+        row_lo = gl.maximum(first, start + rows - left)
+        row_hi = gl.minimum(end, start + rows + right + 1)
+        last = gl.minimum(r0 + 64, num_queries) - 1
+        hi = gl.where(r0 < num_queries, gl.minimum(end, start + last + right + 1), 0)
+        full_lo = gl.maximum(first, start + last - left)
+        full_hi = gl.minimum(end, start + r0 + right + 1)
+    mine = gl.minimum(gl.maximum((hi - begin + BN - 1) // BN, 1), count)
+    if C.chained:
+        # See consume_chained: at most one block may be left to the others.
+        mine = gl.maximum(mine, count - 1)
+    left_edge = gl.minimum(gl.maximum((full_lo - begin + BN - 1) // BN, 0), mine)
+    right_edge = gl.maximum(gl.minimum(gl.maximum(full_hi - begin, 0) // BN, mine), left_edge)
+    bitmap = Range
+    if RANGE == 1:
+        left_edge = gl.where(holes != 0, mine, left_edge)
+        right_edge = gl.where(holes != 0, mine, right_edge)
+        bitmap = Range + b.to(gl.int64) * stride_rb + BITMAP
+    return b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes
+
+
+@gluon.jit
+def _first_softmax(s, tile, unit_cap, num_keys, C: gl.constexpr):
+    """Softmax of a tile's first block."""
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    score_scale, unit = unit_cap
+    ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    if C.softcap:
+        s = _tanh(s * score_scale)
+    if (left_edge > 0) | (right_edge == 0):
+        s = _hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, 2, C.range_layout)
+    m = gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT)
+    l = gl.full([64], 0.0, gl.float32, ROWS_LAYOUT)
+    p, m, l, alpha = _softmax(s, m, l, unit, True)
+    return p, m, l
+
+
+@gluon.jit
+def _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, CONSUMER: gl.constexpr, C: gl.constexpr):
+    """All blocks of a tile but the first: those at the left edge, those that all rows see whole, the right edge."""
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    masking = (row_lo, row_hi, bitmap, holes, num_keys)
+    BN: gl.constexpr = C.block_n
+    for j in range(1, left_edge):
+        state = _step(state, use, begin + j * BN, q0, q1, smem, bars, masking, unit_cap, CONSUMER, 2, C)
+        use += 1
+    for j in range(gl.maximum(left_edge, 1), right_edge):
+        state = _step(state, use, begin + j * BN, q0, q1, smem, bars, masking, unit_cap, CONSUMER, 0, C)
+        use += 1
+    for j in range(gl.maximum(right_edge, 1), mine):
+        state = _step(state, use, begin + j * BN, q0, q1, smem, bars, masking, unit_cap, CONSUMER, 1, C)
+        use += 1
+    return state, use
+
+
+@gluon.jit
+def _leave_blocks(use, tile, bars, CONSUMER: gl.constexpr, C: gl.constexpr):
+    """Pass over the blocks that only other consumers see. Not before they are full: it would count for older ones."""
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
+    for _ in range(mine, count):
+        stage = use % C.stages
+        mbarrier.wait(k_full.index(stage), use // C.stages & 1)
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.wait(v_full.index(stage), use // C.stages & 1)
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        if C.ping_pong:
+            _my_turn(CONSUMER)
+            _your_turn(CONSUMER)
+        use += 1
+    return use
+
+
+@gluon.jit
+def _write(acc0, acc1, m, l, tile, descs, o_smem, pointers, num_queries, C: gl.constexpr):
+    """Normalise and hand the output to the copy engine, which leaves out the rows behind the last query."""
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
+    Lse, Range, Sinks = pointers
+    o0_smem, o1_smem = o_smem
+    DV0: gl.constexpr = C.dv0
+    DV1: gl.constexpr = C.dv1
+    dtype: gl.constexpr = o0_smem.dtype
+    if C.sinks:
+        sink = gl.load(Sinks + h).to(gl.float32) * LOG2_E
+        m_new = gl.maximum(m, sink)
+        m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = gl.exp2(m - m_finite)
+        l = l * alpha + gl.exp2(sink - m_finite)
+        m = m_new
+    else:
+        alpha = gl.full_like(m, 1.0)
+    # Not l > 0: a NaN in the inputs must stay one.
+    empty = l == 0.0
+    shrink = alpha / gl.where(empty, 1.0, l)
+    if C.lse:
+        rows = r0 + gl.arange(0, 64, m.type.layout)
+        lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN_2)
+        gl.store(Lse + bh.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
+    # The tile before may still be on its way out of this memory.
+    tma.store_wait(0)
+    barrier()
+    out = acc0 * gl.convert_layout(shrink, gl.SliceLayout(1, acc0.type.layout))[:, None]
+    o0_smem.reshape([64, DV0]).store(out.to(dtype))
+    if DV1 > 0:
+        out = acc1 * gl.convert_layout(shrink, gl.SliceLayout(1, acc1.type.layout))[:, None]
+        o1_smem.reshape([64, DV1]).store(out.to(dtype))
+    fence_async_shared()
+    barrier()
+    tma_store(o0_desc, [b, h, r0, 0], o0_smem)
+    if DV1 > 0:
+        tma_store(o1_desc, [b, h, r0, DV0], o1_smem)
+
+
+@gluon.jit
+def _no_sums(C: gl.constexpr):
+    """Two accumulators of zeros."""
+    DV0: gl.constexpr = C.dv0
+    DV1: gl.constexpr = C.dv1
+    acc0 = gl.zeros([64, DV0], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16]))
+    acc1 = acc0
+    if DV1 > 0:
+        acc1 = gl.zeros([64, DV1], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV1, 16]))
+    return acc0, acc1
+
+
+@gluon.jit
 def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    """One consumer warpgroup: rows [64 * CONSUMER, 64 * CONSUMER + 64) of each tile."""
+    """One consumer warpgroup: rows [64 * CONSUMER, 64 * CONSUMER + 64) of each tile, one tile after the other."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
-    BN: gl.constexpr = C.block_n
     STAGES: gl.constexpr = C.stages
-    RANGE: gl.constexpr = C.range_layout
-    SOFTCAP: gl.constexpr = C.softcap
-    HAS_SINKS: gl.constexpr = C.sinks
-    HAS_LSE: gl.constexpr = C.lse
-    O_IN_Q: gl.constexpr = C.output_in_query
-    PING_PONG: gl.constexpr = C.ping_pong
-    HALF: gl.constexpr = C.half_blocks
-    LATE: gl.constexpr = C.late
-    CONSUMERS: gl.constexpr = C.consumers
-    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
     q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, o0_smem, o1_smem, keep_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
-    Lse, Range, Sinks = pointers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
-    BM: gl.constexpr = 64 * CONSUMERS
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
-    ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    dtype: gl.constexpr = k0_smem.dtype
-    program = gl.program_id(0)
-    num_programs = gl.num_programs(0)
-    unit = cap_scale if SOFTCAP else score_scale
+    unit_cap = (score_scale, cap_scale if C.softcap else score_scale)
+    q0 = q0_smem.index(CONSUMER).reshape([64, D0])
+    q1 = q0
+    if D1 > 0:
+        q1 = q1_smem.index(CONSUMER).reshape([64, D1])
     use = 0
-    if PING_PONG:
+    if C.ping_pong:
         if CONSUMER == 1:
             _your_turn(CONSUMER)
-    for turn in range(tiles_of_program(program, num_programs, all_heads * tiles_per_head)):
-        bh, tile = tile_at(turn, program, num_programs, tiles_per_head, all_heads, section)
-        b = bh // num_heads
-        h = bh % num_heads
-        m0 = tile * BM
-        r0 = m0 + CONSUMER * 64
-        rows = r0 + gl.arange(0, 64, ROWS_LAYOUT)
-        sequence = sequence_bounds(Range, b, numbers, RANGE)
-        first, end, start, left, right, holes = sequence
-        tile_lo, tile_hi = tile_keys(Range, b, m0, sequence, numbers, BM, RANGE, 4)
-        begin, count = tile_blocks(first, tile_lo, tile_hi, num_keys, BN)
-        # Keys [lo, hi) are seen by some of this consumer's rows, keys [full_lo, full_hi) by all of them.
-        if RANGE == 2:
-            row_lo, row_hi = row_ranges(Range, b, rows, numbers)
-            valid = rows < num_queries
-            hi = gl.max(gl.where(valid & (row_lo < row_hi), row_hi, 0), axis=0)
-            full_lo = gl.max(gl.where(valid, row_lo, 0), axis=0)
-            full_hi = gl.min(gl.where(valid, row_hi, num_keys), axis=0)
-        else:
-            row_lo = gl.maximum(first, start + rows - left)
-            row_hi = gl.minimum(end, start + rows + right + 1)
-            last = gl.minimum(r0 + 64, num_queries) - 1
-            hi = gl.where(r0 < num_queries, gl.minimum(end, start + last + right + 1), 0)
-            full_lo = gl.maximum(first, start + last - left)
-            full_hi = gl.minimum(end, start + r0 + right + 1)
-        # Of the tile's blocks this consumer computes the first `mine`, the first `left_edge` of them and those from
-        # `right_edge` on with a look at each row's range.
-        mine = gl.minimum(gl.maximum((hi - begin + BN - 1) // BN, 1), count)
-        left_edge = gl.minimum(gl.maximum((full_lo - begin + BN - 1) // BN, 0), mine)
-        right_edge = gl.maximum(gl.minimum(gl.maximum(full_hi - begin, 0) // BN, mine), left_edge)
-        if RANGE == 1:
-            left_edge = gl.where(holes != 0, mine, left_edge)
-            right_edge = gl.where(holes != 0, mine, right_edge)
-            bitmap = Range + b.to(gl.int64) * stride_rb + BITMAP
-        else:
-            bitmap = Range
-        # Of the last block it may see no more than the first half.
-        whole = mine
-        if HALF:
-            half = (right_edge < mine) & (mine > 1) & (hi - (begin + (mine - 1) * BN) <= BN // 2)
-            whole = mine - half.to(gl.int32)
-        masking = (row_lo, row_hi, bitmap, holes, num_keys)
-        unit_cap = (score_scale, unit)
-        q0 = q0_smem.index(CONSUMER).reshape([64, D0])
-        q1 = q0
-        if D1 > 0:
-            q1 = q1_smem.index(CONSUMER).reshape([64, D1])
-
-        m = gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT)
-        l = gl.full([64], 0.0, gl.float32, ROWS_LAYOUT)
-        acc0 = gl.zeros([64, DV0], gl.float32, O_LAYOUT)
-        acc1 = acc0
-        if DV1 > 0:
-            O1_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV1, 16])
-            acc1 = gl.zeros([64, DV1], gl.float32, O1_LAYOUT)
+    for turn in range(tiles_of_program(gl.program_id(0), gl.num_programs(0), all_heads * tiles_per_head)):
+        tile = _tile(turn, pointers, numbers, scales, CONSUMER, C)
+        acc0, acc1 = _no_sums(C)
 
         # The first block: there is no product with V yet.
         stage = use % STAGES
         mbarrier.wait(q_full.index(CONSUMER), turn & 1)
         mbarrier.wait(k_full.index(stage), use // STAGES & 1)
-        if PING_PONG:
+        if C.ping_pong:
             _my_turn(CONSUMER)
-        s_async = _scores(q0, q1, k0_smem, k1_smem, stage, BN, C)
-        if PING_PONG:
+        s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
+        if C.ping_pong:
             _your_turn(CONSUMER)
         s = warpgroup_mma_wait(0, deps=[s_async])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        if SOFTCAP:
-            s = _tanh(s * score_scale)
-        if (left_edge > 0) | (right_edge == 0):
-            s = _hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, 2, RANGE)
-        p, m, l, alpha = _softmax(s, m, l, unit, True)
+        p, m, l = _first_softmax(s, tile, unit_cap, num_keys, C)
         mbarrier.wait(v_full.index(stage), use // STAGES & 1)
-        if not LATE:
-            p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        if not C.late:
+            p = gl.convert_layout(p.to(k0_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         use += 1
 
         state = (acc0, acc1, p, m, l)
-        for j in range(1, left_edge):
-            state = _step(state, use, begin + j * BN, q0, q1, smem, bars, masking, unit_cap, CONSUMER, 2, BN, C)
-            use += 1
-        for j in range(gl.maximum(left_edge, 1), right_edge):
-            state = _step(state, use, begin + j * BN, q0, q1, smem, bars, masking, unit_cap, CONSUMER, 0, BN, C)
-            use += 1
-        for j in range(gl.maximum(right_edge, 1), whole):
-            state = _step(state, use, begin + j * BN, q0, q1, smem, bars, masking, unit_cap, CONSUMER, 1, BN, C)
-            use += 1
+        state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, CONSUMER, C)
         acc0, acc1, p, m, l = state
 
         # The last block's product with V. The queries are done with, unless the output takes their place.
-        if not HALF:
-            if not O_IN_Q:
-                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            acc0, acc1 = _add_values(p, v0_smem, v1_smem, (use - 1) % STAGES, acc0, acc1, C)
-            acc0, acc1 = _wait_for_values(acc0, acc1, C)
-        elif whole == mine:
-            if not O_IN_Q:
-                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, (use - 1) % STAGES, acc0, acc1, C)
-            acc0, acc1 = _wait_for_values(acc0_async, acc1_async, C)
-        else:
-            H_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN // 2, 16]))
-            masking_half = (
-                gl.convert_layout(row_lo, H_LAYOUT), gl.convert_layout(row_hi, H_LAYOUT), bitmap, holes, num_keys,
-            )  # fmt: skip
-            before_half = (acc0, acc1, p, gl.convert_layout(m, H_LAYOUT), gl.convert_layout(l, H_LAYOUT))
-            half_state = _step(before_half, use, begin + whole * BN, q0, q1, smem, bars, masking_half, unit_cap,
-                          CONSUMER, 1, BN // 2, C)  # fmt: skip
-            use += 1
-            acc0, acc1, p_half, m_half, l_half = half_state
-            m = gl.convert_layout(m_half, ROWS_LAYOUT)
-            l = gl.convert_layout(l_half, ROWS_LAYOUT)
-            if not O_IN_Q:
-                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            acc0_async, acc1_async = _add_values(p_half, v0_smem, v1_smem, (use - 1) % STAGES, acc0, acc1, C)
-            acc0, acc1 = _wait_for_values(acc0_async, acc1_async, C)
-        mbarrier.arrive(v_empty.index((use - 1) % STAGES), count=1)
-        # Blocks that only other consumers see. Not before they are full, or this would count for the use before.
-        for _ in range(mine, count):
-            stage = use % STAGES
-            mbarrier.wait(k_full.index(stage), use // STAGES & 1)
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            mbarrier.wait(v_full.index(stage), use // STAGES & 1)
-            mbarrier.arrive(v_empty.index(stage), count=1)
-            if PING_PONG:
-                _my_turn(CONSUMER)
-                _your_turn(CONSUMER)
-            use += 1
-
-        if HAS_SINKS:
-            sink = gl.load(Sinks + h).to(gl.float32) * LOG2_E
-            m_new = gl.maximum(m, sink)
-            m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
-            alpha = gl.exp2(m - m_finite)
-            l = l * alpha + gl.exp2(sink - m_finite)
-            m = m_new
-        else:
-            alpha = gl.full_like(m, 1.0)
-        # Not l > 0: a NaN in the inputs must stay one.
-        empty = l == 0.0
-        shrink = alpha / gl.where(empty, 1.0, l)
-        if HAS_LSE:
-            lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN_2)
-            gl.store(Lse + bh.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
-        # The copy engine leaves out the rows behind the last query.
-        tma.store_wait(0)
-        barrier()
-        out = acc0 * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        o0_smem.index(CONSUMER).reshape([64, DV0]).store(out.to(dtype))
+        if not C.output_in_query:
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        stage = (use - 1) % STAGES
+        acc0, acc1 = _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C)
         if DV1 > 0:
-            out = acc1 * gl.convert_layout(shrink, gl.SliceLayout(1, O1_LAYOUT))[:, None]
-            o1_smem.index(CONSUMER).reshape([64, DV1]).store(out.to(dtype))
-        fence_async_shared()
-        barrier()
-        tma_store(o0_desc, [b, h, r0, 0], o0_smem.index(CONSUMER))
-        if DV1 > 0:
-            tma_store(o1_desc, [b, h, r0, DV0], o1_smem.index(CONSUMER))
-        if O_IN_Q:
+            acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+        else:
+            acc0 = warpgroup_mma_wait(0, deps=[acc0])
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        use = _leave_blocks(use, tile, bars, CONSUMER, C)
+        o_smem = (o0_smem.index(CONSUMER), o1_smem.index(CONSUMER))
+        _write(acc0, acc1, m, l, tile, descs, o_smem, pointers, num_queries, C)
+        if C.output_in_query:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
     tma.store_wait(0)
-    if PING_PONG:
+    if C.ping_pong:
+        if CONSUMER == 0:
+            _my_turn(CONSUMER)
+
+
+@gluon.jit
+def consume_chained(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
+    """As `consume`, the first block of a tile under the last product with V of the tile before.
+
+    So the tensor cores do not idle between tiles, which matters where tiles are short. Q has two places in shared
+    memory for that. Of a tile's blocks at most one may be left to the other consumers: the next tile's first block
+    might need the place of the V that this consumer has yet to multiply with.
+    """
+    D0: gl.constexpr = C.d0
+    D1: gl.constexpr = C.d1
+    DV0: gl.constexpr = C.dv0
+    DV1: gl.constexpr = C.dv1
+    STAGES: gl.constexpr = C.stages
+    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, o0_smem, o1_smem, keep_smem = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
+    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
+    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
+    unit_cap = (score_scale, cap_scale if C.softcap else score_scale)
+    turns = tiles_of_program(gl.program_id(0), gl.num_programs(0), all_heads * tiles_per_head)
+    if C.ping_pong:
+        if CONSUMER == 1:
+            _your_turn(CONSUMER)
+
+    # The first block of the first tile.
+    tile = _tile(0, pointers, numbers, scales, CONSUMER, C)
+    mbarrier.wait(q_full.index(2 * CONSUMER), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    if C.ping_pong:
+        _my_turn(CONSUMER)
+    q0 = q0_smem.index(2 * CONSUMER).reshape([64, D0])
+    q1 = q0
+    if D1 > 0:
+        q1 = q1_smem.index(2 * CONSUMER).reshape([64, D1])
+    s_async = _scores(q0, q1, k0_smem, k1_smem, 0, C)
+    if C.ping_pong:
+        _your_turn(CONSUMER)
+    s = warpgroup_mma_wait(0, deps=[s_async])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    p, m, l = _first_softmax(s, tile, unit_cap, num_keys, C)
+    mbarrier.wait(v_full.index(0), 0)
+    if not C.late:
+        p = gl.convert_layout(p.to(k0_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    use = 1
+    acc0, acc1 = _no_sums(C)
+
+    for turn in range(turns):
+        place = 2 * CONSUMER + (turn & 1)
+        q0 = q0_smem.index(place).reshape([64, D0])
+        q1 = q0
+        if D1 > 0:
+            q1 = q1_smem.index(place).reshape([64, D1])
+        state = (acc0, acc1, p, m, l)
+        state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, CONSUMER, C)
+        acc0, acc1, p, m, l = state
+        mbarrier.arrive(q_empty.index(place), count=1)
+        last = (use - 1) % STAGES
+        use = _leave_blocks(use, tile, bars, CONSUMER, C)
+
+        # The next tile's first scores, beside this tile's last product with V. Behind the last tile there is nothing to
+        # wait for: whatever lies in shared memory is multiplied, and nobody looks at the result.
+        more = turn + 1 < turns
+        place = 2 * CONSUMER + ((turn + 1) & 1)
+        stage = use % STAGES
+        phase = use // STAGES & 1
+        mbarrier.wait(q_full.index(place), (turn + 1) // 2 & 1, pred=more)
+        mbarrier.wait(k_full.index(stage), phase, pred=more)
+        if C.ping_pong:
+            _my_turn(CONSUMER)
+        q0 = q0_smem.index(place).reshape([64, D0])
+        q1 = q0
+        if D1 > 0:
+            q1 = q1_smem.index(place).reshape([64, D1])
+        s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
+        acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, last, acc0, acc1, C)
+        if C.ping_pong:
+            _your_turn(CONSUMER)
+        next_tile = _tile(gl.minimum(turn + 1, turns - 1), pointers, numbers, scales, CONSUMER, C)
+        s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
+        p, next_m, next_l = _first_softmax(s, next_tile, unit_cap, num_keys, C)
+        # A branch, as in _step. Not the wait for V: that may need the place of the V which is in use here.
+        mbarrier.wait(k_full.index(stage), phase, pred=more)
+        if DV1 > 0:
+            acc0, acc1, p = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async, p])
+        else:
+            acc0, p = warpgroup_mma_wait(0, deps=[acc0_async, p])
+        mbarrier.arrive(k_empty.index(stage), count=1, pred=more)
+        mbarrier.arrive(v_empty.index(last), count=1)
+        if not C.late:
+            p = gl.convert_layout(p.to(k0_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        o_smem = (o0_smem.index(CONSUMER), o1_smem.index(CONSUMER))
+        _write(acc0, acc1, m, l, tile, descs, o_smem, pointers, num_queries, C)
+        mbarrier.wait(v_full.index(stage), phase, pred=more)
+        tile = next_tile
+        m = next_m
+        l = next_l
+        acc0, acc1 = _no_sums(C)
+        use += 1
+    tma.store_wait(0)
+    if C.ping_pong:
         if CONSUMER == 0:
             _my_turn(CONSUMER)
