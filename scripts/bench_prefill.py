@@ -11,8 +11,9 @@ FlashAttention-2.
 
 import argparse
 import itertools
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -307,7 +308,7 @@ def make_meta(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 MODEL_CELLS = {"B1 S32768": (1, 32768, False), "B2 S8192": (2, 8192, True), "B8 S2048": (8, 2048, True)}
 
 
-def model_rows(rounds: int, forward, layers: int | None) -> list[dict]:
+def model_rows(rounds: int, forward, layers: int | None) -> Iterator[dict]:
     """Prefill of Llama-3.1-8B's shape: milliseconds with flashcore, sdpa, and an attention that returns zeros."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -321,7 +322,6 @@ def model_rows(rounds: int, forward, layers: int | None) -> list[dict]:
     AttentionInterface.register("zeros", zeros)
     ALL_MASK_ATTENTION_FUNCTIONS["zeros"] = lambda **kwargs: None
     model = make_model("Llama-3.1-8B", layers=layers)
-    rows = []
     for name, (batch, length, padded) in MODEL_CELLS.items():
         ids = torch.randint(3, model.config.vocab_size, (batch, length), device="cuda")
         mask = torch.ones_like(ids)
@@ -329,21 +329,22 @@ def model_rows(rounds: int, forward, layers: int | None) -> list[dict]:
         for b, real in enumerate(lengths):
             mask[b, : length - real] = 0
         row = {"case": f"model {name}{' left-padded' if padded else ''} Llama-3.1-8B prefill", "unit": "ms"}
-        memory, calls = {}, {}
-        for backend in ("flashcore", "sdpa", "zeros"):
-
-            def call(backend=backend, ids=ids, mask=mask):
+        memory: dict[str, int] = {}
+        times: dict[str, list[float]] = {}
+        for _ in range(rounds + 1):
+            for backend in ("flashcore", "sdpa", "zeros"):
                 model.set_attn_implementation(backend)
+                torch.cuda.reset_peak_memory_stats()
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 with torch.no_grad():
-                    return model(ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits
-
-            call()
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            memory[backend] = torch.cuda.max_memory_allocated()
-            calls[backend] = call
-        times = benchmarking.eager_times(calls, rounds=rounds, seconds=0.0)
-        row |= {backend: round(time / 1e3, 1) for backend, time in times.items()}
+                    begin.record()
+                    model(ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+                    end.record()
+                end.synchronize()
+                memory[backend] = torch.cuda.max_memory_allocated()
+                times.setdefault(backend, []).append(begin.elapsed_time(end))
+        # The first round warms up.
+        row |= {backend: round(statistics.median(each[1:]), 1) for backend, each in times.items()}
         row["peak_bytes"] = memory
         if not padded and forward is not None:
             case = Case("prefill", batch, length, length, 32, 8, 128, 128)
@@ -351,9 +352,7 @@ def model_rows(rounds: int, forward, layers: int | None) -> list[dict]:
             fa3_us = benchmarking.eager_times({"fa3": fa3(case, x, forward)}, rounds=5, seconds=0.0)["fa3"]
             row["attention_ms_a_layer"] = round((row["flashcore"] - row["zeros"]) / model.config.num_hidden_layers, 3)
             row["fa3_ms_a_layer"] = round(fa3_us / 1e3, 3)
-        print(row, flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main() -> int:
@@ -374,13 +373,13 @@ def main() -> int:
     rows = []
 
     def note(row: dict) -> None:
+        print(row, flush=True)
         rows.append(row)
         if arguments.json:
             benchmarking.write(arguments.json, rows)
 
     for case in cases(arguments.groups):
         row = measure(case, ["flashcore", *arguments.peers], forward, getattr(torch, arguments.dtype), arguments.rounds)
-        print(row, flush=True)
         note(row)
     if "model" in arguments.groups:
         for row in model_rows(min(arguments.rounds, 3), forward, arguments.layers):

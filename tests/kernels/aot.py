@@ -223,6 +223,7 @@ def resources(cubin: bytes, wgmma: bool) -> dict:
     if report["stack"]:
         report["loop_spills"] = loop_spills(sass)
     if wgmma:
+        report["wgmma_loops"] = wgmma_loop_spills(sass)
         report["wgmma"] = len(re.findall(r"\bHGMMA\b", sass))
         report["wgmma_arrive"] = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
     return report
@@ -237,6 +238,17 @@ def loop_spills(sass: str) -> int:
     return sum(any(begin <= at <= end for begin, end in loops) for at in spills)
 
 
+def wgmma_loop_spills(sass: str) -> list[tuple[int, int]]:
+    """(instructions, loads and stores of spilled registers) of each innermost loop that multiplies by wgmma."""
+    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
+    branches = [(at, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
+    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
+    loops = [loop for loop in loops if any("HGMMA" in what for at, what in code if loop[0] <= at <= loop[1])]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[what for at, what in code if begin <= at <= end] for begin, end in inner]
+    return sorted((len(body), sum(bool(re.search(r"\b(STL|LDL)\b", what)) for what in body)) for body in bodies)
+
+
 def _cuobjdump(option: str, path: str) -> str:
     import triton
 
@@ -248,6 +260,8 @@ def _cuobjdump(option: str, path: str) -> str:
 def problems(report: dict) -> list[str]:
     """What is wrong with a compiled variant: an empty list is what tests want to see."""
     wrong = []
+    if report.get("kernel") == "flashcore_hopper":
+        return hopper_problems(report)
     old = tuple(map(int, report["triton"].split(".")[:2])) < TUNED_SINCE
     if old:
         allowed = OLD_STACK
@@ -265,12 +279,32 @@ def problems(report: dict) -> list[str]:
     return wrong
 
 
+def hopper_problems(report: dict) -> list[str]:
+    """What is wrong with a compiled variant of the Gluon kernel.
+
+    Its shortest loops are those of the blocks that all rows see whole, one for each consumer; there all the time goes,
+    and not a register may spill. The loops of the edges run once or twice a tile, and what is parked between tiles
+    costs next to nothing.
+    """
+    wrong = []
+    if report["shared"] > report["shared_limit"]:
+        wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
+    main_loops = report["wgmma_loops"][: report["tile"][0] // 64]
+    if not main_loops or any(spills for _, spills in main_loops):
+        wrong.append(f"registers spill in the main loops: {main_loops}")
+    if report["wgmma_arrive"] > report["wgmma"] / 2:
+        wrong.append(f"{report['wgmma_arrive']} warpgroup.arrive for {report['wgmma']} wgmma: they are serialised")
+    return wrong
+
+
 def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
     for kernel, arch, dtype, size, features in itertools.product(
         arguments.kernel, arguments.arch, arguments.dtype, arguments.head_dim, arguments.features
     ):
         head_dim, _, value_dim = size.partition("/")
         if kernel == "flashcore_decode" and features.startswith("rows"):
+            continue
+        if kernel == "flashcore_hopper" and "mask" in features:
             continue
         for rows in arguments.rows if kernel == "flashcore_decode" else (64,):
             yield Variant(kernel, arch, dtype, int(head_dim), int(value_dim or head_dim), features, rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flashcore_kernels.plan import HOPPER_TRITON
 from flashcore_kernels.tables import configuration
 
 from . import aot
@@ -52,6 +53,37 @@ def test_tables(arch, kernel, dtype):
         assert (row.block_m, row.block_n, row.num_warps, row.num_stages) in used
 
 
+def gluon() -> bool:
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= HOPPER_TRITON
+
+
+@pytest.mark.skipif(not gluon(), reason="the Gluon kernel needs Triton 3.5 or newer")
+@pytest.mark.parametrize("head_dim", ["64", "96", "128", "192/128", "256"])
+def test_hopper(head_dim):
+    """The Gluon kernel's main loops spill nothing and are not serialised, without features and with all of them."""
+    features = list(aot.FEATURES) if FULL else ["none", "range"]
+    dtypes = ["fp16", "bf16"] if FULL else ["bf16"]
+    reports = compiled(
+        "--arch", "90", "--kernel", "flashcore_hopper", "--dtype", *dtypes, "--head-dim", head_dim, "--features",
+        *features,
+    )  # fmt: skip
+    wrong = [f"{report['dtype']} {report['features']}: {report['problems']}" for report in reports]
+    assert not any(report["problems"] for report in reports), "\n".join(wrong)
+
+
+def test_a_spill_in_a_main_loop_would_show():
+    healthy = {
+        "kernel": "flashcore_hopper", "tile": [128, 128, 4, 2], "shared": 0, "shared_limit": 1, "wgmma": 64,
+        "wgmma_arrive": 8, "wgmma_loops": [(400, 0), (400, 0), (700, 2)],
+    }  # fmt: skip
+    assert aot.problems(healthy) == []
+    assert "main loops" in aot.problems({**healthy, "wgmma_loops": [(400, 0), (401, 1), (700, 2)]})[0]
+    assert "main loops" in aot.problems({**healthy, "wgmma_loops": []})[0]
+    assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 64})[0]
+
+
 def test_a_tile_too_large_would_show():
     """Negative control: more keys and rows than registers or shared memory hold are reported."""
     tile = ["--tile", "128", "128", "4", "4"]
@@ -78,6 +110,14 @@ SASS = """
         /*0140*/                   LDL.LU R3, [R1] ;
         /*0150*/                   BRA 0x150 ;
 """
+
+
+WGMMA = SASS.replace("HMMA.16816.F32 R4, R8, R2, R4", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR36], RZ")
+
+
+def test_wgmma_loops_are_found():
+    assert aot.wgmma_loop_spills(WGMMA.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == [(3, 1)]
+    assert aot.wgmma_loop_spills(SASS.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
 
 
 def test_spills_in_a_loop_would_show():

@@ -125,6 +125,9 @@ class TestHopper:
             queries = 64 * row.consumers
             keys = row.stages * row.block_n
             size = 2 * (queries * sum(row.head_dim) + keys * (sum(row.head_dim) + sum(row.value_dim)))
+            if row.chained:
+                assert not row.output_in_query
+                size += 2 * queries * sum(row.head_dim)
             if row.output_in_query:
                 assert all(v <= k for k, v in zip(row.head_dim, row.value_dim)), "the output takes the place of Q"
             else:
@@ -295,7 +298,9 @@ class TestExplain:
     def test_hopper(self):
         query = torch.zeros(1, 4, 64, 64, dtype=torch.float16)
         new, old = (Device("cuda", 90, triton=version) for version in ((3, 9), (3, 4)))
-        assert explain(query, query, query, device=new).startswith("flashcore_hopper (128x128")
+        row = HOPPER_ROWS[0]
+        tile = f"flashcore_hopper ({64 * row.consumers}x{row.block_n}"
+        assert explain(query, query, query, device=new).startswith(tile)
         assert "not the Hopper kernel, because that needs Triton 3.5" in explain(query, query, query, device=old)
         off = torch.zeros(1, 4, 64, 68, dtype=torch.float16)[..., 4:]
         assert "no multiple of 16 bytes" in explain(off, off, off, device=new)
