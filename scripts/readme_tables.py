@@ -5,8 +5,11 @@ usage: python scripts/readme_tables.py [--check]    --check only says whether th
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
+
+import summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
@@ -25,8 +28,8 @@ def where(record: dict) -> str:
     return f"{gpu}, {versions}, {record['date'][:10]}"
 
 
-def lines() -> list[str]:
-    """The Markdown between the markers."""
+def measured() -> list[str]:
+    """What was measured on a GPU, one line each."""
     out = ["| what | result | where |", "|---|---|---|"]
     tests = load("gpu-tests.json")
     if tests:
@@ -84,13 +87,42 @@ def benchmark_lines(name: str, columns: dict[str, str], wanted: str = "") -> lis
     return [*out, "", f"{where(record)}, commit {record['commit']}"]
 
 
+def prefill() -> list[str]:
+    """Prefill beside FlashAttention-3 and cuDNN: for each group of cases the rates and the ratios."""
+    record = load("prefill-h200.json")
+    if record is None:
+        return []
+    groups: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        groups.setdefault(summary.group_of(row["case"]), []).append(row)
+    groups["all"] = record["rows"]
+    out = [
+        "| cases | how many | flashcore | FlashAttention-3 | cuDNN | to FlashAttention-3 | to the better of both |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in groups.items():
+        cells = [name, str(len(rows))]
+        unit = rows[0]["unit"]
+        for contender in ("flashcore", "fa3", "cudnn"):
+            figures = [row[contender] for row in rows if row.get(contender)]
+            spread = f"{min(figures):.0f} to {max(figures):.0f} {unit}" if len(figures) > 1 else None
+            cells.append("" if name == "all" or not figures else spread or f"{figures[0]:.0f} {unit}")
+        for peers in (("fa3",), ("fa3", "cudnn")):
+            ratios = [each for each in (summary.ratio(row, peers) for row in rows) if each is not None]
+            median = statistics.median(ratios) if ratios else None
+            cells.append(f"{median:.2f}x (least {min(ratios):.2f})" if ratios else "")
+        out.append("| " + " | ".join(cells) + " |")
+    return [*out, "", f"Medians over the cases, ratios above 1 are faster; {where(record)}."]
+
+
 DECODE = {"flashcore": "flashcore", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "read": "only reading"}
 GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa"}
 # Marker in the README -> what stands between its begin and its end.
 SECTIONS = {
-    "measured": lines,
+    "measured": measured,
     "decode": lambda: benchmark_lines("decode-h200", DECODE, "decode "),
     "decode-fp8": lambda: benchmark_lines("decode-h200", DECODE, "decode-fp8 "),
+    "prefill": prefill,
     "generate": lambda: benchmark_lines("generate-h200", GENERATE),
 }
 
