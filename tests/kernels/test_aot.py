@@ -1,7 +1,7 @@
 """Every shipped configuration compiles for its GPUs, fits into their shared memory, and spills no registers.
 
-Without a GPU, in subprocesses (see aot.py). FLASHCORE_TEST_FULL=1 compiles every feature at every head dimension, about an
-hour; otherwise each row of the tables is compiled with the features that need the most registers.
+Without a GPU, in subprocesses (see aot.py). FLASHCORE_TEST_FULL=1 compiles every feature at every head dimension, which
+takes over an hour; otherwise each row of the tables is compiled with the features that need the most registers.
 """
 
 import json
