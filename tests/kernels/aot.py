@@ -223,7 +223,7 @@ def resources(cubin: bytes, wgmma: bool) -> dict:
     if report["stack"]:
         report["loop_spills"] = loop_spills(sass)
     if wgmma:
-        report["wgmma_loops"] = wgmma_loop_spills(sass)
+        report["wgmma_loops"] = wgmma_loops(sass)
         report["wgmma"] = len(re.findall(r"\bHGMMA\b", sass))
         report["wgmma_arrive"] = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
     return report
@@ -238,15 +238,26 @@ def loop_spills(sass: str) -> int:
     return sum(any(begin <= at <= end for begin, end in loops) for at in spills)
 
 
-def wgmma_loop_spills(sass: str) -> list[tuple[int, int]]:
-    """(instructions, loads and stores of spilled registers) of each innermost loop that multiplies by wgmma."""
+def wgmma_loops(sass: str) -> list[tuple[int, int, int]]:
+    """Each innermost loop that multiplies by wgmma, the shortest first.
+
+    Returns:
+        (instructions; loads and stores of spilled registers; exponentials behind the wait for all products, which do
+        not overlap with any of them).
+    """
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
     branches = [(at, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
     loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
     loops = [loop for loop in loops if any("HGMMA" in what for at, what in code if loop[0] <= at <= loop[1])]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     bodies = [[what for at, what in code if begin <= at <= end] for begin, end in inner]
-    return sorted((len(body), sum(bool(re.search(r"\b(STL|LDL)\b", what)) for what in body)) for body in bodies)
+    found = []
+    for body in bodies:
+        spills = sum(bool(re.search(r"\b(STL|LDL)\b", what)) for what in body)
+        waits = [at for at, what in enumerate(body) if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", what)]
+        exponentials = sum("MUFU.EX2" in what for what in body[waits[-1] :]) if waits else 0
+        found.append((len(body), spills, exponentials))
+    return sorted(found)
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -283,15 +294,18 @@ def hopper_problems(report: dict) -> list[str]:
     """What is wrong with a compiled variant of the Gluon kernel.
 
     Its shortest loops are those of the blocks that all rows see whole, one for each consumer; there all the time goes,
-    and not a register may spill. The loops of the edges run once or twice a tile, and what is parked between tiles
+    not a register may spill, and the softmax must run while the product with V does: ptxas likes to move it behind the
+    wait for that product. The loops of the edges run once or twice a tile, and what is parked between tiles
     costs next to nothing.
     """
     wrong = []
     if report["shared"] > report["shared_limit"]:
         wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
     main_loops = report["wgmma_loops"][: report["tile"][0] // 64]
-    if not main_loops or any(spills for _, spills in main_loops):
+    if not main_loops or any(spills for _, spills, _ in main_loops):
         wrong.append(f"registers spill in the main loops: {main_loops}")
+    if any(exponentials for _, _, exponentials in main_loops):
+        wrong.append(f"the softmax of the main loops waits for the products: {main_loops}")
     if report["wgmma_arrive"] > report["wgmma"] / 2:
         wrong.append(f"{report['wgmma_arrive']} warpgroup.arrive for {report['wgmma']} wgmma: they are serialised")
     return wrong

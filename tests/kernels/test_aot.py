@@ -75,10 +75,11 @@ def test_hopper(head_dim):
 def test_a_spill_in_a_main_loop_would_show():
     healthy = {
         "kernel": "flashcore_hopper", "tile": [128, 128, 4, 2], "shared": 0, "shared_limit": 1, "wgmma": 64,
-        "wgmma_arrive": 8, "wgmma_loops": [(400, 0), (400, 0), (700, 2)],
+        "wgmma_arrive": 8, "wgmma_loops": [(400, 0, 0), (400, 0, 0), (700, 2, 9)],
     }  # fmt: skip
     assert aot.problems(healthy) == []
-    assert "main loops" in aot.problems({**healthy, "wgmma_loops": [(400, 0), (401, 1), (700, 2)]})[0]
+    assert "main loops" in aot.problems({**healthy, "wgmma_loops": [(400, 0, 0), (401, 1, 0)]})[0]
+    assert "waits" in aot.problems({**healthy, "wgmma_loops": [(400, 0, 0), (401, 0, 66)]})[0]
     assert "main loops" in aot.problems({**healthy, "wgmma_loops": []})[0]
     assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 64})[0]
 
@@ -115,8 +116,12 @@ WGMMA = SASS.replace("HMMA.16816.F32 R4, R8, R2, R4", "HGMMA.64x128x16.F32.BF16 
 
 
 def test_wgmma_loops_are_found():
-    assert aot.wgmma_loop_spills(WGMMA.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == [(3, 1)]
-    assert aot.wgmma_loop_spills(SASS.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
+    assert aot.wgmma_loops(WGMMA.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == [(3, 1, 0)]
+    late = "/*0114*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ; /*0118*/ MUFU.EX2 R1, R2 ;"
+    early = "/*0114*/ MUFU.EX2 R1, R2 ; /*0118*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    assert aot.wgmma_loops(WGMMA.format(spill=late)) == [(4, 0, 1)]
+    assert aot.wgmma_loops(WGMMA.format(spill=early)) == [(4, 0, 0)]
+    assert aot.wgmma_loops(SASS.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
 
 
 def test_spills_in_a_loop_would_show():
