@@ -125,9 +125,6 @@ class TestHopper:
             queries = 64 * row.consumers
             keys = row.stages * row.block_n
             size = 2 * (queries * sum(row.head_dim) + keys * (sum(row.head_dim) + sum(row.value_dim)))
-            if row.chained:
-                assert not row.output_in_query
-                size += 2 * queries * sum(row.head_dim)
             if row.output_in_query:
                 assert all(v <= k for k, v in zip(row.head_dim, row.value_dim)), "the output takes the place of Q"
             else:

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .consumer import consume, consume_chained
+from .consumer import consume
 from .producer import produce
 from .triton_api import SHARED_WORKER_ARGUMENTS
 
@@ -33,8 +33,6 @@ class Config:
         softcap, sinks, lse: whether there are any.
         output_in_query: the output leaves through the shared memory of Q.
         ping_pong: the two consumers take turns in issuing their products.
-        chained: the first block of a tile is computed under the last product with V of the tile before.
-        late: P is rounded to 16 bits when its product with V is issued, not when the softmax is done.
         consumer_registers, producer_registers: of a thread.
     """
 
@@ -51,34 +49,23 @@ class Config:
     lse: bool
     output_in_query: bool
     ping_pong: bool
-    chained: bool
-    late: bool
     consumer_registers: int
     producer_registers: int
 
 
 @gluon.jit
 def _consumer_0(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    if C.chained:
-        consume_chained(0, descs, smem, bars, pointers, numbers, scales, C)
-    else:
-        consume(0, descs, smem, bars, pointers, numbers, scales, C)
+    consume(0, descs, smem, bars, pointers, numbers, scales, C)
 
 
 @gluon.jit
 def _consumer_1(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    if C.chained:
-        consume_chained(1, descs, smem, bars, pointers, numbers, scales, C)
-    else:
-        consume(1, descs, smem, bars, pointers, numbers, scales, C)
+    consume(1, descs, smem, bars, pointers, numbers, scales, C)
 
 
 @gluon.jit
 def _consumer_2(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    if C.chained:
-        consume_chained(2, descs, smem, bars, pointers, numbers, scales, C)
-    else:
-        consume(2, descs, smem, bars, pointers, numbers, scales, C)
+    consume(2, descs, smem, bars, pointers, numbers, scales, C)
 
 
 _NOT_SPECIALIZED = [
@@ -133,7 +120,6 @@ def flashcore_hopper(
     HAS_LSE: gl.constexpr = C.lse
     O_IN_Q: gl.constexpr = C.output_in_query
     CONSUMERS: gl.constexpr = C.consumers
-    Q_PLACES: gl.constexpr = (2 if C.chained else 1) * CONSUMERS
     dtype: gl.constexpr = k0_desc.dtype
     # Never looked at, but each place in a tuple needs a value.
     if D1 == 0:
@@ -148,7 +134,7 @@ def flashcore_hopper(
         Range = num_heads
     if not HAS_SINKS:
         Sinks = num_heads
-    q0_smem = gl.allocate_shared_memory(dtype, [Q_PLACES, 1, 1, 64, D0], q0_desc.layout)
+    q0_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D0], q0_desc.layout)
     k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
     v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
     o0_smem = q0_smem
@@ -159,7 +145,7 @@ def flashcore_hopper(
     v1_smem = v0_smem
     o1_smem = o0_smem
     if D1 > 0:
-        q1_smem = gl.allocate_shared_memory(dtype, [Q_PLACES, 1, 1, 64, D1], q1_desc.layout)
+        q1_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D1], q1_desc.layout)
         k1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D1], k1_desc.layout)
     if DV1 > 0:
         v1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV1], v1_desc.layout)
@@ -167,14 +153,14 @@ def flashcore_hopper(
         if not O_IN_Q:
             o1_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV1], o1_desc.layout)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_PLACES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_PLACES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(Q_PLACES):
+    for c in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=1)
     for stage in gl.static_range(STAGES):

@@ -66,7 +66,6 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
     BM: gl.constexpr = 64 * CONSUMERS
-    PLACES: gl.constexpr = 2 if C.chained else 1  # of each consumer's Q
     program = gl.program_id(0)
     num_programs = gl.num_programs(0)
     use = 0
@@ -94,12 +93,11 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
         dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
 
         for c in gl.static_range(CONSUMERS):
-            place = c * PLACES + turn % PLACES
-            mbarrier.wait(q_empty.index(place), (turn // PLACES & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), 64 * (D0 + D1) * 2)
-            tma_load(q0_desc, [b, h, m0 + c * 64, 0], q_full.index(place), q0_smem.index(place))
+            mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(c), 64 * (D0 + D1) * 2)
+            tma_load(q0_desc, [b, h, m0 + c * 64, 0], q_full.index(c), q0_smem.index(c))
             if D1 > 0:
-                tma_load(q1_desc, [b, h, m0 + c * 64, D0], q_full.index(place), q1_smem.index(place))
+                tma_load(q1_desc, [b, h, m0 + c * 64, D0], q_full.index(c), q1_smem.index(c))
         for j in range(count):
             n = begin + j * BN
             stage = use % STAGES

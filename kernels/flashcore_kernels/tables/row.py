@@ -37,8 +37,6 @@ class HopperRow(NamedTuple):
         stages: blocks of K and V in shared memory.
         output_in_query: the output leaves through the shared memory of Q.
         ping_pong: consumers take turns in issuing their products.
-        chained: the first block of a tile is computed under the last product with V of the tile before.
-        late: P is rounded when its product with V is issued, not when the softmax is done.
         consumer_registers, producer_registers: of a thread.
         why: what speaks for it.
     """
@@ -50,8 +48,6 @@ class HopperRow(NamedTuple):
     stages: int
     output_in_query: bool
     ping_pong: bool
-    chained: bool
-    late: bool
     consumer_registers: int
     producer_registers: int
     why: str
