@@ -13,3 +13,6 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # 3.5 takes the first partition's function and arguments apart from the others', which all share one argument tuple.
 SHARED_WORKER_ARGUMENTS = gl.constexpr(VERSION < (3, 6))
+# P may be rounded to 16 bits where its product with V is issued, beside the scores: on an H200 with 3.6 that is 3 to
+# 8 % faster than with the softmax. The ptxas of 3.8 and 3.9 has no registers for it and spills in the main loop.
+ROUND_LATE = gl.constexpr(VERSION < (3, 8))
