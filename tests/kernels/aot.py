@@ -296,9 +296,9 @@ def problems(report: dict) -> list[str]:
 def hopper_problems(report: dict) -> list[str]:
     """What is wrong with a compiled variant of the Gluon kernel.
 
-    Its shortest loops are those of the blocks that all rows see whole, one for each consumer; there all the time goes,
-    at most one register may spill, and the softmax must run while the product with V does: ptxas likes to move it behind the
-    wait for that product. The loops of the edges run once or twice a tile, and what is parked between tiles
+    Its shortest loops are those of the blocks that all rows see whole, one for each consumer; there all the time goes.
+    Hardly a register may spill in them, and the softmax must run while the product with V does: ptxas likes to move it
+    behind the wait for that product. The loops of the edges run once or twice a tile, and what is parked between tiles
     costs next to nothing.
     """
     wrong = []
