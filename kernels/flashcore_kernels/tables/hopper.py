@@ -6,7 +6,7 @@ The reasons are medians over B * S = 16K tokens in bf16, S = 512 to 8192, causal
 from .row import HopperRow
 
 ROWS = (
-    HopperRow((64, 0), (64, 0), 2, 128, 2, False, False, 240, 24, "338 TFLOP/s; P rounded early 316, then 3 consumers 313"),
+    HopperRow((64, 0), (64, 0), 2, 128, 2, False, False, 240, 24, "338 TFLOP/s; P rounded early 316, 3 consumers 313"),
     HopperRow((64, 32), (64, 32), 2, 128, 2, False, True, 240, 24, "as head_dim 128; others not timed"),
     HopperRow((128, 0), (128, 0), 2, 128, 2, False, True, 240, 24, "506 TFLOP/s, without turns 502"),
     HopperRow(
