@@ -1,4 +1,5 @@
-"""nox -s tests | lint | full. `full` is the product of versions; it takes hours on a small machine.
+"""nox -s tests | lint | full | legacy. `full` is the product of versions; it takes hours on a small machine.
+`legacy` is the part of it before Transformers 4.53.
 
 FLASHCORE_TORCH says which PyTorch every session installs first, before anything that depends on it could choose another
 build: "torch==2.13.0" by default, from whatever index pip is set to.
@@ -15,13 +16,11 @@ from pathlib import Path
 import nox
 
 TORCH = os.environ.get("FLASHCORE_TORCH", "torch==2.13.0")
-# Those before 4.53 have the helper alone (flashcore_hf/legacy.py); tests/hf leaves out what does not apply to them.
-TRANSFORMERS = (
-    "4.40.2", "4.43.4", "4.45.2", "4.47.1", "4.48.3", "4.51.3", "4.52.4",
-    "4.53.3", "4.57.6", "5.0.0", "5.4.0", "5.17.0", "5.23.0",
-)  # fmt: skip
+# Here the helper is the way in (flashcore_hf/legacy.py); tests/hf leaves out what does not apply.
+LEGACY = ("4.40.2", "4.43.4", "4.45.2", "4.47.1", "4.48.3", "4.51.3", "4.52.4")
+TRANSFORMERS = ("4.53.3", "4.57.6", "5.0.0", "5.4.0", "5.17.0", "5.23.0")
 TRITON = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
-RESULTS = Path("scripts/results/full-matrix")
+RESULTS = Path("scripts/results")
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.error_on_missing_interpreters = True
@@ -55,22 +54,33 @@ def full(session: nox.Session) -> None:
     other in it: PyTorch alone would fill a disk otherwise. Arguments after -- narrow the versions, as in
     `nox -s full -- transformers==5.0.0 triton==3.5.1`; the summary is then only printed.
     """
+    requirements = [(f"transformers=={version}", "tests/hf") for version in LEGACY + TRANSFORMERS]
+    requirements += [(f"triton=={version}", "tests/kernels") for version in TRITON]
+    run_matrix(session, requirements)
+
+
+@nox.session
+def legacy(session: nox.Session) -> None:
+    """What `full` does, on the versions of Transformers that have the helper alone."""
+    run_matrix(session, [(f"transformers=={version}", "tests/hf") for version in LEGACY])
+
+
+def run_matrix(session: nox.Session, requirements: list[tuple[str, str]]) -> None:
+    """Run the tests of each folder with each requirement; the summary is SESSION-matrix in scripts/results."""
     install(session)
     asked = set(session.posargs)
     rows = []
-    for version in TRANSFORMERS:
-        if not asked or f"transformers=={version}" in asked:
-            rows.append(run_suite(session, f"transformers=={version}", "tests/hf"))
-    session.install("--upgrade", "transformers")
-    for version in TRITON:
-        if not asked or f"triton=={version}" in asked:
-            rows.append(run_suite(session, f"triton=={version}", "tests/kernels"))
-    report = summary(rows)
+    for requirement, folder in requirements:
+        if not asked or requirement in asked:
+            if requirement.startswith("triton"):
+                session.install("--upgrade", "transformers")
+            rows.append(run_suite(session, requirement, folder))
+    report = summary(session.name, rows)
     session.log("\n" + report)
     if not asked:
         record = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rows": rows}
-        RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(report)
+        (RESULTS / f"{session.name}-matrix.json").write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / f"{session.name}-matrix.md").write_text(report)
     failed = [row["requirement"] for row in rows if row["exit_status"] or row["failed"] or not row["passed"]]
     if failed:
         session.error(f"failed: {', '.join(failed)}")
@@ -111,10 +121,10 @@ def run_suite(session: nox.Session, requirement: str, folder: str) -> dict:
     }
 
 
-def summary(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
+def summary(name: str, rows: list[dict]) -> str:
+    """The rows of session `name` as a Markdown table."""
     columns = ("tests", "transformers", "triton", "torch", "python", "passed", "failed", "skipped", "seconds")
-    lines = ["# Tests over versions", "", "Written by `nox -s full`.", ""]
+    lines = ["# Tests over versions", "", f"Written by `nox -s {name}`.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"

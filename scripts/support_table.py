@@ -91,6 +91,29 @@ def why(records: list[dict], wanted: str) -> list[str]:
     return [f"- {', '.join(classes)}: {reason}" for reason, classes in sorted(reasons.items())]
 
 
+def older(folder: Path = ROOT / "scripts" / "results") -> list[str]:
+    """What is said of versions before 4.53, from the tests that `nox -s legacy` ran on them."""
+    lines = [
+        "## Transformers 4.40 to 4.52",
+        "",
+        "LLaMA, Mistral and Qwen2, through `flashcore_hf.replace_attention_with_flashcore(model)`. Their tests (64",
+        "greedy tokens equal to eager's, by the kernels; dynamic and static caches; padding; gradients; restoring),",
+        "run by `nox -s legacy`:",
+        "",
+    ]
+    file = folder / "legacy-matrix.json"
+    if not file.exists():
+        return [*lines, "Not run yet.", ""]
+    record = json.loads(file.read_text())
+    lines += ["| Transformers | torch | Python | passed | failed | minutes | date |", "|---|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['transformers']} | {row['torch']} | {row['python']} | {row['passed']} | {row['failed']} | "
+            f"{row['seconds'] / 60:.0f} | {record['date'][:10]} |"
+        )
+    return [*lines, ""]
+
+
 def build(records: list[dict]) -> str:
     """The whole of SUPPORT.md."""
     causal = sorted({row["class"] for r in records for row in r["rows"] if is_causal(row)})
@@ -116,7 +139,7 @@ def build(records: list[dict]) -> str:
             f"{', '.join(record['dtypes'])} | {count['match']} | {count['refused']} | {count['unstable']} | "
             f"{count['wrong']} | {count['unbuildable']} | {record['date'][:10]} |"
         )
-    lines += ["", "## Causal language models", ""]
+    lines += ["", *older(), "## Causal language models", ""]
     lines += ["Masks: `key range` is the fast path, a few words a sequence; `dense` is a mask of queries x keys.", ""]
     lines += table(records, causal, lambda row: row["class"] if is_causal(row) else None)
     lines += ["", "## Other architectures", "", "A line for each folder of `transformers.models`.", ""]

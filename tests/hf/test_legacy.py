@@ -19,7 +19,7 @@ from flashcore_hf.parity import Settings, compare_model
 from flashcore_hf.parity_runs import Cell, has_static_cache
 
 from .compare import TOLERANCE, greedy, logit_error
-from .models import model_pair, prompts, tiny_config
+from .models import VOCABULARY, model_pair, prompts, tiny_config
 
 FULL = os.environ.get("FLASHCORE_TEST_FULL") == "1"
 OLD = not compat.HAS_INTERFACE
@@ -107,10 +107,18 @@ class TestGeneration:
         assert torch.equal(*answers)
         assert masks_seen and all(seen is None or seen.dtype != torch.int32 for seen in masks_seen)
 
-    def test_beam_search(self, through_torch):
-        eager, model = model_pair("mistral")
-        ids, mask = prompts(2, 9, "left")
-        assert torch.equal(greedy(model, ids, mask, 10, num_beams=3), greedy(eager, ids, mask, 10, num_beams=3))
+    @pytest.mark.parametrize("way", ["beams", "prompt lookup"])
+    @every_model
+    def test_ways_of_decoding(self, model_type, way, through_torch):
+        """Caches that are reordered, and cut."""
+        eager, model = model_pair(model_type)
+        if way == "beams":
+            (ids, mask), options = prompts(2, 9, "left"), {"num_beams": 3}
+        else:
+            ids = torch.arange(3, 9).repeat(3)[None]
+            # Some versions need a token to stop at.
+            mask, options = torch.ones_like(ids), {"prompt_lookup_num_tokens": 4, "eos_token_id": VOCABULARY - 1}
+        assert torch.equal(greedy(model, ids, mask, 12, **options), greedy(eager, ids, mask, 12, **options))
 
     def test_dynamic_cache_after_a_static_one(self, through_torch):
         """4.40 leaves an empty static cache on the layers, and by itself loses the keys of the next dynamic one."""
@@ -174,6 +182,14 @@ class TestForward:
         shown = key_range.visible(masks_seen[-1], 13 - seen, 13)
         assert torch.equal(shown, own[-1][..., :13] == 0)
         assert not shown.all()
+
+    @pytest.mark.parametrize("scaling", ["linear", "dynamic"])
+    def test_scaled_rotary_embedding(self, scaling, through_torch):
+        eager, model = model_pair("llama", rope_scaling={"type": scaling, "factor": 2.0}, max_position_embeddings=8)
+        plain, _ = model_pair("llama", max_position_embeddings=8)
+        ids, mask = prompts(2, 13, "left")
+        assert logit_error(eager, model, ids, mask) < TOLERANCE
+        assert logit_error(plain, model, ids, mask) > 100 * TOLERANCE
 
     @pytest.mark.parametrize("kind", ["own float mask", "weights"])
     @every_model
