@@ -74,7 +74,7 @@ class TestGeneration:
         """`parity`'s own rule, with its negative control; its rows need every call to be served by a kernel."""
         if not FULL and model_type != "mistral":
             pytest.skip("with FLASHCORE_TEST_FULL=1: Triton's interpreter is slow")
-        config = tiny_config(model_type, initializer_range=0.3)
+        config = tiny_config(model_type, initializer_range=0.3, num_key_value_heads=1)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         texts, steps = [[5, 9, 2, 11, 60, 7, 8], [3, 4, 5]], 64 if FULL else 3
