@@ -76,6 +76,15 @@ class _StandIn:
     def leave(self) -> None:
         """Take away what `enter` added."""
 
+    def __reduce_ex__(self, protocol: int):
+        # A class that is made while running cannot be pickled by its name.
+        return _empty_stand_in, (self.original, self.model_type), vars(self)
+
+
+def _empty_stand_in(original: type, model_type: str) -> torch.nn.Module:
+    kind = _stand_in(original, model_type)
+    return kind.__new__(kind)
+
 
 def is_stand_in(module: torch.nn.Module) -> bool:
     """Whether `module` has a class of this file."""

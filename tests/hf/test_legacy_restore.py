@@ -1,6 +1,7 @@
 """Replacing changes one instance; restoring gives it back bit for bit."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -133,12 +134,15 @@ def test_a_model_that_was_not_replaced():
     assert restore_attention(model) is model and state(model) == before
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["", "pickled"]
+)
 @every_model
-def test_copies(model_type):
+def test_copies(model_type, copied):
     """A copy of a replaced model is replaced, and restoring one of the two leaves the other."""
     model = replace_attention_with_flashcore(loaded(model_type))
     answer = logits(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     restore_attention(model)
     assert replaced(twin) and not replaced(model) and torch.equal(logits(twin), answer)
     restore_attention(twin)
