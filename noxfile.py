@@ -48,42 +48,47 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def full(session: nox.Session) -> None:
-    """tests/hf on every Transformers, and every shipped configuration compiled by every Triton.
+    """tests/hf on every Transformers, and the kernels' tests (every table's rows compiled) on every Triton.
 
-    The summary goes to scripts/results/full-matrix.{json,md}. One environment serves all versions, which replace each
-    other in it: PyTorch alone would fill a disk otherwise. Arguments after -- narrow the versions, as in
-    `nox -s full -- transformers==5.0.0 triton==3.5.1`; the summary is then only printed.
+    The summary goes to scripts/results/full-matrix.{json,md}, a row for each version, written as soon as it is known.
+    One environment serves all versions, which replace each other in it: PyTorch alone would fill a disk otherwise.
+    Arguments after -- narrow the versions, as in `nox -s full -- transformers==5.0.0 triton==3.5.1`; rows of the others
+    stay as an earlier run left them, with its date and commit.
     """
-    requirements = [(f"transformers=={version}", "tests/hf") for version in LEGACY + TRANSFORMERS]
-    requirements += [(f"triton=={version}", "tests/kernels") for version in TRITON]
-    run_matrix(session, requirements)
+    requirements = {f"transformers=={version}": "tests/hf" for version in LEGACY + TRANSFORMERS}
+    requirements |= {f"triton=={version}": "tests/kernels" for version in TRITON}
+    run_matrix(session, requirements, session.posargs or list(requirements))
 
 
 @nox.session
 def legacy(session: nox.Session) -> None:
-    """What `full` does, on the versions of Transformers that have the helper alone."""
-    run_matrix(session, [(f"transformers=={version}", "tests/hf") for version in LEGACY])
+    """The rows of `full` for the versions of Transformers that have the helper alone."""
+    run_matrix(session, {f"transformers=={version}": "tests/hf" for version in LEGACY})
 
 
-def run_matrix(session: nox.Session, requirements: list[tuple[str, str]]) -> None:
-    """Run the tests of each folder with each requirement; the summary is SESSION-matrix in scripts/results."""
+def run_matrix(session: nox.Session, folders: dict[str, str], asked: list[str] | None = None) -> None:
+    """Run the tests in the folder of each requirement asked for (all by default), and enter each in the summary."""
     install(session)
-    asked = set(session.posargs)
-    rows = []
-    for requirement, folder in requirements:
-        if not asked or requirement in asked:
-            if requirement.startswith("triton"):
-                session.install("--upgrade", "transformers")
-            rows.append(run_suite(session, requirement, folder))
-    report = summary(session.name, rows)
-    session.log("\n" + report)
-    if not asked:
-        record = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rows": rows}
-        (RESULTS / f"{session.name}-matrix.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / f"{session.name}-matrix.md").write_text(report)
-    failed = [row["requirement"] for row in rows if row["exit_status"] or row["failed"] or not row["passed"]]
+    json_file, failed = RESULTS / "full-matrix.json", []
+    for requirement in asked or folders:
+        if requirement.startswith("triton"):
+            session.install("--upgrade", "transformers")
+        row = run_suite(session, requirement, folders[requirement])
+        known = json.loads(json_file.read_text())["rows"] if json_file.exists() else []
+        rows = sorted([r for r in known if r["requirement"] != requirement] + [row], key=by_version)
+        json_file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        json_file.with_suffix(".md").write_text(summary(rows))
+        if row["exit_status"] or row["failed"] or not row["passed"]:
+            failed.append(requirement)
+    session.log("\n" + json_file.with_suffix(".md").read_text())
     if failed:
         session.error(f"failed: {', '.join(failed)}")
+
+
+def by_version(row: dict) -> tuple:
+    """Key to sort rows by: transformers before triton, each from old to new."""
+    name, _, version = row["requirement"].partition("==")
+    return name, tuple(map(int, version.split(".")))
 
 
 def run_suite(session: nox.Session, requirement: str, folder: str) -> dict:
@@ -91,6 +96,7 @@ def run_suite(session: nox.Session, requirement: str, folder: str) -> dict:
     session.install(requirement)
     junit = Path(session.create_tmp()) / f"{requirement}.xml"
     junit.unlink(missing_ok=True)
+    commit = session.run("git", "describe", "--always", "--dirty", silent=True, external=True).strip()
     began = time.monotonic()
     # Any exit status: one version that fails must not hide the others.
     session.run(
@@ -113,6 +119,8 @@ def run_suite(session: nox.Session, requirement: str, folder: str) -> dict:
     return {
         "requirement": requirement,
         "tests": folder,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
         **versions,
         "python": platform.python_version(),
         **counts,
@@ -121,10 +129,12 @@ def run_suite(session: nox.Session, requirement: str, folder: str) -> dict:
     }
 
 
-def summary(name: str, rows: list[dict]) -> str:
-    """The rows of session `name` as a Markdown table."""
-    columns = ("tests", "transformers", "triton", "torch", "python", "passed", "failed", "skipped", "seconds")
-    lines = ["# Tests over versions", "", f"Written by `nox -s {name}`.", ""]
+def summary(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    columns = (
+        "tests", "transformers", "triton", "torch", "python", "passed", "failed", "skipped", "seconds", "date", "commit"
+    )  # fmt: skip
+    lines = ["# Tests over versions", "", "Written by `nox -s full`.", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(row[column]).partition("T")[0] for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -101,12 +101,14 @@ def older(folder: Path = ROOT / "scripts" / "results") -> list[str]:
         "run by `nox -s legacy`:",
         "",
     ]
-    file = folder / "legacy-matrix.json"
+    file = folder / "full-matrix.json"
     if not file.exists():
         return [*lines, "Not run yet.", ""]
     record = json.loads(file.read_text())
     lines += ["| Transformers | torch | Python | passed | failed | minutes | date |", "|---|---|---|---|---|---|---|"]
     for row in record["rows"]:
+        if not row["requirement"].startswith("transformers==4.") or row["transformers"] >= "4.53":
+            continue
         lines.append(
             f"| {row['transformers']} | {row['torch']} | {row['python']} | {row['passed']} | {row['failed']} | "
             f"{row['seconds'] / 60:.0f} | {record['date'][:10]} |"

@@ -77,7 +77,7 @@ class TestGeneration:
         config = tiny_config(model_type, initializer_range=0.3, num_key_value_heads=1)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-        texts, steps = [[5, 9, 2, 11, 60, 7, 8], [3, 4, 5]], 64 if FULL else 3
+        texts, steps = [[5, 9, 2, 11, 60, 7, 8], [3, 4, 5]], 64 if FULL else 16
         caches = ("dynamic", "static") if has_static_cache(config) else ("dynamic",)
         cells = [Cell(cache, texts[:size], steps, 0) for cache in caches for size in (2, 1)]
         rows = compare_model(

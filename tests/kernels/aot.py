@@ -34,6 +34,7 @@ MAIN_LOOP_SPILLS = 1
 # The tables are chosen for this Triton and newer. With older ones they must compile, fit, and spill little.
 TUNED_SINCE = (3, 6)
 OLD_STACK = 256
+OLD_MAIN_LOOP_SPILLS = 8
 
 FEATURES = {
     "none": {},
@@ -249,7 +250,9 @@ def wgmma_loops(sass: str) -> list[tuple[int, int, int]]:
         not overlap with any of them).
     """
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
-    branches = [(at, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
+    # A branch without a predicate comes back from a barrier's second try, which ptxas sets behind everything else: from
+    # there to its target is no loop.
+    branches = [(at, re.search(r"^@.*\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
     loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
     loops = [loop for loop in loops if any("HGMMA" in what for at, what in code if loop[0] <= at <= loop[1])]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
@@ -271,12 +274,17 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
+def is_old(report: dict) -> bool:
+    """Whether the tables were chosen for a newer Triton than this report's."""
+    return tuple(map(int, report["triton"].split(".")[:2])) < TUNED_SINCE
+
+
 def problems(report: dict) -> list[str]:
     """What is wrong with a compiled variant: an empty list is what tests want to see."""
     wrong = []
     if report.get("kernel") == "flashcore_hopper":
         return hopper_problems(report)
-    old = tuple(map(int, report["triton"].split(".")[:2])) < TUNED_SINCE
+    old = is_old(report)
     if old:
         allowed = OLD_STACK
     elif not report["loop_spills"]:
@@ -305,7 +313,8 @@ def hopper_problems(report: dict) -> list[str]:
     if report["shared"] > report["shared_limit"]:
         wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
     main_loops = report["wgmma_loops"][: report["tile"][0] // 64]
-    if not main_loops or any(spills > MAIN_LOOP_SPILLS for _, spills, _ in main_loops):
+    allowed = OLD_MAIN_LOOP_SPILLS if is_old(report) else MAIN_LOOP_SPILLS
+    if not main_loops or any(spills > allowed for _, spills, _ in main_loops):
         wrong.append(f"registers spill in the main loops: {main_loops}")
     if any(exponentials for _, _, exponentials in main_loops):
         wrong.append(f"the softmax of the main loops waits for the products: {main_loops}")
