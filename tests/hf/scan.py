@@ -1,6 +1,7 @@
 """What the source of a Transformers asks of attention backends, read without importing it: the tripwire's eyes."""
 
 import ast
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ _FLASH_TEST = re.compile(
 )
 
 
+@functools.cache
 def attention_arguments(root: Path) -> dict[str, set[str]]:
     """Keywords that layers pass to the function looked up in ALL_ATTENTION_FUNCTIONS -> model folders that do.
 
@@ -31,21 +33,28 @@ def attention_arguments(root: Path) -> dict[str, set[str]]:
 
 
 def _keywords_of_interface_calls(function: ast.FunctionDef) -> set[str]:
+    nodes = list(ast.walk(function))
+    if not any(map(_is_registry, nodes)):
+        return set()
     names = {
         target.id
-        for node in ast.walk(function)
+        for node in nodes
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
-        and "ALL_ATTENTION_FUNCTIONS" in ast.dump(node.value)
+        and any(map(_is_registry, ast.walk(node.value)))
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name)
     }  # fmt: skip
     return {
         keyword.arg
-        for node in ast.walk(function)
+        for node in nodes
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
         for keyword in node.keywords
         if keyword.arg is not None
     }
+
+
+def _is_registry(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "ALL_ATTENTION_FUNCTIONS"
 
 
 def mask_parts(root: Path) -> set[str]:

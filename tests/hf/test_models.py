@@ -40,7 +40,7 @@ def test_family(model_type, paths, monkeypatch):
 
     monkeypatch.setitem(compat.mask_registry(), "flashcore", listening)
     for padding in (None, "left", "right"):
-        ids, mask = prompts(3, 13, padding)
+        ids, mask = prompts(2, 13, padding)
         assert logit_error(eager, model, ids, mask) < TOLERANCE, padding
     ids, mask = prompts(2, 9, "left")
     assert torch.equal(greedy(model, ids, mask, 8), greedy(eager, ids, mask, 8))

@@ -273,7 +273,7 @@ class TestCommand:
         file = tmp_path / "rows.json"
         done = subprocess.run(
             [sys.executable, "-m", "flashcore_hf", "parity", "--model", checkpoint, "--device", "cpu", "--batch", "2",
-             "--cache", "static", "--reference", "sdpa", "--prompt-length", "9", "--max-new-tokens", "12",
+             "--cache", "static", "--reference", "sdpa", "--prompt-length", "9", "--max-new-tokens", "6",
              "--prompts", str(write_prompts(tmp_path)), "--json", str(file)],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
