@@ -26,17 +26,17 @@ def lookup(signature: tuple | None) -> Callable | None:
 
 def signature_of(query, key, value, key_range, sinks, *options) -> tuple | None:
     """What decides how a call is served; None where it has to go through torch's dispatcher or needs gradients."""
-    if (
-        not query.is_cuda
-        or type(query) is not torch.Tensor
-        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or query.get_device() != torch._C._cuda_getDevice()
-    ):
-        return None
     try:
+        if (
+            not query.is_cuda
+            or type(query) is not torch.Tensor
+            or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or query.get_device() != torch._C._cuda_getDevice()
+        ):
+            return None
         signature = (
             query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
             query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,

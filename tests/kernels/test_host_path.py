@@ -1,0 +1,266 @@
+"""What the host hands to a GPU, caught before the launch: addresses, strides, grids, workspaces. No GPU is needed.
+
+tests/gpu/test_prepared.py and test_hopper.py see what the launches themselves compute.
+"""
+
+import types
+
+import pytest
+import torch
+from flashcore_kernels import counters as counters_module
+from flashcore_kernels import launch, prepared
+from flashcore_kernels.counters import Counters
+from flashcore_kernels.plan import Device, plan
+from flashcore_kernels.problem import check_problem, with_alignment
+
+pytest.importorskip("triton")
+
+from flashcore_kernels import decode  # noqa: E402
+
+H200 = Device("cuda", 90, triton=(3, 9))
+
+
+def tensors_of(num_queries=1, num_keys=500, dtype=torch.bfloat16, batch_size=2):
+    """query, key, value; key and value are views of larger buffers, as a cache's are."""
+    query = torch.randn(batch_size, num_queries, 8, 64, dtype=dtype).transpose(1, 2)
+    key, value = torch.randn(2, batch_size, 2, 640, 64, dtype=dtype)[:, :, :, :num_keys]
+    return query, key, value
+
+
+class FakeCompiled:
+    """A compiled kernel that keeps what it was launched with."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.launches = []
+
+    def run(self, *arguments):
+        self.launches.append(arguments)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    fake = FakeCompiled()
+    monkeypatch.setattr(prepared, "compiled_kernel", lambda *args: fake)
+    monkeypatch.setattr(prepared, "_prepared", {})
+    monkeypatch.setattr(prepared, "counters", Counters())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    return fake
+
+
+def prepare(query, key, value, sinks=None, return_lse=False):
+    problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, None, None)
+    chosen = plan(with_alignment(problem, query, key, value), H200)
+    prepared.prepare(("a call",), problem, chosen, (query, key, value, None, sinks), return_lse)
+    return problem, chosen, prepared.lookup(("a call",))
+
+
+class TestPrepared:
+    @pytest.mark.parametrize("return_lse", [False, True])
+    def test_arguments_are_those_of_a_full_launch(self, compiled, monkeypatch, return_lse):
+        first, second = tensors_of(), tensors_of()
+        sinks = torch.zeros(8)
+        problem, chosen, call = prepare(*first, sinks, return_lse)
+        answer = call(*second, None, sinks)
+        output, lse = answer if return_lse else (answer, None)
+        assert output.shape == (2, 8, 1, 64) and output.transpose(1, 2).is_contiguous()
+        assert lse is None or lse.shape == (2, 8, 1) and lse.dtype == torch.float32
+        (arguments,) = compiled.launches
+        programs, *one, stream, function, metadata = arguments[:6]
+        assert (one, stream, function, metadata) == ([1, 1], 77, "function", "metadata")
+        assert arguments[6:9] == (None, None, None)
+        pointers, rest = arguments[9:19], arguments[19:]
+        addresses = [t.data_ptr() for t in (*second, output)]
+        assert list(pointers[:4]) == addresses and pointers[7] == sinks.data_ptr()
+        assert pointers[4] == (lse.data_ptr() if return_lse else None) and pointers[5] is pointers[6] is None
+        assert pointers[8] and pointers[9], "500 keys are several chunks: a workspace and counters"
+
+        caught = []
+        monkeypatch.setattr(decode, "launch", lambda *args: caught.append(args))
+        decode.run_decode(problem, chosen, *second, None, None, sinks, output, lse)
+        ((_, full_programs, full, scalars, constants, _),) = caught
+        assert programs == full_programs
+        assert rest == (*full[10:], *scalars, *constants)
+
+    def test_a_call_in_one_chunk_has_no_workspace(self, compiled):
+        tensors = tensors_of(num_keys=64)
+        *_, call = prepare(*tensors)
+        call(*tensors, None, None)
+        assert compiled.launches[0][17:19] == (None, None)
+
+    def test_a_launch_that_fails_takes_its_counters_with_it(self, compiled, monkeypatch):
+        tensors = tensors_of()
+        *_, call = prepare(*tensors)
+        (before,) = prepared.counters._buffers.values()
+        monkeypatch.setattr(compiled, "launches", None)
+        with pytest.raises(AttributeError):
+            call(*tensors, None, None)
+        assert not prepared.counters._buffers
+        monkeypatch.setattr(compiled, "launches", [])
+        call(*tensors, None, None)
+        (after,) = prepared.counters._buffers.values()
+        assert before.data_ptr() != after.data_ptr()
+
+    def test_nothing_is_kept_where_no_launch_was_made(self, monkeypatch):
+        monkeypatch.setattr(prepared, "_prepared", {})
+        assert prepare(*tensors_of())[2] is None
+
+    def test_the_oldest_are_forgotten(self, compiled, monkeypatch):
+        monkeypatch.setattr(prepared, "MOST", 1)
+        prepared._prepared["another"] = print
+        assert prepare(*tensors_of())[2] is not None
+        assert prepared.lookup("another") is None and len(prepared._prepared) == 1
+
+
+class OnAGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+class TestSignature:
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch):
+        """Tensors that say they are on the current GPU, and are plain all the same."""
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+
+    def signature(self, *tensors, key_range=None, sinks=None, options=()):
+        return prepared.signature_of(*tensors, key_range, sinks, *options)
+
+    def test_equal_calls_have_equal_signatures(self):
+        assert self.signature(*tensors_of()) == self.signature(*tensors_of()) is not None
+
+    def test_whatever_decides_is_in_it(self):
+        query, key, value = tensors_of()
+        off = torch.empty(key.numel() + 1, dtype=key.dtype)[1:].view(key.shape)
+        others = [
+            tensors_of(num_keys=499), tensors_of(num_queries=2), tensors_of(dtype=torch.float16),
+            tensors_of(batch_size=3), (query, key.contiguous(), value), (query, off, value),
+        ]  # fmt: skip
+        all_of_them = [self.signature(*tensors) for tensors in [(query, key, value), *others]]
+        all_of_them.append(self.signature(query, key, value, sinks=torch.zeros(8)))
+        all_of_them.append(self.signature(query, key, value, key_range=torch.zeros(2, 6, dtype=torch.int32)))
+        all_of_them.append(self.signature(query, key, value, options=(True, None)))
+        assert None not in all_of_them and len(set(all_of_them)) == len(all_of_them)
+
+    def test_what_must_not_be_taken_for_another(self):
+        query, key, value = tensors_of()
+        assert self.signature(query.as_subclass(OnAGpu), key, value) is None, "a subclass may want the dispatcher"
+        assert self.signature(query.float().requires_grad_(), key, value) is None
+        assert self.signature(query, "no tensor", value) is None
+        assert self.signature(query, key, value, options=([1, 2],)) is None, "not hashable; the checks name it"
+        with torch.no_grad():
+            assert self.signature(query.float().requires_grad_(), key, value) is not None
+
+
+class TestCounters:
+    """On a pretended GPU: which zeros a launch gets."""
+
+    GPU = torch.device("cuda", 0)
+
+    @pytest.fixture
+    def own(self, monkeypatch):
+        state = types.SimpleNamespace(capturing=False, stream=1, counters=Counters(), made=[])
+
+        def zeros(count, device):
+            state.made.append(count)
+            return torch.zeros(count, dtype=torch.int32)
+
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: state.stream, raising=False)
+        monkeypatch.setattr(counters_module, "_lasting_zeros", zeros)
+        monkeypatch.setattr(counters_module, "POOL", 20_000)
+        return state
+
+    def test_a_stream_keeps_its_own(self, own):
+        first = own.counters.get(5, self.GPU)
+        own.stream = 2
+        other = own.counters.get(5, self.GPU)
+        own.stream = 1
+        assert own.counters.get(7, self.GPU).data_ptr() == first.data_ptr() != other.data_ptr()
+        assert own.made == [20_000], "one pool for both"
+
+    def test_each_recorded_launch_has_its_own(self, own):
+        outside = own.counters.get(5, self.GPU)
+        own.capturing = True
+        recorded = [own.counters.get(5, self.GPU) for _ in range(3)]
+        starts = [outside.data_ptr(), *(buffer.data_ptr() for buffer in recorded)]
+        assert len(set(starts)) == 4 and all((start - starts[0]) % 16 == 0 for start in starts)
+        assert all(abs(a - b) >= 5 * 4 for i, a in enumerate(starts) for b in starts[:i]), "and none overlap"
+
+    def test_a_capture_never_makes_lasting_zeros(self, own, monkeypatch):
+        own.capturing = True
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, **kwargs: zeros(*size, dtype=kwargs["dtype"]))
+        assert own.counters.get(5, self.GPU).numel() == 5 and own.made == []
+
+    def test_more_than_a_pool_holds(self, own):
+        own.counters.get(5, self.GPU)
+        assert own.counters.get(50_000, self.GPU).numel() == 50_000
+        assert own.made == [20_000, 50_000]
+
+
+class TestHopper:
+    @pytest.fixture
+    def launched(self, monkeypatch):
+        run = pytest.importorskip("flashcore_kernels.hopper.run")
+        caught = []
+        monkeypatch.setattr(run, "launch", lambda *args: caught.append(args))
+        monkeypatch.setattr(run, "_processors", lambda device: 132)
+
+        def launch_of(query, key, value, is_causal=False, sinks=None, lse=None):
+            problem = check_problem(query, key, value, None, None, is_causal, None, None, None, sinks, None, None)
+            chosen = plan(with_alignment(problem, query, key, value), H200)
+            assert chosen.kernel == "flashcore_hopper", chosen
+            out = torch.empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype)
+            run.run_hopper(problem, chosen, query, key, value, None, None, sinks, out.transpose(1, 2), lse)
+            return chosen, caught.pop()
+
+        return launch_of
+
+    def test_descriptors_say_where_the_tensors_are(self, launched):
+        query, key, value = tensors_of(num_queries=200)
+        chosen, (_, programs, arguments, scalars, _, _) = launched(query, key, value)
+        q, _, k, _, v, _, o, _ = arguments[:8]
+        for tensor, descriptor, rows in ((query, q, 64), (key, k, chosen.block_n), (value, v, chosen.block_n)):
+            assert descriptor.base is tensor and list(descriptor.shape) == list(tensor.shape)
+            assert list(descriptor.strides) == list(tensor.stride())
+            assert list(descriptor.block_shape) == [1, 1, rows, 64]
+        assert list(o.shape) == [2, 8, 200, 64] and o.strides[1] == 64
+        tiles = -(-200 // chosen.block_m)
+        assert programs == min(132, 16 * tiles)
+        assert scalars[:5] == (8, 4, 200, 500, 300) and scalars[-3:] == (16, tiles, 1)
+
+    def test_head_dims_that_are_no_power_of_two_come_in_two_pieces(self, launched):
+        query, key, value = (torch.randn(1, 4, 100, size, dtype=torch.float16) for size in (192, 192, 128))
+        _, (_, _, arguments, _, _, _) = launched(query, key, value)
+        columns = [None if d is None else d.block_shape[3] for d in arguments[:8]]
+        assert columns == [128, 64, 128, 64, 128, None, 128, None]
+
+    def test_a_stride_that_is_never_used_does_not_matter(self, launched):
+        """One sequence, whose batch stride may be anything."""
+        query = torch.randn(1, 4, 100, 64, dtype=torch.float16)
+        odd = query.as_strided(query.shape, (3, *query.stride()[1:]))
+        _, (_, _, arguments, _, _, _) = launched(odd, query, query)
+        assert arguments[0].strides[0] % 8 == 0
+
+    def test_causal_tiles_are_dealt_in_sections(self, launched):
+        query = torch.empty(1, 32, 8192, 64, dtype=torch.float16)
+        key = query[:, :8]
+        full, causal = (launched(query, key, key, is_causal=c)[1][3][-1] for c in (False, True))
+        assert full == 1 < causal
+
+
+def test_aligned_and_unaligned_calls_get_kernels_of_their_own():
+    """What Triton compiles a variant for is in the key under which a compiled kernel is kept."""
+    tensor = torch.zeros(64, dtype=torch.float16)
+    chosen = plan(check_problem(*tensors_of(), None, None, False, None, None, None, None, None, None), H200)
+    keys = [
+        launch._key("kernel", (pointer, number), (), chosen)
+        for pointer, number in ((tensor, 16), (tensor[1:], 16), (tensor, 17), (tensor, 1), (tensor, 2**33))
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == launch._key("kernel", (torch.zeros(64, dtype=torch.float16), 32), (), chosen)
