@@ -126,9 +126,9 @@ def test_wgmma_loops_are_found():
     assert aot.wgmma_loops(WGMMA.format(spill=late)) == [(4, 0, 1)]
     assert aot.wgmma_loops(WGMMA.format(spill=early)) == [(4, 0, 0)]
     assert aot.wgmma_loops(SASS.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
-    behind_a_barrier = WGMMA.replace("@P0 BRA 0x110", "@P0 BRA 0x150").replace("BRA 0x150 ;\n", "BRA 0x110 ;\n")
-    assert "    BRA 0x110 ;" in behind_a_barrier
-    assert aot.wgmma_loops(behind_a_barrier.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
+    # The way back from a barrier's second try has no predicate, and is no loop.
+    way_back = WGMMA.replace("@P0 BRA 0x110", "BRA 0x110")
+    assert aot.wgmma_loops(way_back.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
 
 
 def test_spills_in_a_loop_would_show():
