@@ -21,6 +21,9 @@ from flashcore_hf.parity_runs import Cell, Run, caught_at, generate, left_padded
 from .models import VOCABULARY, model_pair
 
 STEPS = 20
+needs_the_cache = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.57"), reason="FlashCoreCache needs Transformers 4.57"
+)
 
 
 def made_up(batch_size: int = 2, steps: int = STEPS, seed: int = 0) -> Run:
@@ -152,7 +155,7 @@ class TestRuns:
         rows = compare_model(settings(checkpoint, dtype=torch.bfloat16, references=("sdpa",), cells=cells()[:1]))
         assert not [f for row in rows for f in row.failures if not f.startswith("void")]
 
-    @pytest.mark.skipif(Version(transformers.__version__) < Version("4.57"), reason="FlashCoreCache needs 4.57")
+    @needs_the_cache
     def test_fp8_rows_report(self, checkpoint):
         """e4m3 changes logits, by a few percent."""
         from flashcore_hf.parity_fp8 import compare_fp8
@@ -265,6 +268,18 @@ class TestCommand:
         monkeypatch.setattr(parity_command, "import_error", "ImportError: no such thing")
         assert parity_command.main(self.arguments()) == 1
         assert "no such thing" in capsys.readouterr().out
+
+    @needs_the_cache
+    def test_fp8_is_a_table_of_its_own(self, checkpoint, tmp_path, capsys):
+        file = tmp_path / "rows.json"
+        arguments = self.arguments(
+            "--model", checkpoint, "--device", "cpu", "--batch", "1", "--cache", "dynamic", "--reference", "eager",
+            "--max-new-tokens", "6", "--prompts", str(write_prompts(tmp_path)), "--fp8", "--json", str(file),
+        )  # fmt: skip
+        assert parity_command.main(arguments) == 0
+        assert "An fp8 cache beside one in the model's dtype" in capsys.readouterr().out
+        (row,) = json.loads(file.read_text())["fp8"]
+        assert 0 < row["relative_error"] < 0.2 and row["tokens"] == 6
 
     def test_command_starts_again_with_the_interpreter(self, checkpoint, tmp_path):
         """In a process without TRITON_INTERPRET, as a user's; the exit status and the JSON say that rows passed."""
