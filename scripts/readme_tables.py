@@ -116,7 +116,7 @@ def prefill() -> list[str]:
 
 
 DECODE = {"flashcore": "flashcore", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "read": "only reading"}
-GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa"}
+GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa", "seconds": "first call, s"}
 # Marker in the README -> what stands between its begin and its end.
 SECTIONS = {
     "measured": measured,
