@@ -6,7 +6,11 @@ import gc
 import os
 import sys
 
-import torch
+# Workers beside each other, and what they start, have a core each; more threads would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 # Triton decides at its import whether functions are compiled or interpreted, so this stands before any of ours.
 if not torch.cuda.is_available():

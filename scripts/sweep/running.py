@@ -1,0 +1,122 @@
+"""Models of the sweep: built small, run the same way each time, their outputs compared."""
+
+import copy
+import math
+
+import torch
+from transformers import GenerationConfig
+
+from .inputs import parameters_of, recipes
+
+
+def short(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def build(model_class: type, config, implementation: str):
+    """The model with random weights, in eval mode; the config is copied, or both would use the last implementation."""
+    model = model_class._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    if hasattr(model, "generation_config"):
+        start = getattr(config, "decoder_start_token_id", None)
+        model.generation_config = GenerationConfig(
+            pad_token_id=0, bos_token_id=1, decoder_start_token_id=1 if start is None else start
+        )
+    return model
+
+
+@torch.no_grad()
+def switch_on(model: torch.nn.Module) -> None:
+    """Gates that start at zero would hide what attention does."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not name.endswith("bias") and parameter.abs().max() < 1e-3:
+            parameter.fill_(0.5)
+
+
+def accepted_inputs(eager, config):
+    """(kind, inputs, None) of the first recipe that eager takes, or (None, None, why not)."""
+    reason = None  # of the first recipe, which is the likeliest
+    for kind, inputs in recipes(eager, config):
+        takes = parameters_of(eager)
+        inputs = {name: value for name, value in inputs.items() if name in takes}
+        try:
+            outputs = tensors(run(eager, inputs))
+        except Exception as error:  # noqa: BLE001 - the next recipe may do
+            reason = reason or short(error)
+            continue
+        if outputs and all(output.isfinite().all() for output in outputs):
+            return kind, inputs, None
+        reason = reason or ("eager's own outputs are not finite" if outputs else "there is no floating-point output")
+    return None, None, reason or "none of its parameters is known"
+
+
+@torch.no_grad()
+def run(model, inputs: dict, **more):
+    """One forward; what it draws at random is the same each time."""
+    torch.manual_seed(0)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inputs = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    return model(**{**inputs, **more})
+
+
+def tensors(output) -> list[torch.Tensor]:
+    """Floating-point tensors of an output in order, without caches and the weights that some eager models give."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() and output.numel() > 1 else []
+    if hasattr(output, "items"):
+        left_out = ("past_key_values", "attentions")
+        return [t for name, value in output.items() if not name.endswith(left_out) for t in tensors(value)]
+    if isinstance(output, (tuple, list)):
+        return [t for value in output for t in tensors(value)]
+    return []
+
+
+def masked(outputs: list[torch.Tensor], mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Outputs with zeros at tokens that do not exist."""
+    if mask is None:
+        return outputs
+    batch, length = mask.shape
+    kept = []
+    for output in outputs:
+        # Some models answer for the last tokens alone, and one adds a token of its own behind them.
+        if output.dim() > 2 and output.shape[:2] == (batch, length + 1):
+            mask, length = torch.cat([mask, mask.new_ones(batch, 1)], dim=1), length + 1
+        if output.dim() > 2 and output.shape[0] == batch and length - 2 <= output.shape[1] <= length:
+            exists = mask[:, length - output.shape[1] :].bool()
+            output = output.masked_fill(~exists.reshape(*exists.shape, *[1] * (output.dim() - 2)), 0.0)
+        kept.append(output)
+    return kept
+
+
+def largest_error(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
+    """Largest difference relative to the largest value, over all outputs; infinite where shapes or NaN differ."""
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(expected, got):
+        a, b = a.float(), b.float()
+        # Scores that a model itself sets to -inf or the lowest number are equal or wrong.
+        huge = ~(a.abs() < 1e30)
+        if not torch.equal(huge, ~(b.abs() < 1e30)):
+            return math.inf
+        a, b = a.masked_fill(huge, 0.0), b.masked_fill(huge, 0.0)
+        worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp(min=1e-6)).item())
+    return worst
+
+
+def rms_error(exact: torch.Tensor, got: torch.Tensor) -> float:
+    """Root mean square of the difference relative to that of the exact values."""
+    exact, got = exact.float(), got.float()
+    huge = ~(exact.abs() < 1e30)
+    exact, got = exact.masked_fill(huge, 0.0), got.masked_fill(huge, 0.0)
+    return ((exact - got).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-6)).item()
+
+
+def to_half(model, dtype: torch.dtype):
+    """Parameters in dtype; buffers such as rotary frequencies stay as a checkpoint's would."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
