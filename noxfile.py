@@ -1,5 +1,5 @@
 """nox -s tests | lint | full | legacy. `full` is the product of versions; it takes hours on a small machine.
-`legacy` is the part of it before Transformers 4.53.
+`legacy` is the part of it before Transformers 4.53, one environment a version.
 
 FLASHCORE_TORCH says which PyTorch every session installs first, before anything that depends on it could choose another
 build: "torch==2.13.0" by default, from whatever index pip is set to.
@@ -61,13 +61,17 @@ def full(session: nox.Session) -> None:
 
 
 @nox.session
-def legacy(session: nox.Session) -> None:
-    """The rows of `full` for the versions of Transformers that have the helper alone."""
-    run_matrix(session, {f"transformers=={version}": "tests/hf" for version in LEGACY})
+@nox.parametrize("version", LEGACY)
+def legacy(session: nox.Session, version: str) -> None:
+    """A row of `full` in an environment of its own, for each Transformers that has the helper alone."""
+    run_matrix(session, {f"transformers=={version}": "tests/hf"})
 
 
 def run_matrix(session: nox.Session, folders: dict[str, str], asked: list[str] | None = None) -> None:
     """Run the tests in the folder of each requirement asked for (all by default), and enter each in the summary."""
+    unknown = set(asked or ()) - set(folders)
+    if unknown:
+        session.error(f"{', '.join(sorted(unknown))}: known are {', '.join(folders)}")
     install(session)
     json_file, failed = RESULTS / "full-matrix.json", []
     for requirement in asked or folders:
@@ -96,7 +100,7 @@ def run_suite(session: nox.Session, requirement: str, folder: str) -> dict:
     session.install(requirement)
     junit = Path(session.create_tmp()) / f"{requirement}.xml"
     junit.unlink(missing_ok=True)
-    commit = session.run("git", "describe", "--always", "--dirty", silent=True, external=True).strip()
+    commit = session.run("git", "rev-parse", "--short", "HEAD", silent=True, external=True).strip()
     began = time.monotonic()
     # Any exit status: one version that fails must not hide the others.
     session.run(
