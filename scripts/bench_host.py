@@ -12,13 +12,14 @@ import pstats
 import statistics
 import sys
 import time
+import types
 from pathlib import Path
 
 import benchmarking
 import torch
 from flashcore_kernels import attention as kernel_attention
 from flashcore_kernels import launch as launch_module
-from flashcore_kernels import op
+from flashcore_kernels import op, prepared
 from flashcore_kernels.plan import Device
 from transformers import DynamicCache
 from transformers.models.llama import LlamaConfig
@@ -101,6 +102,20 @@ def parts(device: str) -> dict:
     }
 
 
+def pretend_a_gpu() -> None:
+    """As if tensors were on a Hopper GPU, up to the launch, which does nothing."""
+    launch = launch_module.launch
+    for module in list(sys.modules.values()):
+        if getattr(module, "launch", None) is launch:
+            module.launch = lambda *arguments: None
+    compiled = types.SimpleNamespace(run=lambda *arguments: None, function=None, packed_metadata=None)
+    prepared.compiled_kernel = lambda *arguments: compiled
+    op.device_of = lambda device: Device("cuda", 90)
+    torch.Tensor.is_cuda, torch.Tensor.get_device = True, lambda self: 0
+    torch.cuda.current_device = lambda: None  # the index of a CPU's device
+    torch._C._cuda_getDevice = torch._C._cuda_getCurrentRawStream = lambda *index: 0
+
+
 def profiled(call) -> list[dict]:
     """The functions that take most time of their own, in microseconds a call; profiling makes all of it slower."""
     profile = cProfile.Profile()
@@ -126,11 +141,7 @@ def main() -> int:
     arguments = parser.parse_args()
     assert flashcore_hf.import_error is None, flashcore_hf.import_error
     if arguments.device == "cpu":
-        # As if there were a Hopper GPU, up to the launch.
-        op.device_of = lambda device: Device("cuda", 90)
-        for module in list(sys.modules.values()):
-            if getattr(module, "launch", None) is launch_module.launch:
-                module.launch = lambda *arguments: None
+        pretend_a_gpu()
     rows = []
     with torch.inference_mode():
         calls = parts(arguments.device)
