@@ -19,8 +19,8 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from flashcore_hf.parity import Settings, compare_model
-from flashcore_hf.parity_runs import Cell, generate, load, unload
+from flashcore_hf.parity import Settings, compare_model, largest_difference, top2_gap
+from flashcore_hf.parity_runs import Cell, Run, generate, load, unload, wrong_scale
 from tests.gpu.large_models import SHAPES, make_model, random_prompts
 
 TIMED_TOKENS = 64
@@ -60,7 +60,11 @@ def decode_times(model, cell: Cell, repeats: int = 3) -> float:
 
 
 def long_prompt(model, length: int, tokens: int = 16) -> dict:
-    """A prompt of `length` tokens: milliseconds of the prefill and the tokens after it, beside sdpa's."""
+    """A prompt of `length` tokens: milliseconds of the prefill and the tokens after it, beside sdpa's.
+
+    Once two backends choose differently their texts part, so flashcore is also asked after each of sdpa's tokens, and
+    again with a wrong scale: `logits` says how far each is from sdpa, and where they would have chosen otherwise.
+    """
     cell = Cell("dynamic", random_prompts(1, length, model.config.vocab_size), tokens, 0)
     record = {"prompt": length, "tokens": tokens}
     runs = {}
@@ -72,7 +76,23 @@ def long_prompt(model, length: int, tokens: int = 16) -> dict:
         runs[backend] = generate(model, cell)
     record["tokens_equal"] = int((runs["sdpa"].tokens == runs["flashcore"].tokens).sum())
     record["paths"] = dict(runs["flashcore"].paths)
+    record["logits"] = {"flashcore": beside(runs["sdpa"], generate(model, cell, forced=runs["sdpa"].tokens))}
+    with wrong_scale(model):
+        record["logits"]["scale x1.5"] = beside(runs["sdpa"], generate(model, cell, forced=runs["sdpa"].tokens))
     return record
+
+
+def beside(reference: Run, run: Run) -> dict:
+    """How far the logits of `run`, made after the reference's tokens, are from the reference's."""
+    exact, got = reference.logits.float(), run.logits.float()  # [B, T, V]
+    gaps, differences = top2_gap(exact), largest_difference(exact, got)
+    return {
+        "relative_rms": ((exact - got).square().mean().sqrt() / exact.square().mean().sqrt()).item(),
+        "other_choices": [
+            {"step": int(step), "top2_gap": gaps[b, step].item(), "largest_difference": differences[b, step].item()}
+            for b, step in (run.tokens != reference.tokens).nonzero()
+        ],
+    }
 
 
 @torch.no_grad()
