@@ -24,14 +24,20 @@ def device_of(device: torch.device) -> Device:
         from .forward import flashcore_forward
     except ImportError as error:
         return Device("torch", reason=f"Triton cannot be imported ({error})")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if isinstance(flashcore_forward, InterpretedFunction):
+        import numpy
+
+        if version < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
+            # It takes arrays of one element for ints.
+            found = f"Triton {triton.__version__} and NumPy {numpy.__version__}"
+            return Device("torch", reason=f"Triton's interpreter before 3.7 needs NumPy before 2.4; here are {found}")
         return Device("interpreter")
     if device.type != "cuda" or torch.version.hip:
         return Device("torch", reason=f"the kernels run on NVIDIA GPUs, and the tensors are on '{device.type}'")
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return Device("torch", reason=f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return Device("cuda", major * 10 + minor, triton=version)
 
 

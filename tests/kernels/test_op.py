@@ -8,7 +8,15 @@ import warnings
 
 import pytest
 import torch
-from flashcore_kernels import FlashcoreFallbackWarning, attention, decode, make_key_range, naive_attention, path_counts
+from flashcore_kernels import (
+    FlashcoreFallbackWarning,
+    attention,
+    decode,
+    make_key_range,
+    naive_attention,
+    op,
+    path_counts,
+)
 from flashcore_kernels.counters import Counters
 from flashcore_kernels.fallback import forget_warnings, torch_attention
 from flashcore_kernels.problem import check_problem
@@ -350,6 +358,19 @@ def test_cpu_tensors_without_the_interpreter_work():
         print("fine")
     """)
     assert result.stdout == "fine\n", result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+@pytest.mark.parametrize(
+    "triton_version, numpy_version, kind",
+    [("3.6.0", "2.4.6", "torch"), ("3.6.0", "2.3.5", "interpreter"), ("3.7.1", "2.4.6", "interpreter")],
+)
+def test_an_interpreter_that_this_numpy_breaks_is_not_used(triton_version, numpy_version, kind, monkeypatch):
+    monkeypatch.setattr("triton.__version__", triton_version)
+    monkeypatch.setattr("numpy.__version__", numpy_version)
+    found = op.device_of.__wrapped__(torch.device("cpu"))
+    assert found.kind == kind
+    assert ("needs NumPy before 2.4; here are Triton 3.6.0 and NumPy 2.4.6" in found.reason) is (kind == "torch")
 
 
 def test_the_kernels_know_nothing_of_transformers():
