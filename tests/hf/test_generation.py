@@ -84,6 +84,11 @@ def test_prompt_lookup():
         # Version 4.53 needs a token to stop at.
         options = {"prompt_lookup_num_tokens": 4, "eos_token_id": VOCABULARY - 1}
         mask = torch.ones_like(ids)
+        if model_type == "mistral" and VERSION.release[:2] == (5, 0):
+            # Its own sliding layers take no candidates back there, whatever computes attention.
+            with pytest.raises(ValueError, match="Cannot `crop`"):
+                greedy(eager, ids, mask, 20, **options)
+            continue
         assert torch.equal(greedy(model, ids, mask, 20, **options), greedy(eager, ids, mask, 20, **options))
 
 
