@@ -72,8 +72,8 @@ def quicker_interpreter():
 
     Tracing kernel bodies for coverage, which the report leaves out anyway; looking for garbage in all of Transformers;
     replacing all of triton.language by the interpreter's own functions again at each call of one jitted function by
-    another, where the launch has done so; and asking after each sum of ints whether it overflowed, which with addresses
-    in int64 takes larger tensors than these.
+    another, where the launch has done so; and asking after each sum of ints whether it overflowed (tests with ints that
+    large ask for it: see `checked_sums`).
     """
     try:
         import triton.language as tl
@@ -112,3 +112,11 @@ def quicker_interpreter():
     yield
     interpreter.GridExecutor.__call__, interpreter._patch_lang = run, patch
     interpreter.interpreter_builder.options = options
+
+
+@pytest.fixture
+def checked_sums(monkeypatch):
+    """An overflow of ints in a kernel raises, in Triton's interpreter."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)

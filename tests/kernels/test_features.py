@@ -109,7 +109,7 @@ def test_window_sides(window, num_queries, device):
 
 @pytest.mark.parametrize("far", [2**29, 2**31 - 1, 2**31, 2**40])
 @pytest.mark.parametrize("num_queries", [1, 33])
-def test_a_window_wider_than_int32(num_queries, far, device):
+def test_a_window_wider_than_int32(num_queries, far, device, checked_sums):
     """A slot plus 2**31 - 1 once overflowed, and hid keys that stand well within the window."""
     call = build((), num_queries, 65, device=device)
     want = call.run()
