@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from .parity_runs import Cell, Run, caught_at, generate, load, unload, wide_blocks, wrong_scale
+from .parity_runs import Cell, Run, caught_at, generate, interpreter_pace, load, unload, wrong_scale
 
 REFERENCES = ("eager", "sdpa")
 MOST_EXCUSABLE = 0.10
@@ -212,7 +212,7 @@ def compare_model(settings: Settings, on_steps: Callable[[str, int], None] = lam
 
     rows = []
     model = load(settings.path, "flashcore", settings.dtype, settings.device)
-    with wide_blocks() if settings.interpreted else nullcontext():
+    with interpreter_pace() if settings.interpreted else nullcontext():
         for i, cell in cells:
             ours = run(model, "flashcore", cell)
             for name in settings.references:

@@ -12,7 +12,7 @@ import torch
 
 from .cache import use_flashcore_cache
 from .parity import Settings, check_paths, largest_difference
-from .parity_runs import generate, load, wide_blocks
+from .parity_runs import generate, interpreter_pace, load
 
 
 @dataclass
@@ -55,7 +55,7 @@ def compare_fp8(settings: Settings, on_steps: Callable[[str, int], None] = lambd
         def run(dtype, forced=None, cell=cell):
             use_flashcore_cache(model, dtype=dtype)
             what = f"{settings.name}: fp8 cache, {cell.name}"
-            with wide_blocks() if settings.interpreted else nullcontext():
+            with interpreter_pace() if settings.interpreted else nullcontext():
                 return generate(model, cell, forced, False, lambda step: on_steps(what, 1))
 
         exact, free = run(None), run(torch.float8_e4m3fn)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from flashcore_kernels import path_counts
 from flashcore_kernels import plan as kernel_plan
+from flashcore_kernels.interpreter import quick_interpreter
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -248,11 +249,11 @@ def wrong_scale(model, factor: float = 1.5) -> Iterator[None]:
 
 
 @contextmanager
-def wide_blocks(keys: int = 256) -> Iterator[None]:
-    """While this holds, the kernels take at least `keys` keys in each block.
+def interpreter_pace(keys: int = 256) -> Iterator[None]:
+    """While this holds, Triton's interpreter is quicker and the kernels take at least `keys` keys in each block.
 
-    For Triton's interpreter alone, where a block costs the same Python time whatever its width, and a GPU's blocks of
-    32 keys would make parity last six times as long. What the kernels compute stays the same.
+    For the interpreter alone, where a block costs the same Python time whatever its width, and a GPU's blocks of 32
+    keys would make parity last six times as long. What the kernels compute stays the same.
     """
     original = kernel_plan.configuration
 
@@ -262,6 +263,7 @@ def wide_blocks(keys: int = 256) -> Iterator[None]:
 
     kernel_plan.configuration = widened
     try:
-        yield
+        with quick_interpreter():
+            yield
     finally:
         kernel_plan.configuration = original

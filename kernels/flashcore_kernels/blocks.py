@@ -70,13 +70,14 @@ def power_of_2(x, EXACT: tl.constexpr):
     whole = tl.floor(near + 0.5)
     f = near - whole
     # Taylor to f^7; at |f| = 0.5 the next term is a tenth of a rounding.
-    p = tl.fma(f, 1.5252733804059841e-5 + tl.zeros_like(x), 1.5403530393381606e-4 + tl.zeros_like(x))
-    p = tl.fma(f, p, 1.3333558146428443e-3 + tl.zeros_like(x))
-    p = tl.fma(f, p, 9.618129107628477e-3 + tl.zeros_like(x))
-    p = tl.fma(f, p, 5.550410866482158e-2 + tl.zeros_like(x))
-    p = tl.fma(f, p, 2.402265069591007e-1 + tl.zeros_like(x))
-    p = tl.fma(f, p, 6.931471805599453e-1 + tl.zeros_like(x))
-    p = tl.fma(f, p, 1.0 + tl.zeros_like(x))
+    p = tl.full(x.shape, 1.5252733804059841e-5, tl.float32)
+    p = tl.fma(f, p, tl.full(x.shape, 1.5403530393381606e-4, tl.float32))
+    p = tl.fma(f, p, tl.full(x.shape, 1.3333558146428443e-3, tl.float32))
+    p = tl.fma(f, p, tl.full(x.shape, 9.618129107628477e-3, tl.float32))
+    p = tl.fma(f, p, tl.full(x.shape, 5.550410866482158e-2, tl.float32))
+    p = tl.fma(f, p, tl.full(x.shape, 2.402265069591007e-1, tl.float32))
+    p = tl.fma(f, p, tl.full(x.shape, 6.931471805599453e-1, tl.float32))
+    p = tl.fma(f, p, tl.full(x.shape, 1.0, tl.float32))
     p *= ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     # Below 2 ** -126 the instruction gives 0 too. NaN stays NaN.
     return tl.where(x < -126.0, 0.0, tl.where(x == x, p, x))

@@ -16,7 +16,7 @@ from packaging.version import Version
 from flashcore_hf import parity_command, tiny_models
 from flashcore_hf.__main__ import parser
 from flashcore_hf.parity import Settings, check_paths, compare, compare_model, top2_gap
-from flashcore_hf.parity_runs import Cell, Run, caught_at, generate, left_padded, load, wide_blocks, wrong_scale
+from flashcore_hf.parity_runs import Cell, Run, caught_at, generate, interpreter_pace, left_padded, load, wrong_scale
 
 from .models import VOCABULARY, model_pair
 
@@ -195,11 +195,11 @@ class TestRuns:
         other = generate(model, cells()[0], forced=(free.tokens + 1) % VOCABULARY)
         assert not torch.allclose(other.logits[:, 1:], free.logits[:, 1:], atol=1e-2)
 
-    def test_wide_blocks_are_for_a_while(self):
+    def test_the_pace_of_the_interpreter_is_for_a_while(self):
         from flashcore_kernels import plan
 
         before = plan.configuration
-        with wide_blocks(), pytest.raises(RuntimeError):
+        with interpreter_pace(), pytest.raises(RuntimeError):
             raise RuntimeError
         assert plan.configuration is before
 

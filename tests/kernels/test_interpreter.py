@@ -1,0 +1,60 @@
+"""The quicker interpreter: the same answers, and nothing of it left behind."""
+
+import gc
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from flashcore_kernels.interpreter import quick_interpreter  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the interpreter runs the kernels")
+
+
+@triton.jit
+def _twice(x):
+    return x + x + tl.zeros_like(x)
+
+
+@triton.jit
+def _kernel(X, Out, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x = tl.load(X + offs)
+    for _ in range(3):
+        x = _twice(x)
+    tl.store(Out + offs, x)
+
+
+def parts() -> tuple:
+    return interpreter.GridExecutor.__call__, interpreter._patch_lang, interpreter.interpreter_builder.options
+
+
+def test_same_answer_with_one_patch_a_launch(monkeypatch):
+    patched = []
+    original = interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: patched.append(function) or original(function))
+    x, out = torch.randn(16), torch.empty(16)
+    with quick_interpreter():
+        _kernel[(2,)](x, out, 16)
+    assert torch.equal(out, 8 * x)
+    # The launch patched what `_twice` needs as well; without this, each of 6 calls would do it again.
+    assert patched.count(_kernel.fn) == 1 and _twice.fn not in patched
+
+
+def test_all_is_as_before_also_after_an_error():
+    before, tracer, collecting = parts(), sys.gettrace(), gc.isenabled()
+    with pytest.raises(ZeroDivisionError), quick_interpreter():
+        assert parts() != before
+        _kernel[(1,)](torch.ones(4), torch.empty(4), 4)
+        raise ZeroDivisionError
+    assert parts() == before and sys.gettrace() is tracer and gc.isenabled() == collecting
+
+
+def test_a_triton_without_these_parts_is_left_alone(monkeypatch):
+    monkeypatch.delattr(interpreter, "_patch_lang")
+    call = interpreter.GridExecutor.__call__
+    with quick_interpreter():
+        assert interpreter.GridExecutor.__call__ is call
