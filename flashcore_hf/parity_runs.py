@@ -249,17 +249,17 @@ def wrong_scale(model, factor: float = 1.5) -> Iterator[None]:
 
 
 @contextmanager
-def interpreter_pace(keys: int = 256) -> Iterator[None]:
-    """While this holds, Triton's interpreter is quicker and the kernels take at least `keys` keys in each block.
+def interpreter_pace(keys: int = 128) -> Iterator[None]:
+    """While this holds, Triton's interpreter is quicker and the kernels take at least `keys` keys a block and chunk.
 
     For the interpreter alone, where a block costs the same Python time whatever its width, and a GPU's blocks of 32
-    keys would make parity last six times as long. What the kernels compute stays the same.
+    keys would make parity last several times as long. What the kernels compute stays the same.
     """
     original = kernel_plan.configuration
 
     def widened(*arguments):
         row = original(*arguments)
-        return row._replace(block_n=max(row.block_n, keys))
+        return row._replace(block_n=max(row.block_n, keys), min_chunk=max(row.min_chunk, keys))
 
     kernel_plan.configuration = widened
     try:
