@@ -104,11 +104,11 @@ def short_sums(
     q_rows, K, stride_ks, cols, present, row_valid, one, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """[M, N] fp32 q k^T, IEEE products, summed over 32 elements of head_dim at a time.
+    """[M, N] fp32 q k^T, IEEE products, summed over 16 elements of head_dim at a time.
 
     tl.dot adds one product after another to one sum; over 192 of them that loses twice what PyTorch's tiles lose.
     """
-    CHUNK: tl.constexpr = 32 if BLOCK_D > 32 else BLOCK_D
+    CHUNK: tl.constexpr = 16
     s = tl.zeros([q_rows.shape[0], cols.shape[0]], tl.float32)
     for c in tl.static_range(0, BLOCK_D, CHUNK):
         offs_d = c + tl.arange(0, CHUNK)

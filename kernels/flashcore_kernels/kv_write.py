@@ -1,4 +1,4 @@
-"""New tokens into the slots of a cache: keys and values in one launch, quantised on the way where the cache is e4m3."""
+"""New tokens into the slots of a cache, quantised on the way where the cache is e4m3."""
 
 import torch
 
@@ -40,6 +40,12 @@ def write_kv(
     first = 0 if isinstance(slot, torch.Tensor) else slot
     if first < 0 or first + key.shape[2] > key_buffer.shape[2]:
         raise ValueError(f"slots [{first}, {first + key.shape[2]}) are not within the buffer's {key_buffer.shape[2]}")
+    if key_scale is None and not isinstance(slot, torch.Tensor):
+        # Two copies of PyTorch cost the host less than a launch of ours, and only the host's time counts here: a CUDA
+        # graph has its slot in device memory.
+        key_buffer.narrow(2, first, key.shape[2]).copy_(key)
+        value_buffer.narrow(2, first, key.shape[2]).copy_(value)
+        return
     torch.ops.flashcore.write_kv(
         key_buffer, value_buffer, key, value, slot if isinstance(slot, torch.Tensor) else None, first, key_scale,
         value_scale,
