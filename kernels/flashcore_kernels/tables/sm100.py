@@ -12,4 +12,4 @@ _OWN = (
     Row("flashcore_forward", 16, 256, 64, 32, 8, 2, "175 registers, 97 KiB; 128x32 spills 24 bytes"),
 )
 
-ROWS = _OWN + tuple(row for row in SM90 if row.gaps or row[:3] not in {own[:3] for own in _OWN})
+ROWS = _OWN + tuple(row for row in SM90 if row.gaps or row[:2] not in {own[:2] for own in _OWN})
