@@ -249,7 +249,7 @@ def wrong_scale(model, factor: float = 1.5) -> Iterator[None]:
 
 
 @contextmanager
-def interpreter_pace(keys: int = 128) -> Iterator[None]:
+def interpreter_pace(keys: int = 256) -> Iterator[None]:
     """While this holds, Triton's interpreter is quicker and the kernels take at least `keys` keys a block and chunk.
 
     For the interpreter alone, where a block costs the same Python time whatever its width, and a GPU's blocks of 32
@@ -259,7 +259,8 @@ def interpreter_pace(keys: int = 128) -> Iterator[None]:
 
     def widened(*arguments):
         row = original(*arguments)
-        return row._replace(block_n=max(row.block_n, keys), min_chunk=max(row.min_chunk, keys))
+        # The merge goes over all chunks that there may be.
+        return row._replace(block_n=max(row.block_n, keys), min_chunk=max(row.min_chunk, keys), chunks=4)
 
     kernel_plan.configuration = widened
     try:
