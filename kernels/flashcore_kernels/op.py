@@ -89,14 +89,15 @@ def attention(
         NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
     """
     signature = None
-    if mask is None and key_scale is None and value_scale is None and not torch.compiler.is_compiling():
+    if mask is None and not torch.compiler.is_compiling():
         options = (is_causal, window, scale, softcap, return_lse)
-        tensors = (query, key, value, key_range, sinks)
+        tensors = (query, key, value, key_range, sinks, key_scale, value_scale)
         signature = signature_of(*tensors, *options)
         call = lookup(signature)
         if call is not None:
-            path_counts["flashcore_decode"] += 1
-            return call(*tensors)
+            kernel, run = call
+            path_counts[kernel] += 1
+            return run(*tensors)
     problem = check_problem(
         query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale
     )
@@ -112,8 +113,8 @@ def attention(
             return_lse, key_scale, value_scale,
         )  # fmt: skip
     if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in (query, key, value)):
-        chosen = plan(problem, device_of(query.device))
-        if chosen.kernel == "flashcore_decode":
+        chosen = plan(with_alignment(problem, query, key, value), device_of(query.device))
+        if chosen.kernel in ("flashcore_decode", "flashcore_hopper_decode"):
             prepare(signature, problem, chosen, tensors, return_lse)
     return (output, lse) if return_lse else output
 
@@ -193,6 +194,10 @@ def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> No
         from .decode import run_decode
 
         run_decode(problem, chosen, *tensors)
+    elif chosen.kernel == "flashcore_hopper_decode":
+        from .hopper.decode_run import run_hopper_decode
+
+        run_hopper_decode(problem, chosen, *tensors)
     elif chosen.kernel == "flashcore_hopper":
         from .hopper.run import run_hopper
 

@@ -6,7 +6,7 @@ import torch
 
 from .problem import Problem
 from .tables import configuration
-from .tables.hopper import hopper_configuration
+from .tables.hopper import hopper_configuration, hopper_decode_configuration
 from .tables.row import HopperRow
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     """Which kernel runs a call, and how.
 
     Attributes:
-        kernel: "flashcore_forward", "flashcore_decode", "flashcore_hopper" or "torch".
+        kernel: "flashcore_forward", "flashcore_decode", "flashcore_hopper", "flashcore_hopper_decode" or "torch".
         reason: one sentence: the rule that chose it.
         block_m, block_n: rows of a tile, keys of a block.
         block_d, block_dv: head_dim and value_dim padded to powers of two.
@@ -84,12 +84,19 @@ def plan(problem: Problem, device: Device) -> Plan:
     if reason is not None:
         return Plan("torch", reason)
     head = max(problem.head_dim, problem.value_dim)
-    if problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows" and not problem.fp8:
-        kernel, why = "flashcore_decode", f"{problem.num_queries} query tokens, at most {MAX_DECODE_QUERIES}"
+    few = f"{problem.num_queries} query tokens, at most {MAX_DECODE_QUERIES}"
+    decode = problem.num_queries <= MAX_DECODE_QUERIES and problem.range_layout != "rows"
+    if decode and device.arch == 90:
+        not_hopper = hopper_decode_reason(problem, device)
+        if not_hopper is None:
+            return _hopper_decode_plan(problem, few)
+        few += f"; not the Hopper kernel, because {not_hopper}"
+    if decode and not problem.fp8:
+        kernel, why = "flashcore_decode", few
     elif problem.range_layout == "rows":
         kernel, why = "flashcore_forward", "a key range for each query"
     elif problem.fp8:
-        kernel, why = "flashcore_forward", "the decode kernel does not read fp8 yet"
+        kernel, why = "flashcore_forward", "the portable decode kernel does not read fp8"
     else:
         kernel, why = "flashcore_forward", f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
     if kernel == "flashcore_forward" and device.arch == 90:
@@ -127,6 +134,40 @@ def value_columns(problem: Problem, device: Device) -> int:
     if columns == 32 and problem.value_dim != 32 and device.arch // 10 == 9 and problem.dtype.itemsize == 2:
         return 64
     return columns
+
+
+def hopper_decode_reason(problem: Problem, device: Device) -> str | None:
+    """Why the Gluon kernel cannot serve a decode on compute capability 9.0, or None where it can."""
+    if device.triton < HOPPER_TRITON:
+        return f"that needs Triton 3.5 or newer, and this is {device.triton[0]}.{device.triton[1]}"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"that takes float16 and bfloat16, not {problem.dtype}"
+    if problem.mask_kind is not None:
+        return "there is a dense mask"
+    if not problem.aligned:
+        return "an address or stride of query, key or value is no multiple of 16 bytes"
+    piece = 16 if problem.fp8 else 8
+    if problem.head_dim % piece or problem.value_dim % piece:
+        return f"rows of {problem.head_dim} or {problem.value_dim} elements are no multiple of 16 bytes"
+    return None
+
+
+def _hopper_decode_plan(problem: Problem, why: str) -> Plan:
+    row = hopper_decode_configuration(8 if problem.fp8 else 16, max(problem.head_dim, problem.value_dim))
+    return Plan(
+        "flashcore_hopper_decode",
+        why,
+        # wgmma's least are 8 rows, and 64 columns of the output.
+        min(max(padded(problem.num_queries * problem.group), 8), row.rows),
+        row.block_n,
+        # 32 bytes of a row, so that all threads copy no more than 64 keys at once.
+        max(padded(problem.head_dim), 32 if problem.fp8 else 16),
+        max(padded(problem.value_dim), 64),
+        4,
+        row.stages,
+        row.min_chunk,
+        padded(-(-row.chunks // problem.num_kv_heads)),
+    )
 
 
 def hopper_reason(problem: Problem, device: Device) -> str | None:

@@ -16,15 +16,15 @@ from .problem import Problem
 
 # Lengths grow, so signatures come and go; a few thousand are some megabytes.
 MOST = 4096
-_prepared: dict[tuple, Callable] = {}
+_prepared: dict[tuple, tuple[str, Callable]] = {}
 
 
-def lookup(signature: tuple | None) -> Callable | None:
-    """The function for a call of this signature, if one like it was made before."""
+def lookup(signature: tuple | None) -> tuple[str, Callable] | None:
+    """The kernel's name and the function for a call of this signature, if one like it was made before."""
     return _prepared.get(signature)
 
 
-def signature_of(query, key, value, key_range, sinks, *options) -> tuple | None:
+def signature_of(query, key, value, key_range, sinks, key_scale, value_scale, *options) -> tuple | None:
     """What decides how a call is served; None where it has to go through torch's dispatcher or needs gradients."""
     try:
         if (
@@ -42,7 +42,7 @@ def signature_of(query, key, value, key_range, sinks, *options) -> tuple | None:
             query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
             (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16,
             *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in
-              (key_range, sinks)],
+              (key_range, sinks, key_scale, value_scale)],
             *options,
         )  # fmt: skip
         hash(signature)
@@ -52,21 +52,29 @@ def signature_of(query, key, value, key_range, sinks, *options) -> tuple | None:
 
 
 def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, return_lse: bool) -> None:
-    """Remember how a call of this signature, which was just served by `run_decode`, is launched.
+    """Remember how a call of this signature, which was just served by a decode kernel, is launched.
 
     Args:
-        tensors: the call's query, key, value, key_range, sinks.
+        tensors: the call's query, key, value, key_range, sinks, key_scale, value_scale.
     """
-    from .decode import decode_launch  # needs Triton
-
-    query, key, value, key_range, sinks = tensors
+    query, key, value, key_range, sinks, *scales = tensors
     shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
     out = query.new_empty(shape).transpose(1, 2)
-    setup = decode_launch(problem, plan, query, key, value, out, key_range, (0, 0, 0, 0), return_lse)
+    if plan.kernel == "flashcore_hopper_decode":
+        from .hopper.decode_run import hopper_decode_launch  # needs Triton
+
+        setup = hopper_decode_launch(problem, plan, query, key, value, key_range, return_lse)
+        mask, has_scales = (), True
+    else:
+        from .decode import decode_launch
+
+        setup = decode_launch(problem, plan, query, key, value, out, key_range, (0, 0, 0, 0), return_lse)
+        mask, has_scales = (None,), False
     lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
     counts = counters.get(setup.units, query.device) if setup.partial else None
     partial = query.new_empty(4, dtype=torch.float32) if setup.partial else None
-    pointers = (query, key, value, out, lse, key_range, None, sinks, partial, counts)
+    scales = scales if has_scales else ()
+    pointers = (query, key, value, out, lse, key_range, *mask, sinks, *scales, partial, counts)
     compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
     if compiled is None:
         return
@@ -77,7 +85,7 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
     length, units = setup.partial, setup.units
     raw_stream, empty, float32 = torch._C._cuda_getCurrentRawStream, torch.empty, torch.float32
 
-    def call(query, key, value, key_range, sinks):
+    def call(query, key, value, key_range, sinks, *scales):
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
         partial = empty(length, dtype=float32, device=device) if length else None
@@ -86,8 +94,9 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
             run(
                 programs, 1, 1, raw_stream(index), function, metadata, None, None, None,
                 query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
-                None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), None,
+                None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), *mask,
                 None if sinks is None else sinks.data_ptr(),
+                *([None if scale is None else scale.data_ptr() for scale in scales] if has_scales else ()),
                 None if partial is None else partial.data_ptr(),
                 counters.get(units, device).data_ptr() if length else None, *rest,
             )  # fmt: skip
@@ -99,4 +108,4 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
 
     if len(_prepared) >= MOST:
         _prepared.clear()
-    _prepared[signature] = call
+    _prepared[signature] = plan.kernel, call

@@ -52,6 +52,10 @@ FEATURES = {
 }
 
 
+GLUON = ("flashcore_hopper", "flashcore_hopper_decode")
+DECODE = ("flashcore_decode", "flashcore_hopper_decode")
+
+
 class Variant(NamedTuple):
     """What is compiled: a kernel for an architecture, an element type, head dimensions, and a set of FEATURES."""
 
@@ -74,7 +78,7 @@ def chosen_plan(variant: Variant):
     from flashcore_kernels.problem import Problem
 
     features = FEATURES[variant.features]
-    decode = variant.kernel == "flashcore_decode"
+    decode = variant.kernel in DECODE
     queries = 1 if decode else 4096
     group = variant.rows if decode else 4
     problem = Problem(
@@ -85,7 +89,7 @@ def chosen_plan(variant: Variant):
         softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
         has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True, fp8=bool(features.get("fp8")),
     )  # fmt: skip
-    version = HOPPER_TRITON if variant.kernel == "flashcore_hopper" else (0, 0)
+    version = HOPPER_TRITON if variant.kernel in GLUON else (0, 0)
     chosen = plan(problem, Device("cuda", variant.arch, triton=version))
     assert chosen.kernel == variant.kernel, chosen
     return problem, chosen
@@ -190,6 +194,36 @@ def hopper_source(variant: Variant, problem, plan):
     return GluonASTSource(fn=flashcore_hopper, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def hopper_decode_source(variant: Variant, problem, plan):
+    """The GluonASTSource of the variant of `flashcore_hopper_decode`, for the layout that caches have."""
+    from flashcore_kernels.hopper.decode import flashcore_hopper_decode
+    from flashcore_kernels.hopper.decode_run import make_decode_config
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    features = FEATURES[variant.features]
+    config = make_decode_config(
+        problem, plan, problem.head_dim, problem.value_dim, may_split=True, lse=bool(features.get("lse"))
+    )
+    stored = "fp8e4nv" if problem.fp8 else variant.dtype
+    pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype, "Partial": "fp32", "Count": "i32"}
+    optional = {
+        "Lse": ("lse", "fp32"), "Range": ("range", "i32"), "Sinks": ("sinks", "fp32"), "KeyScale": ("fp8", "fp32"),
+        "ValueScale": ("fp8", "fp32"),
+    }  # fmt: skip
+    pointers |= {name: dtype for name, (feature, dtype) in optional.items() if features.get(feature)}
+    constants = {"C": config} | {name: None for name in optional if name not in pointers}
+    signature, attributes = {}, {}
+    for position, name in enumerate(flashcore_hopper_decode.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = "*" + pointers[name]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name.endswith("_scale") else "i32"
+    return GluonASTSource(fn=flashcore_hopper_decode, signature=signature, constexprs=constants, attrs=attributes)
+
+
 def compile_variant(variant: Variant, **override) -> dict:
     """Compile one variant; `override` replaces fields of the Plan that the tables give."""
     import triton
@@ -198,9 +232,14 @@ def compile_variant(variant: Variant, **override) -> dict:
     problem, plan = chosen_plan(variant)
     plan = plan._replace(**override)
     began = time.perf_counter()
-    hopper = variant.kernel == "flashcore_hopper"
+    if variant.kernel == "flashcore_hopper":
+        code = hopper_source(variant, problem, plan)
+    elif variant.kernel == "flashcore_hopper_decode":
+        code = hopper_decode_source(variant, problem, plan)
+    else:
+        code = source(variant, plan)
     compiled = triton.compile(
-        hopper_source(variant, problem, plan) if hopper else source(variant, plan),
+        code,
         target=GPUTarget("cuda", variant.arch, 32),
         options={"num_warps": plan.num_warps, "num_stages": plan.num_stages},
     )
@@ -328,11 +367,11 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
         arguments.kernel, arguments.arch, arguments.dtype, arguments.head_dim, arguments.features
     ):
         head_dim, _, value_dim = size.partition("/")
-        if kernel == "flashcore_decode" and (features.startswith("rows") or features == "fp8"):
+        if kernel in DECODE and features.startswith("rows") or kernel == "flashcore_decode" and features == "fp8":
             continue
-        if kernel == "flashcore_hopper" and "mask" in features:
+        if kernel in GLUON and "mask" in features:
             continue
-        for rows in arguments.rows if kernel == "flashcore_decode" else (64,):
+        for rows in arguments.rows if kernel in DECODE else (64,):
             yield Variant(kernel, arch, dtype, int(head_dim), int(value_dim or head_dim), features, rows)
 
 

@@ -74,6 +74,18 @@ def test_hopper(head_dim):
     assert not any(report["problems"] for report in reports), "\n".join(wrong)
 
 
+@pytest.mark.skipif(not gluon(), reason="the Gluon kernel needs Triton 3.5 or newer")
+@pytest.mark.parametrize("head_dim", ["16", "64", "96", "128", "192/128", "256"])
+def test_hopper_decode(head_dim):
+    """The Gluon decode kernel spills nothing and is not serialised."""
+    reports = compiled(
+        "--arch", "90", "--kernel", "flashcore_hopper_decode", "--dtype", "bf16", "--head-dim", head_dim, "--features",
+        "none", "range", "fp8", "range-all", "--rows", "4", "16", *(["1", "32", "64"] if FULL else []),
+    )  # fmt: skip
+    wrong = [f"{report['features']} {report['rows']}: {report['problems']}" for report in reports]
+    assert not any(report["problems"] for report in reports), "\n".join(wrong)
+
+
 def test_a_spill_in_a_main_loop_would_show():
     healthy = {
         "kernel": "flashcore_hopper", "triton": "3.6.0", "tile": [128, 128, 4, 2], "shared": 0, "shared_limit": 1,

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from flashcore_kernels import decode  # noqa: E402
 
 H200 = Device("cuda", 90, triton=(3, 9))
+A100 = Device("cuda", 80, triton=(3, 9))
 
 
 def tensors_of(num_queries=1, num_keys=500, dtype=torch.bfloat16, batch_size=2):
@@ -49,11 +50,13 @@ def compiled(monkeypatch):
     return fake
 
 
-def prepare(query, key, value, sinks=None, return_lse=False):
-    problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, None, None)
-    chosen = plan(with_alignment(problem, query, key, value), H200)
-    prepared.prepare(("a call",), problem, chosen, (query, key, value, None, sinks), return_lse)
-    return problem, chosen, prepared.lookup(("a call",))
+def prepare(query, key, value, sinks=None, return_lse=False, scales=(None, None), device=A100):
+    problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, *scales)
+    chosen = plan(with_alignment(problem, query, key, value), device)
+    prepared.prepare(("a call",), problem, chosen, (query, key, value, None, sinks, *scales), return_lse)
+    kernel, call = prepared.lookup(("a call",)) or (chosen.kernel, None)
+    assert kernel == chosen.kernel
+    return problem, chosen, call
 
 
 class TestPrepared:
@@ -62,7 +65,7 @@ class TestPrepared:
         first, second = tensors_of(), tensors_of()
         sinks = torch.zeros(8)
         problem, chosen, call = prepare(*first, sinks, return_lse)
-        answer = call(*second, None, sinks)
+        answer = call(*second, None, sinks, None, None)
         output, lse = answer if return_lse else (answer, None)
         assert output.shape == (2, 8, 1, 64) and output.transpose(1, 2).is_contiguous()
         assert lse is None or lse.shape == (2, 8, 1) and lse.dtype == torch.float32
@@ -83,10 +86,37 @@ class TestPrepared:
         assert programs == full_programs
         assert rest == (*full[10:], *scalars, *constants)
 
+    @pytest.mark.parametrize("fp8", [False, True])
+    def test_arguments_of_the_hopper_kernel(self, compiled, monkeypatch, fp8):
+        pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+        decode_run = pytest.importorskip("flashcore_kernels.hopper.decode_run")
+        first, second = tensors_of(), tensors_of()
+        scales = (None, None)
+        if fp8:
+            first, second = (
+                (query, key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)) for query, key, value in
+                (first, second)
+            )  # fmt: skip
+            scales = (torch.ones(2, 2), torch.ones(2, 2))
+        problem, chosen, call = prepare(*first, scales=scales, device=H200)
+        assert chosen.kernel == "flashcore_hopper_decode"
+        output = call(*second, None, None, *scales)
+        (arguments,) = compiled.launches
+        programs, pointers, rest = arguments[0], arguments[9:20], arguments[20:]
+        assert pointers[:4] == tuple(t.data_ptr() for t in (*second, output))
+        assert pointers[4:9] == (None, None, None, *(None if t is None else t.data_ptr() for t in scales))
+
+        caught = []
+        monkeypatch.setattr(decode_run, "launch", lambda *args: caught.append(args))
+        decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output, None, *scales)
+        ((kernel, full_programs, full, scalars, constants, _),) = caught
+        assert programs == full_programs and rest == (*full[11:], *scalars, *constants)
+        assert len(full) + len(scalars) + len(constants) == len(kernel.arg_names)
+
     def test_a_call_in_one_chunk_has_no_workspace(self, compiled):
         tensors = tensors_of(num_keys=64)
         *_, call = prepare(*tensors)
-        call(*tensors, None, None)
+        call(*tensors, None, None, None, None)
         assert compiled.launches[0][17:19] == (None, None)
 
     def test_a_launch_that_fails_takes_its_counters_with_it(self, compiled, monkeypatch):
@@ -95,10 +125,10 @@ class TestPrepared:
         (before,) = prepared.counters._buffers.values()
         monkeypatch.setattr(compiled, "launches", None)
         with pytest.raises(AttributeError):
-            call(*tensors, None, None)
+            call(*tensors, None, None, None, None)
         assert not prepared.counters._buffers
         monkeypatch.setattr(compiled, "launches", [])
-        call(*tensors, None, None)
+        call(*tensors, None, None, None, None)
         (after,) = prepared.counters._buffers.values()
         assert before.data_ptr() != after.data_ptr()
 
@@ -127,8 +157,8 @@ class TestSignature:
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
 
-    def signature(self, *tensors, key_range=None, sinks=None, options=()):
-        return prepared.signature_of(*tensors, key_range, sinks, *options)
+    def signature(self, *tensors, key_range=None, sinks=None, scales=(None, None), options=()):
+        return prepared.signature_of(*tensors, key_range, sinks, *scales, *options)
 
     def test_equal_calls_have_equal_signatures(self):
         assert self.signature(*tensors_of()) == self.signature(*tensors_of()) is not None
@@ -143,6 +173,8 @@ class TestSignature:
         all_of_them = [self.signature(*tensors) for tensors in [(query, key, value), *others]]
         all_of_them.append(self.signature(query, key, value, sinks=torch.zeros(8)))
         all_of_them.append(self.signature(query, key, value, key_range=torch.zeros(2, 6, dtype=torch.int32)))
+        all_of_them.append(self.signature(query, key, value, scales=(torch.ones(2, 2), None)))
+        all_of_them.append(self.signature(query, key, value, scales=(None, torch.ones(2, 2))))
         all_of_them.append(self.signature(query, key, value, options=(True, None)))
         assert None not in all_of_them and len(set(all_of_them)) == len(all_of_them)
 

@@ -19,7 +19,7 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _tanh(x):
+def tanh(x):
     """tanh, exact to fp32 rounding: a series near 0, where 1 - exp(-2|x|) would cancel."""
     t = gl.exp2(-2.8853900817779268 * gl.abs(x))  # exp(-2|x|)
     big = (1.0 - t) / (1.0 + t)
@@ -146,7 +146,7 @@ def _step(state, use, n, q0, q1, smem, bars, masking, unit_cap,
         _your_turn(CONSUMER)
     s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
     if SOFTCAP:
-        s = _tanh(s * score_scale)
+        s = tanh(s * score_scale)
     if CHECK > 0:
         s = _hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, CHECK, RANGE)
     p, m, l, alpha = _softmax(s, m, l, unit, CHECK > 0)
@@ -225,7 +225,7 @@ def _first_softmax(s, tile, unit_cap, num_keys, C: gl.constexpr):
     score_scale, unit = unit_cap
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     if C.softcap:
-        s = _tanh(s * score_scale)
+        s = tanh(s * score_scale)
     if (left_edge > 0) | (right_edge == 0):
         s = _hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, 2, C.range_layout)
     m = gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT)

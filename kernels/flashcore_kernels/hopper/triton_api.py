@@ -2,6 +2,7 @@
 
 import triton
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -16,3 +17,5 @@ SHARED_WORKER_ARGUMENTS = gl.constexpr(VERSION < (3, 6))
 # P may be rounded to 16 bits where its product with V is issued, beside the scores: on an H200 with 3.6 that is 3 to
 # 8 % faster than with the softmax. The ptxas of 3.8 and 3.9 has no registers for it and spills in the main loop.
 ROUND_LATE = gl.constexpr(VERSION < (3, 8))
+# 3.9 renamed it.
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared

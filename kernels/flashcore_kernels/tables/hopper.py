@@ -3,7 +3,7 @@
 The reasons are medians over B * S = 16K tokens in bf16, S = 512 to 8192, causal and full, on an H200 with Triton 3.6.
 """
 
-from .row import HopperRow
+from .row import HopperDecodeRow, HopperRow
 
 ROWS = (
     HopperRow((64, 0), (64, 0), 2, 128, 2, False, False, 240, 24, "338 TFLOP/s; P rounded early 316, 3 consumers 313"),
@@ -22,3 +22,26 @@ def hopper_configuration(head_dim: int, value_dim: int) -> HopperRow | None:
         if head_dim <= sum(row.head_dim) and value_dim <= sum(row.value_dim):
             return row
     return None
+
+
+# The reasons are us on an H200 with Triton 3.6, inside CUDA graphs, for 32 query heads on 8 KV heads if none are named.
+DECODE_ROWS = (
+    HopperDecodeRow(16, 64, 32, 128, 1, 128, 128, "B16 S2048 of 8:8 heads 21.7, with 2 stages 23.6, with 64 keys 22.9"),
+    HopperDecodeRow(
+        16, 128, 32, 64, 2, 128, 128,
+        "B1 S2048, B1 S8192, B16 S2048: 7.0, 12.7, 40; 1 stage of 128 keys 6.6, 13.5, 40; 2 of them 6.5, 12.3, 56",
+    ),
+    HopperDecodeRow(16, 256, 16, 64, 1, 128, 128, "76 KiB, 233 registers: two programs an SM; not timed"),
+    HopperDecodeRow(
+        8, 64, 32, 128, 1, 512, 128, "B16 S2048 of 8:8 heads 15.9, with chunks of 128 keys 21.6; 64 keys, 2 stages 17.6"
+    ),
+    HopperDecodeRow(
+        8, 128, 32, 128, 1, 512, 128, "B16 S2048, B64 S4096: 29.3, 180; 64 keys in chunks of 128 32.6, 177"
+    ),
+    HopperDecodeRow(8, 256, 16, 64, 1, 128, 128, "109 KiB, 189 registers: two programs an SM; not timed"),
+)  # fmt: skip
+
+
+def hopper_decode_configuration(bits: int, head_dim: int) -> HopperDecodeRow:
+    """The decode kernel's row for elements of K and V of `bits` bits and the larger head dimension."""
+    return next(row for row in DECODE_ROWS if row.bits == bits and head_dim <= row.head_dim)

@@ -51,3 +51,25 @@ class HopperRow(NamedTuple):
     consumer_registers: int
     producer_registers: int
     why: str
+
+
+class HopperDecodeRow(NamedTuple):
+    """One configuration of the Gluon decode kernel, for head dimensions up to `head_dim`.
+
+    Attributes:
+        bits: of an element of K and V.
+        rows: most rows (query tokens x group) of a tile.
+        block_n: keys of a block.
+        stages: blocks of K and V in shared memory.
+        min_chunk, chunks: as in Row.
+        why: what speaks for it.
+    """
+
+    bits: int
+    head_dim: int
+    rows: int
+    block_n: int
+    stages: int
+    min_chunk: int
+    chunks: int
+    why: str
