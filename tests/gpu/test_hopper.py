@@ -94,6 +94,20 @@ def test_long(head_dim):
         on_hopper(build(features, 2111, 2111, batch_size=2, heads=(32, 8), head_dim=head_dim, device="cuda"))
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_growing_scores(head_dim):
+    """Rows whose maximum leaps, creeps and stays, side by side in a warp: sums so far are rescaled where it leaps."""
+    for features in (("causal",), (), ("causal", "sinks")):
+        call = build(features, 300, 1500, heads=(4, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+        place = torch.linspace(0, 1, 1500, device="cuda")[:, None]
+        direction = torch.randn(head_dim, device="cuda")
+        for height in (4, 30):
+            # A part of each key that grows with its place, which queries see more or less of, or with the other sign.
+            key = call.key + (place * direction * height / head_dim**0.5).to(call.key.dtype)
+            strength = torch.randn(300, 1, device="cuda") * 2
+            on_hopper(call._replace(key=key, query=call.query + (strength * direction).to(call.query.dtype)))
+
+
 def test_negative_controls():
     call = build(("causal", "window"), 129, 300, head_dim=64, dtype=torch.bfloat16, device="cuda")
     on_hopper(call)

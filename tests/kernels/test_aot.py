@@ -89,12 +89,11 @@ def test_hopper_decode(head_dim):
 def test_a_spill_in_a_main_loop_would_show():
     healthy = {
         "kernel": "flashcore_hopper", "triton": "3.6.0", "tile": [128, 128, 4, 2], "shared": 0, "shared_limit": 1,
-        "wgmma": 64, "wgmma_arrive": 8, "wgmma_loops": [(400, 0, 0), (400, 0, 0), (700, 2, 9)],
+        "wgmma": 64, "wgmma_arrive": 8, "wgmma_loops": [(400, 0, 2), (400, 10, 0), (700, 20, 9)],
     }  # fmt: skip
     assert aot.problems(healthy) == []
-    spilling = {**healthy, "wgmma_loops": [(400, 0, 0), (401, 2, 0)]}
-    assert "main loops" in aot.problems(spilling)[0]
-    assert aot.problems({**spilling, "triton": "3.5.1"}) == [], "the tables are chosen for newer ones"
+    assert "main loops" in aot.problems({**healthy, "wgmma_loops": [(400, 0, 0), (401, 11, 0)]})[0]
+    assert "waits" in aot.problems({**healthy, "wgmma_loops": [(400, 0, 0), (401, 0, 3)]})[0]
     assert "waits" in aot.problems({**healthy, "wgmma_loops": [(400, 0, 0), (401, 0, 66)]})[0]
     assert "main loops" in aot.problems({**healthy, "wgmma_loops": []})[0]
     assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 64})[0]
@@ -141,6 +140,16 @@ def test_wgmma_loops_are_found():
     # The way back from a barrier's second try has no predicate, and is no loop.
     way_back = WGMMA.replace("@P0 BRA 0x110", "BRA 0x110")
     assert aot.wgmma_loops(way_back.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
+
+
+def test_edges_do_not_count():
+    """What a branch within a main loop skips is left out, and nothing else is."""
+    edge = (
+        "/*0112*/ @P1 BRA 0x11c ; /*0114*/ LDL R9, [R1+0x4] ; /*0118*/ FSEL R1, R2, R3, P0 ; /*011c*/ FADD R1, R2, R3 ;"
+    )
+    assert aot.wgmma_loops(WGMMA.format(spill=edge)) == [(4, 0, 0)]
+    elsewhere = edge.replace("@P1 BRA 0x11c", "@P1 BRA 0x150")
+    assert aot.wgmma_loops(WGMMA.format(spill=elsewhere)) == [(6, 1, 0)]
 
 
 def test_spills_in_a_loop_would_show():

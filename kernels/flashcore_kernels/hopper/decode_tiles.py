@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .consumer import tanh
+from .softmax import tanh
 from .triton_api import copy_async
 
 

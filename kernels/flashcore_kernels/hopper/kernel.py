@@ -5,6 +5,11 @@ queries, S = Q K^T of one block while the softmax of the block before and its pr
 the registers. A program walks over the tiles that `schedule` gives it; the producer is already at the next tile while
 the consumers finish one.
 
+What a block costs is the time from its scores to the next ones, along which the two consumers must keep the tensor
+cores busy for each other. So the loop has no barrier that can be left out: a consumer's threads arrive each for itself
+(as `async_copy.mbarrier_arrive`, which Triton does not precede by a barrier of the warpgroup), sums stay with the
+threads, and sums of earlier blocks are rescaled only where a maximum grew by much.
+
 Barriers are pairs: `full` (data has arrived) and `empty` (the consumers are done with it). Both sides count their uses;
 use u of a buffer of N stages is stage u % N in phase u // N % 2.
 """
@@ -31,8 +36,7 @@ class Config:
         stages: blocks of K and V in shared memory.
         range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap, sinks, lse: whether there are any.
-        output_in_query: the output leaves through the shared memory of Q.
-        ping_pong: the two consumers take turns in issuing their products.
+        query_slots: tiles of Q in shared memory. The output leaves through its queries' slot.
         consumer_registers, producer_registers: of a thread.
     """
 
@@ -47,8 +51,7 @@ class Config:
     softcap: bool
     sinks: bool
     lse: bool
-    output_in_query: bool
-    ping_pong: bool
+    query_slots: int
     consumer_registers: int
     producer_registers: int
 
@@ -118,8 +121,8 @@ def flashcore_hopper(
     RANGE: gl.constexpr = C.range_layout
     HAS_SINKS: gl.constexpr = C.sinks
     HAS_LSE: gl.constexpr = C.lse
-    O_IN_Q: gl.constexpr = C.output_in_query
     CONSUMERS: gl.constexpr = C.consumers
+    SLOTS: gl.constexpr = CONSUMERS * C.query_slots
     dtype: gl.constexpr = k0_desc.dtype
     # Never looked at, but each place in a tuple needs a value.
     if D1 == 0:
@@ -134,44 +137,37 @@ def flashcore_hopper(
         Range = num_heads
     if not HAS_SINKS:
         Sinks = num_heads
-    q0_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D0], q0_desc.layout)
+    q0_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, 64, D0], q0_desc.layout)
     k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
     v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
-    o0_smem = q0_smem
-    if not O_IN_Q:
-        o0_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV0], o0_desc.layout)
     q1_smem = q0_smem
     k1_smem = k0_smem
     v1_smem = v0_smem
-    o1_smem = o0_smem
     if D1 > 0:
-        q1_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, D1], q1_desc.layout)
+        q1_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, 64, D1], q1_desc.layout)
         k1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D1], k1_desc.layout)
     if DV1 > 0:
         v1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV1], v1_desc.layout)
-        o1_smem = q1_smem
-        if not O_IN_Q:
-            o1_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV1], o1_desc.layout)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_empty.index(c), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(q_full.index(slot), count=1)
+        mbarrier.init(q_empty.index(slot), count=128)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(k_empty.index(stage), count=128 * CONSUMERS)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_empty.index(stage), count=128 * CONSUMERS)
     mbarrier.init(v_raw, count=1)
     fence_async_shared()
     descs = (q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc)
-    smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, o0_smem, o1_smem, keep_smem)
+    smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
     pointers = (Lse, Range, Sinks)
     numbers = (

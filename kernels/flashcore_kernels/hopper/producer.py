@@ -57,10 +57,11 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
     DV1: gl.constexpr = C.dv1
     BN: gl.constexpr = C.block_n
     STAGES: gl.constexpr = C.stages
+    SLOTS: gl.constexpr = C.query_slots
     RANGE: gl.constexpr = C.range_layout
     CONSUMERS: gl.constexpr = C.consumers
     q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
-    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, o0_smem, o1_smem, keep_smem = smem
+    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     Lse, Range, Sinks = pointers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
@@ -93,11 +94,12 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
         dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
 
         for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), 64 * (D0 + D1) * 2)
-            tma_load(q0_desc, [b, h, m0 + c * 64, 0], q_full.index(c), q0_smem.index(c))
+            slot = c * SLOTS + turn % SLOTS
+            mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
+            mbarrier.expect(q_full.index(slot), 64 * (D0 + D1) * 2)
+            tma_load(q0_desc, [b, h, m0 + c * 64, 0], q_full.index(slot), q0_smem.index(slot))
             if D1 > 0:
-                tma_load(q1_desc, [b, h, m0 + c * 64, D0], q_full.index(c), q1_smem.index(c))
+                tma_load(q1_desc, [b, h, m0 + c * 64, D0], q_full.index(slot), q1_smem.index(slot))
         for j in range(count):
             n = begin + j * BN
             stage = use % STAGES

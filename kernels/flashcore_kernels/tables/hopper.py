@@ -6,13 +6,13 @@ The reasons are medians over B * S = 16K tokens in bf16, S = 512 to 8192, causal
 from .row import HopperDecodeRow, HopperRow
 
 ROWS = (
-    HopperRow((64, 0), (64, 0), 2, 128, 2, False, False, 240, 24, "338 TFLOP/s; P rounded early 316, 3 consumers 313"),
-    HopperRow((64, 32), (64, 32), 2, 128, 2, False, True, 240, 24, "as head_dim 128; others not timed"),
-    HopperRow((128, 0), (128, 0), 2, 128, 2, False, True, 240, 24, "506 TFLOP/s, without turns 502"),
+    HopperRow((64, 0), (64, 0), 2, 128, 3, 2, 240, 24, "368 TFLOP/s, with 2 stages 367; 3 consumers 329"),
+    HopperRow((64, 32), (64, 32), 2, 128, 2, 2, 240, 24, "3 stages are 2 % slower"),
     HopperRow(
-        (128, 64), (128, 0), 2, 128, 2, True, True, 240, 24, "as head_dim 128; the output has no room of its own"
+        (128, 0), (128, 0), 2, 128, 2, 2, 240, 24, "595 TFLOP/s; with one slot for queries 522 where two had 566"
     ),
-    HopperRow((256, 0), (256, 0), 2, 64, 2, True, False, 240, 24, "514 TFLOP/s; P rounded early 495, then turns 473"),
+    HopperRow((128, 64), (128, 0), 2, 128, 2, 1, 240, 24, "665 TFLOP/s; there is room for one slot alone"),
+    HopperRow((256, 0), (256, 0), 2, 64, 2, 1, 240, 24, "565 TFLOP/s; there is room for one slot alone"),
 )
 
 

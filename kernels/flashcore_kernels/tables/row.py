@@ -35,8 +35,7 @@ class HopperRow(NamedTuple):
         consumers: warpgroups of 64 queries each.
         block_n: keys of a block.
         stages: blocks of K and V in shared memory.
-        output_in_query: the output leaves through the shared memory of Q.
-        ping_pong: consumers take turns in issuing their products.
+        query_slots: tiles of Q in shared memory, 1 or 2. The output leaves through its queries' slot.
         consumer_registers, producer_registers: of a thread.
         why: what speaks for it.
     """
@@ -46,8 +45,7 @@ class HopperRow(NamedTuple):
     consumers: int
     block_n: int
     stages: int
-    output_in_query: bool
-    ping_pong: bool
+    query_slots: int
     consumer_registers: int
     producer_registers: int
     why: str

@@ -1,0 +1,118 @@
+"""The softmax of a consumer's 64 queries: masks, maxima, exponentials, and their sums."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# A row's maximum follows the scores only where they exceed it by this much, in units of log2: P is at most 256 then,
+# which fp16 holds, and hardly a block has the sums so far rescaled.
+SLACK = gl.constexpr(8.0)
+
+
+def _rescale_asm(count: int) -> tuple[str, str]:
+    """PTX that multiplies `count` registers by as many, unless these are 1 in the whole warp; and its constraints.
+
+    Registers 0 and 2 belong to the two rows that a thread has.
+    """
+    lines = [
+        "{ .reg .pred some;",
+        f"setp.neu.f32 some, ${2 * count}, 0f3f800000;",
+        f"setp.neu.or.f32 some, ${2 * count + 2}, 0f3f800000, some;",
+        "vote.sync.any.pred some, some, 0xffffffff;",
+        "@!some bra.uni kept;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)),
+        "kept: }",
+    ]
+    return " ".join(lines), ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+RESCALE, RESCALED = map(gl.constexpr, _rescale_asm(64))
+
+
+@gluon.jit
+def rescale(acc, alpha):
+    """acc * alpha[:, None], of which a warp whose rows all have alpha = 1 skips everything where that is much."""
+    factors = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if acc.shape[1] >= 128:
+        factors = gl.full_like(acc, 0.0) + factors
+        acc = gl.inline_asm_elementwise(RESCALE, RESCALED, [acc, factors], dtype=gl.float32, is_pure=True, pack=64)
+    else:
+        acc = acc * factors
+    return acc
+
+
+@gluon.jit
+def tanh(x):
+    """tanh, exact to fp32 rounding: a series near 0, where 1 - exp(-2|x|) would cancel."""
+    t = gl.exp2(-2.8853900817779268 * gl.abs(x))  # exp(-2|x|)
+    big = (1.0 - t) / (1.0 + t)
+    big = gl.where(x < 0, -big, big)
+    x2 = x * x
+    # Taylor to x^11; at |x| = 0.3 the next term is below fp32 rounding.
+    series = -0.008863235529902197
+    series = series * x2 + 0.021869488536155203
+    series = series * x2 - 0.05396825396825397
+    series = series * x2 + 0.13333333333333333
+    series = series * x2 - 0.3333333333333333
+    return gl.where(gl.abs(x) < 0.3, x + x * x2 * series, big)
+
+
+@gluon.jit
+def hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, RANGE: gl.constexpr):
+    """-inf where a row does not see a key."""
+    BN: gl.constexpr = s.shape[1]
+    cols = n + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
+    s = gl.where((cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None]), s, float("-inf"))
+    if RANGE == 1:
+        if holes != 0:
+            word = gl.load(bitmap + (cols >> 5), mask=cols < num_keys, other=0)
+            s = gl.where((((word >> (cols & 31)) & 1) == 1)[None, :], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _of_thread(s):
+    """`[64, N]` as `[64, N / 32, 4, 4, 2]`: a thread holds, of its rows, all of one index of the last axis but one."""
+    BN: gl.constexpr = s.shape[1]
+    return s.reshape([64, BN // 32, 4, 4, 2])
+
+
+@gluon.jit
+def row_sums(p):
+    """Sums `[64, 4]` of the probabilities that each thread and its neighbour hold of a row: four threads have a row.
+
+    All four are added up once a tile (`whole_sums`). The exchange with the neighbour stands here because ptxas moves
+    an exponential behind the wait for a product if it can, but never an exchange.
+    """
+    sums = gl.sum(gl.sum(gl.sum(_of_thread(p), axis=1), axis=1), axis=2)
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 other; shfl.sync.bfly.b32 other, $1, 1, 0x1f, 0xffffffff; add.f32 $0, $1, other; }", "=f,f",
+        [sums], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def whole_sums(l, m):
+    """Sums of whole rows, laid out as `m`; half, because each number is in two of the four."""
+    return gl.convert_layout(gl.sum(l, axis=1), m.type.layout) * 0.5
+
+
+@gluon.jit
+def softmax(s, m, unit):
+    """Fold the scores s * unit (log2 units) into m; returns the probabilities and what older sums shrink by."""
+    # By short chains rather than a long one.
+    largest = gl.max(gl.max(gl.max(_of_thread(s), axis=1), axis=1), axis=2)
+    largest = gl.convert_layout(gl.max(largest, axis=1), gl.SliceLayout(1, s.type.layout)) * unit
+    m_new = gl.where(largest > m + SLACK, largest, m)
+    # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
+    m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + unit, gl.full_like(s, 0.0) - m_finite[:, None]))
+    alpha = gl.exp2(m - m_finite)
+    return p, m_new, alpha
+
+
+@gluon.jit
+def fold_sums(l, p, alpha):
+    """The sums `[64, 4]` with one more block."""
+    sums = row_sums(p)
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))[:, None]
+    return gl.fma(l, gl.full_like(l, 0.0) + alpha, sums)
