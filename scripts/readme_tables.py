@@ -40,6 +40,10 @@ def measured() -> list[str]:
     if parity:
         passed = sum(row["passed"] for row in parity["rows"])
         out.append(f"| `parity` in float32 | {passed} of {len(parity['rows'])} rows token-exact | {where(parity)} |")
+    parity = load("parity-bfloat16.json")
+    if parity:
+        passed = sum(row["passed"] for row in parity["rows"])
+        out.append(f"| `parity` in bfloat16 | {passed} of {len(parity['rows'])} rows by its rule | {where(parity)} |")
     for name in ("llama-3.1-8b.json", "mistral-7b.json"):
         record = load(name)
         if record:
@@ -112,7 +116,7 @@ def prefill() -> list[str]:
             median = statistics.median(ratios) if ratios else None
             cells.append(f"{median:.2f}x (least {min(ratios):.2f})" if ratios else "")
         out.append("| " + " | ".join(cells) + " |")
-    return [*out, "", f"Medians over the cases, ratios above 1 are faster; {where(record)}."]
+    return [*out, "", f"Medians over the cases, ratios above 1 are faster; {where(record)}, commit {record['commit']}."]
 
 
 DECODE = {"flashcore": "flashcore", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "read": "only reading"}
