@@ -7,7 +7,7 @@ import torch
 
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
-from .prepared import lookup, prepare, signature_of
+from .prepared import lookup, prepare, remember, signature_of
 from .problem import Problem, Window, check_problem, with_alignment
 
 # How many calls each path served since the process began (or since someone cleared it), by kernel name.
@@ -116,6 +116,8 @@ def attention(
         chosen = plan(with_alignment(problem, query, key, value), device_of(query.device))
         if chosen.kernel in ("flashcore_decode", "flashcore_hopper_decode"):
             prepare(signature, problem, chosen, tensors, return_lse)
+        elif chosen.kernel != "torch":
+            remember(signature, chosen.kernel, functools.partial(_serve, chosen, problem, return_lse))
     return (output, lse) if return_lse else output
 
 
@@ -187,6 +189,14 @@ def _run(
     else:
         _launch(chosen, problem, *tensors)
     return output, lse
+
+
+def _serve(chosen: Plan, problem: Problem, return_lse: bool, query, key, value, key_range, sinks, *scales):
+    """A call like one that was checked and planned before: allocate and launch, without torch's dispatcher."""
+    output, lse = _empty_outputs(query, value, return_lse)
+    scales = scales if problem.fp8 else ()
+    _launch(chosen, problem, query, key, value, key_range, None, sinks, output, lse if return_lse else None, *scales)
+    return (output, lse) if return_lse else output
 
 
 def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> None:

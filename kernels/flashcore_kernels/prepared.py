@@ -1,4 +1,4 @@
-"""Decode calls like one that was made before: what was checked and chosen then holds, and only a launch is left.
+"""Calls like one that was made before: what was checked and chosen then holds, and only a launch is left.
 
 Checking, planning and torch's dispatcher cost several times what a decode layer's kernel does, and a model asks the
 same of every layer. So a call's signature (shapes, strides, dtypes, devices, alignments, options: all that checks and
@@ -49,6 +49,18 @@ def signature_of(query, key, value, key_range, sinks, key_scale, value_scale, *o
     except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
         return None
     return signature
+
+
+def remember(signature: tuple, kernel: str, call: Callable) -> None:
+    """Let `call` serve the calls of this signature from now on.
+
+    Args:
+        kernel: its name, for `path_counts`.
+        call: called with query, key, value, key_range, sinks, key_scale, value_scale.
+    """
+    if len(_prepared) >= MOST:
+        _prepared.clear()
+    _prepared[signature] = kernel, call
 
 
 def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, return_lse: bool) -> None:
@@ -106,6 +118,4 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
         output = output.transpose(1, 2)
         return (output, lse) if return_lse else output
 
-    if len(_prepared) >= MOST:
-        _prepared.clear()
-    _prepared[signature] = plan.kernel, call
+    remember(signature, plan.kernel, call)

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from flashcore_kernels import counters as counters_module
-from flashcore_kernels import launch, prepared
+from flashcore_kernels import launch, op, prepared
 from flashcore_kernels.counters import Counters
 from flashcore_kernels.plan import Device, plan
 from flashcore_kernels.problem import check_problem, with_alignment
@@ -296,3 +296,51 @@ def test_aligned_and_unaligned_calls_get_kernels_of_their_own():
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == launch._key("kernel", (torch.zeros(64, dtype=torch.float16), 32), (), chosen)
+
+
+class TestServedAgain:
+    """Prefill calls like one before."""
+
+    @pytest.fixture
+    def launches(self, monkeypatch):
+        """What would be launched, on tensors that say they are on a Hopper GPU."""
+        hopper_run = pytest.importorskip("flashcore_kernels.hopper.run")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
+        monkeypatch.setattr(prepared, "_prepared", {})
+        monkeypatch.setattr(op, "device_of", lambda device: H200)
+        monkeypatch.setattr(hopper_run, "_processors", lambda device: 132)
+        caught = []
+        monkeypatch.setattr(hopper_run, "launch", lambda *args: caught.append(args))
+        return caught
+
+    @pytest.mark.parametrize("return_lse", [False, True])
+    def test_without_checks_and_with_the_same_launch(self, launches, monkeypatch, return_lse):
+        first, second = tensors_of(num_queries=100), tensors_of(num_queries=100)
+        options = {"is_causal": True, "window": 70, "sinks": torch.zeros(8), "return_lse": return_lse}
+        op.attention(*first, **options)
+        monkeypatch.setattr(op, "check_problem", None)
+        monkeypatch.setattr(op, "plan", None)
+        op.path_counts.clear()
+        answer = op.attention(*second, **options)
+        output, lse = answer if return_lse else (answer, None)
+        assert dict(op.path_counts) == {"flashcore_hopper": 1}
+        assert output.shape == (2, 8, 100, 64) and output.transpose(1, 2).is_contiguous()
+        once, again = launches
+        assert again[1] == once[1] and again[3:] == once[3:]
+        query, _, key, _, value, _, out, _, lse_given, key_range, sinks = again[2]
+        for descriptor, tensor in ((query, second[0]), (key, second[1]), (value, second[2]), (out, output)):
+            assert descriptor.base.data_ptr() == tensor.data_ptr() and descriptor.strides == list(tensor.stride())
+        assert (lse_given is None) == (lse is None) and key_range is None and sinks is options["sinks"]
+        assert lse is None or lse_given is lse
+
+    def test_what_differs_is_checked(self, launches):
+        first = tensors_of(num_queries=100)
+        op.attention(*first, is_causal=True)
+        with pytest.raises(ValueError, match="window"):
+            op.attention(*first, is_causal=True, window=0)
+        op.attention(*first)
+        op.attention(*tensors_of(num_queries=101), is_causal=True)
+        assert len(prepared._prepared) == 3 and len({launch[3] for launch in launches}) == 3
