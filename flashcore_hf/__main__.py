@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompts", metavar="FILE", help="one prompt a line: text, or a JSON list of token ids; default: shipped text"
     )
     parity.add_argument(
-        "--prompt-length", type=_positive, default=150, metavar="N", help="tokens of the longest shipped prompt (150)"
+        "--prompt-length", type=_positive, default=100, metavar="N", help="tokens of the longest shipped prompt (100)"
     )
     parity.add_argument("--max-new-tokens", type=_positive, default=200, metavar="N", help="tokens to generate (200)")
     parity.add_argument("--reference", choices=("eager", "sdpa"), help="default: beside each of the two")

@@ -44,7 +44,7 @@ def corpus_tokens() -> torch.Tensor:
     return torch.tensor(list(CORPUS.read_bytes()))
 
 
-def prompts(batch_size: int, longest: int = 150) -> list[list[int]]:
+def prompts(batch_size: int, longest: int = 100) -> list[list[int]]:
     """Byte prompts from the shipped text: the first of `longest` tokens, the others shorter in even steps.
 
     Different lengths make a batch that needs padding. Longer prompts than the text begin it anew.

@@ -217,7 +217,7 @@ class TestTinyModels:
         text = tiny_models.corpus_tokens()
         assert 6000 < len(text) < 20000 and text.min() >= 10 and text.max() < 128
 
-    @pytest.mark.parametrize("batch_size, longest", [(1, 150), (4, 150), (8, 2048), (3, 1)])
+    @pytest.mark.parametrize("batch_size, longest", [(1, 100), (4, 100), (8, 2048), (3, 1)])
     def test_prompts(self, batch_size, longest):
         lengths = [len(prompt) for prompt in tiny_models.prompts(batch_size, longest)]
         assert len(lengths) == batch_size and lengths[0] == longest == max(lengths) and min(lengths) >= 1
@@ -226,7 +226,7 @@ class TestTinyModels:
     def test_shapes_are_what_parity_promises(self):
         llama, mistral = (tiny_models.make_config(family) for family in tiny_models.FAMILIES)
         assert llama.num_attention_heads == 4 * llama.num_key_value_heads
-        assert mistral.sliding_window < 150
+        assert mistral.sliding_window < 100
         with pytest.raises(ValueError, match="gpt2"):
             tiny_models.make_config("gpt2")
 
