@@ -245,6 +245,15 @@ class DecodeLaunch(NamedTuple):
     constants: tuple
 
 
+def split_sizes(problem: Problem, plan: Plan) -> tuple[int, int, int]:
+    """(programs for each head's tile of rows, such tiles, fp32 elements of the workspace; 0 where nobody splits)."""
+    rows = problem.num_queries * problem.group
+    heads = problem.batch_size * problem.num_kv_heads
+    num_splits = max_splits_for(problem.num_keys, plan)
+    partial = heads * num_splits * rows * (plan.block_dv + 2) if num_splits > 1 else 0
+    return num_splits, heads * triton.cdiv(rows, plan.block_m), partial
+
+
 def decode_launch(
     problem: Problem,
     plan: Plan,
@@ -257,15 +266,12 @@ def decode_launch(
     has_lse: bool,
 ) -> DecodeLaunch:
     """Grid, workspace and parameters for tensors with these strides."""
-    rows = problem.num_queries * problem.group
-    units = problem.batch_size * problem.num_kv_heads * triton.cdiv(rows, plan.block_m)
-    num_splits = max_splits_for(problem.num_keys, plan)
-    lines = problem.batch_size * problem.num_kv_heads * num_splits * rows
+    num_splits, units, partial = split_sizes(problem, plan)
     return DecodeLaunch(
         flashcore_decode,
         num_splits * units,
         units,
-        lines * (plan.block_dv + 2) if num_splits > 1 else 0,
+        partial,
         (
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
@@ -299,13 +305,19 @@ def run_decode(
     """Launch `flashcore_decode`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
     mask, mask_strides = mask_argument(problem, mask)
     setup = decode_launch(problem, plan, query, key, value, out, key_range, mask_strides, lse is not None)
+    launch_decode(setup, plan, (query, key, value, out, lse, key_range, mask, sinks))
+
+
+def launch_decode(setup: DecodeLaunch, plan: Plan, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """Launch with `tensors` and, behind them, a workspace and counters."""
     partial = count = None
+    device = tensors[0].device
     if setup.partial:
-        partial = torch.empty(setup.partial, dtype=torch.float32, device=query.device)
-        count = counters.get(setup.units, query.device)
-    pointers = (query, key, value, out, lse, key_range, mask, sinks, partial, count)
+        partial = torch.empty(setup.partial, dtype=torch.float32, device=device)
+        count = counters.get(setup.units, device)
+    arguments = (*tensors, partial, count, *setup.integers)
     try:
-        launch(setup.kernel, setup.programs, pointers + setup.integers, setup.scalars, setup.constants, plan)
+        launch(setup.kernel, setup.programs, arguments, setup.scalars, setup.constants, plan)
     except BaseException:
-        counters.forget(query.device)
+        counters.forget(device)
         raise

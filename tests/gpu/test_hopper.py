@@ -100,11 +100,12 @@ def test_growing_scores(head_dim):
     for features in (("causal",), (), ("causal", "sinks")):
         call = build(features, 300, 1500, heads=(4, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
         place = torch.linspace(0, 1, 1500, device="cuda")[:, None]
-        direction = torch.randn(head_dim, device="cuda")
+        generator = torch.Generator("cuda").manual_seed(head_dim)
+        direction = torch.randn(head_dim, generator=generator, device="cuda")
         for height in (4, 30):
             # A part of each key that grows with its place, which queries see more or less of, or with the other sign.
             key = call.key + (place * direction * height / head_dim**0.5).to(call.key.dtype)
-            strength = torch.randn(300, 1, device="cuda") * 2
+            strength = torch.randn(300, 1, generator=generator, device="cuda") * 2
             on_hopper(call._replace(key=key, query=call.query + (strength * direction).to(call.query.dtype)))
 
 

@@ -107,7 +107,7 @@ class TestPrepared:
         assert pointers[4:9] == (None, None, None, *(None if t is None else t.data_ptr() for t in scales))
 
         caught = []
-        monkeypatch.setattr(decode_run, "launch", lambda *args: caught.append(args))
+        monkeypatch.setattr(decode, "launch", lambda *args: caught.append(args))
         decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output, None, *scales)
         ((kernel, full_programs, full, scalars, constants, _),) = caught
         assert programs == full_programs and rest == (*full[11:], *scalars, *constants)

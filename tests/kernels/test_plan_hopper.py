@@ -15,16 +15,21 @@ from flashcore_kernels.tables.hopper import ROWS as HOPPER_ROWS
 
 from .test_plan import problem
 
+NEW = Device("cuda", 90, triton=(3, 5))
+
+
+def chosen_for(num_queries: int, device: Device, **changed):
+    """The plan for aligned tensors; `changed` are sizes and dtype, and fields of the Problem."""
+    changed = {"aligned": True, **changed}
+    shape = {name: changed.pop(name) for name in ("head_dim", "value_dim", "dtype", "heads") if name in changed}
+    return plan(problem(num_queries, **shape)._replace(**changed), device)
+
 
 class TestHopper:
     """On compute capability 9.0 with Triton 3.5 or newer the Gluon kernel takes prefill, unless a rule forbids it."""
 
-    NEW = Device("cuda", 90, triton=(3, 5))
-
-    def chosen(self, device=NEW, **changed):
-        changed = {"aligned": True, **changed}
-        shape = {name: changed.pop(name) for name in ("head_dim", "value_dim", "dtype", "heads") if name in changed}
-        return plan(problem(changed.pop("num_queries", 64), **shape)._replace(**changed), device)
+    def chosen(self, device=NEW, num_queries=64, **changed):
+        return chosen_for(num_queries, device, **changed)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
@@ -85,12 +90,8 @@ class TestHopper:
 class TestHopperDecode:
     """On compute capability 9.0 with Triton 3.5 or newer the Gluon kernel takes decode, unless a rule forbids it."""
 
-    NEW = Device("cuda", 90, triton=(3, 5))
-
-    def chosen(self, device=NEW, **changed):
-        changed = {"aligned": True, **changed}
-        shape = {name: changed.pop(name) for name in ("head_dim", "value_dim", "dtype", "heads") if name in changed}
-        return plan(problem(changed.pop("num_queries", 1), **shape)._replace(**changed), device)
+    def chosen(self, device=NEW, num_queries=1, **changed):
+        return chosen_for(num_queries, device, **changed)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (80, 80), (96, 96), (192, 128), (256, 256)])
@@ -153,7 +154,7 @@ class TestHopperDecode:
     @pytest.mark.parametrize("batch, num_keys", [(1, 100), (64, 10**6)])
     def test_the_same_for_every_batch_and_length(self, batch, num_keys, fp8):
         made = problem(1, num_keys)._replace(batch_size=batch, aligned=True, fp8=fp8)
-        assert plan(made, self.NEW) == self.chosen(fp8=fp8)
+        assert plan(made, NEW) == self.chosen(fp8=fp8)
 
     @pytest.mark.parametrize("num_keys", [1, 17, 129, 1000, 4097, 100_000])
     def test_no_sequence_needs_more_programs_than_there_are(self, num_keys):

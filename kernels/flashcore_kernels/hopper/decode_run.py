@@ -2,10 +2,9 @@
 
 import torch
 
-from ..counters import counters
-from ..decode import DecodeLaunch
-from ..launch import launch, score_factors
-from ..plan import Plan, max_splits_for, padded
+from ..decode import DecodeLaunch, launch_decode, split_sizes
+from ..launch import score_factors
+from ..plan import Plan, padded
 from ..problem import Problem
 from .decode import DecodeConfig, flashcore_hopper_decode
 
@@ -49,16 +48,13 @@ def hopper_decode_launch(
     has_lse: bool,
 ) -> DecodeLaunch:
     """Grid, workspace and parameters for tensors with these strides."""
-    rows = problem.num_queries * problem.group
-    units = problem.batch_size * problem.num_kv_heads * -(-rows // plan.block_m)
-    num_splits = max_splits_for(problem.num_keys, plan)
-    lines = problem.batch_size * problem.num_kv_heads * num_splits * rows
+    num_splits, units, partial = split_sizes(problem, plan)
     config = make_decode_config(problem, plan, _step(key), _step(value), num_splits > 1, has_lse)
     return DecodeLaunch(
         flashcore_hopper_decode,
         num_splits * units,
         units,
-        lines * (plan.block_dv + 2) if num_splits > 1 else 0,
+        partial,
         (*_strides(query), *_strides(key), *_strides(value), 0 if key_range is None else key_range.stride(0)),
         (
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
@@ -86,13 +82,4 @@ def run_hopper_decode(
     `[B, H, Q]` fp32 where given.
     """
     setup = hopper_decode_launch(problem, plan, query, key, value, key_range, lse is not None)
-    partial = count = None
-    if setup.partial:
-        partial = torch.empty(setup.partial, dtype=torch.float32, device=query.device)
-        count = counters.get(setup.units, query.device)
-    pointers = (query, key, value, out, lse, key_range, sinks, key_scale, value_scale, partial, count)
-    try:
-        launch(setup.kernel, setup.programs, pointers + setup.integers, setup.scalars, setup.constants, plan)
-    except BaseException:
-        counters.forget(query.device)
-        raise
+    launch_decode(setup, plan, (query, key, value, out, lse, key_range, sinks, key_scale, value_scale))
