@@ -174,7 +174,9 @@ def generate(
     options["logits_processor"] = LogitsProcessorList(processors)
     with torch.inference_mode():
         if warm_up:
-            model.generate(input_ids, **{**options, "logits_processor": LogitsProcessorList(processors[1:])})
+            # A static cache has the size of the whole text, and another size would be compiled for anew.
+            few = {} if cell.cache == "static" else {"max_new_tokens": min(cell.max_new_tokens, 8)}
+            model.generate(input_ids, **{**options, "logits_processor": LogitsProcessorList(processors[1:]), **few})
         path_counts.clear()
         began = time.perf_counter()
         answer = model.generate(input_ids, output_logits=True, return_dict_in_generate=True, **options)

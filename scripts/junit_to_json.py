@@ -6,12 +6,9 @@ usage: python scripts/junit_to_json.py IN.xml OUT.json
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-import transformers
-import triton
+from benchmarking import header
 
 
 def main(source: str, target: str) -> None:
@@ -21,11 +18,7 @@ def main(source: str, target: str) -> None:
     for case in cases:
         by_file[case.get("classname", "")] = by_file.get(case.get("classname", ""), 0) + 1
     record = {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **header(),
         "seconds": float(suite.get("time", 0)),
         "tests": len(cases),
         "by_file": by_file,

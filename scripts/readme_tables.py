@@ -25,7 +25,8 @@ def where(record: dict) -> str:
     """On what a record was measured."""
     gpu = record.get("gpu", record.get("device"))
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "transformers"))
-    return f"{gpu}, {versions}, {record['date'][:10]}"
+    commit = f", commit {record['commit']}" if record.get("commit") else ""
+    return f"{gpu}, {versions}, {record['date'][:10]}{commit}"
 
 
 def measured() -> list[str]:
@@ -88,7 +89,7 @@ def benchmark_lines(name: str, columns: dict[str, str], wanted: str = "") -> lis
     for row in rows:
         figures = (f"{row[key]:.1f}" if isinstance(row.get(key), int | float) else "" for key in shown)
         out.append(f"| {row['case'].partition(' ')[2]} | {' | '.join(figures)} |")
-    return [*out, "", f"{where(record)}, commit {record['commit']}"]
+    return [*out, "", f"{where(record)}"]
 
 
 def prefill() -> list[str]:
@@ -116,7 +117,7 @@ def prefill() -> list[str]:
             median = statistics.median(ratios) if ratios else None
             cells.append(f"{median:.2f}x (least {min(ratios):.2f})" if ratios else "")
         out.append("| " + " | ".join(cells) + " |")
-    return [*out, "", f"Medians over the cases, ratios above 1 are faster; {where(record)}, commit {record['commit']}."]
+    return [*out, "", f"Medians over the cases, ratios above 1 are faster; {where(record)}."]
 
 
 DECODE = {"flashcore": "flashcore", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "read": "only reading"}

@@ -9,15 +9,11 @@ import platform
 import sys
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
+import benchmarking
 import torch
-import transformers
-import triton
 from transformers import DynamicCache
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flashcore_hf.parity import Settings, compare_model, largest_difference, top2_gap
 from flashcore_hf.parity_runs import Cell, Run, generate, load, unload, wrong_scale
@@ -153,12 +149,8 @@ def main() -> int:
     ]
     record = {
         "model": f"{arguments.name} (random weights)",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
+        **benchmarking.header(),
         "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
     def write() -> None:
