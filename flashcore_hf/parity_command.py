@@ -65,6 +65,11 @@ def main(arguments: argparse.Namespace) -> int:
     for row in rows:
         for failure in row.failures:
             console.print(f"FAILED {row.model}, {row.cell}, beside {row.reference}: {failure}")
+        if row.failures and row.other_unexcused is not None:
+            other = REFERENCES[1 - REFERENCES.index(row.reference)]
+            console.print(
+                f"  by the same rule, with flashcore in its place, {other} fails at {row.other_unexcused} steps"
+            )
     if fp8_rows:
         console.print(fp8_table_of(fp8_rows))
     for row in fp8_rows:

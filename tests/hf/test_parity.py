@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from flashcore_hf import parity_command, tiny_models
 from flashcore_hf.__main__ import parser
-from flashcore_hf.parity import Settings, check_paths, compare, compare_model, top2_gap
+from flashcore_hf.parity import Settings, check_paths, compare, compare_model, top2_gap, unexcused
 from flashcore_hf.parity_runs import Cell, Run, caught_at, generate, interpreter_pace, left_padded, load, wrong_scale
 
 from .models import VOCABULARY, model_pair
@@ -94,6 +94,15 @@ class TestRule:
         noise[1, 0] = 100.0
         (failure,) = compare(reference, reference, reference, noise).failures
         assert failure.startswith("void")
+
+    def test_the_other_reference_is_held_to_the_same_rule(self):
+        """Its disagreement counts where flashcore is nearer to the reference than the two best logits to each other."""
+        reference = made_up()
+        other = swap_top2(reference, 1, 7).tokens
+        near = reference._replace(logits=reference.logits.clone())
+        assert unexcused(reference, near, other) == 1 and unexcused(reference, near, reference.tokens) == 0
+        near.logits[1, 7, 0] += 1.01 * top2_gap(reference.logits)[1, 7]
+        assert unexcused(reference, near, other) == 0
 
     def test_nan_fails_even_where_tokens_agree(self):
         reference = made_up()
