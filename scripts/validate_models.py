@@ -6,7 +6,6 @@ usage: python scripts/validate_models.py --name Llama-3.1-8B --workdir DIR --jso
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -20,7 +19,6 @@ from flashcore_hf.parity import Settings, compare_model, largest_difference, top
 from flashcore_hf.parity_runs import Cell, Run, generate, load, unload, wrong_scale
 from tests.gpu.large_models import SHAPES, make_model, random_prompts
 
-TIMED_TOKENS = 32
 CELLS = {"dynamic-1": ("dynamic", 1), "dynamic-8": ("dynamic", 8), "static-1": ("static", 1), "static-8": ("static", 8)}
 
 
@@ -42,23 +40,6 @@ def timed(function) -> tuple[float, object]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began, answer
-
-
-def decode_times(model, cell: Cell, repeats: int = 3) -> dict[str, float]:
-    """Median milliseconds a token of each backend's decode: a whole generate() less one that stops after one token.
-
-    The backends take turns: with a dynamic cache a step waits for Python, whose speed changes from minute to minute.
-    """
-    first = cell._replace(max_new_tokens=1)
-    seconds: dict[str, list[float]] = {"sdpa": [], "flashcore": []}
-    for turn in range(repeats + 1):
-        for backend, each in seconds.items():
-            model.set_attn_implementation(backend)
-            whole, _ = timed(lambda: generate(model, cell))
-            prefill, _ = timed(lambda: generate(model, first))
-            if turn:  # the first compiles
-                each.append((whole - prefill) / (cell.max_new_tokens - 1))
-    return {backend: statistics.median(each) * 1e3 for backend, each in seconds.items()}
 
 
 def long_prompt(model, length: int, tokens: int = 16) -> dict:
@@ -175,15 +156,6 @@ def main() -> int:
     rows = compare_model(settings, lambda what, steps: None)
     record["parity"] = [{**asdict(row), "passed": row.passed} for row in rows]
     write()
-
-    model = load(str(path), "flashcore", torch.bfloat16, device_map)
-    record["decode_ms_per_token"] = {}
-    for name, cell in zip(arguments.cells, cells):
-        torch.compiler.reset()
-        times = decode_times(model, cell._replace(max_new_tokens=min(cell.max_new_tokens, TIMED_TOKENS)))
-        record["decode_ms_per_token"][name] = times
-        print(name, times, flush=True)
-        write()
 
     memory = record["memory"]
     failures = [failure for row in rows for failure in row.failures]
