@@ -106,7 +106,7 @@ def pretend_a_gpu() -> None:
     """As if tensors were on a Hopper GPU, up to the launch, which does nothing."""
     launch = launch_module.launch
     for module in list(sys.modules.values()):
-        if getattr(module, "launch", None) is launch:
+        if vars(module).get("launch") is launch:  # getattr would make Transformers import what it has none of
             module.launch = lambda *arguments: None
     compiled = types.SimpleNamespace(run=lambda *arguments: None, function=None, packed_metadata=None)
     prepared.compiled_kernel = lambda *arguments: compiled

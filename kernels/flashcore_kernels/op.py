@@ -114,10 +114,10 @@ def attention(
         )  # fmt: skip
     if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in (query, key, value)):
         chosen = plan(with_alignment(problem, query, key, value), device_of(query.device))
-        if chosen.kernel in ("flashcore_decode", "flashcore_hopper_decode"):
-            prepare(signature, problem, chosen, tensors, return_lse)
-        elif chosen.kernel != "torch":
+        if chosen.kernel == "flashcore_forward":
             remember(signature, chosen.kernel, functools.partial(_serve, chosen, problem, return_lse))
+        elif chosen.kernel != "torch":
+            prepare(signature, problem, chosen, tensors, return_lse)
     return (output, lse) if return_lse else output
 
 

@@ -64,12 +64,22 @@ def remember(signature: tuple, kernel: str, call: Callable) -> None:
 
 
 def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, return_lse: bool) -> None:
-    """Remember how a call of this signature, which was just served by a decode kernel, is launched.
+    """Remember how a call of this signature, which was just served by a kernel, is launched.
+
+    Nothing is remembered where the kernel was not launched from here before.
 
     Args:
+        plan: of a decode kernel or of `flashcore_hopper`.
         tensors: the call's query, key, value, key_range, sinks, key_scale, value_scale.
     """
-    query, key, value, key_range, sinks, *scales = tensors
+    make = _prefill_call if plan.kernel == "flashcore_hopper" else _decode_call
+    call = make(problem, plan, *tensors, return_lse)
+    if call is not None:
+        remember(signature, plan.kernel, call)
+
+
+def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and_lse) -> Callable | None:
+    *scales, return_lse = scales_and_lse
     shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
     out = query.new_empty(shape).transpose(1, 2)
     if plan.kernel == "flashcore_hopper_decode":
@@ -89,7 +99,7 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
     pointers = (query, key, value, out, lse, key_range, *mask, sinks, *scales, partial, counts)
     compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
     if compiled is None:
-        return
+        return None
     run, function, metadata, programs = compiled.run, compiled.function, compiled.packed_metadata, setup.programs
     rest = (*setup.integers, *setup.scalars, *setup.constants)
     dtype, device, index = query.dtype, query.device, query.device.index
@@ -118,4 +128,38 @@ def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, retu
         output = output.transpose(1, 2)
         return (output, lse) if return_lse else output
 
-    remember(signature, plan.kernel, call)
+    return call
+
+
+def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_and_lse) -> Callable | None:
+    from .hopper.run import flashcore_hopper, hopper_launch, on, without_base
+
+    return_lse = scales_and_lse[-1]
+    shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
+    lse_shape = (problem.batch_size, problem.num_heads, problem.num_queries)
+    out = query.new_empty(shape).transpose(1, 2)
+    lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
+    setup = hopper_launch(problem, plan, query, key, value, key_range, out, return_lse)
+    pointers = (*setup.descriptors, lse, key_range, sinks)
+    compiled = compiled_kernel(flashcore_hopper, pointers, setup.constants, plan)
+    if compiled is None:
+        return None
+    run, function, metadata, programs = compiled.run, compiled.function, compiled.packed_metadata, setup.programs
+    rest = (*setup.scalars, *setup.constants)
+    dtype, device, index = query.dtype, query.device, query.device.index
+    q0, q1, k0, k1, v0, v1, o0, o1 = map(without_base, setup.descriptors)
+    raw_stream, empty, float32 = torch._C._cuda_getCurrentRawStream, torch.empty, torch.float32
+
+    def call(query, key, value, key_range, sinks, *scales):
+        output = empty(shape, dtype=dtype, device=device)
+        lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
+        run(
+            programs, 1, 1, raw_stream(index), function, metadata, None, None, None,
+            on(q0, query), on(q1, query), on(k0, key), on(k1, key), on(v0, value), on(v1, value), on(o0, output),
+            on(o1, output), None if lse is None else lse.data_ptr(),
+            None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(), *rest,
+        )  # fmt: skip
+        output = output.transpose(1, 2)
+        return (output, lse) if return_lse else output
+
+    return call

@@ -1,4 +1,6 @@
-"""Decode calls that go past the dispatcher because one like them was made before: the same bits, the same errors."""
+"""Calls that go past the dispatcher because one like them was made before: the same bits, the same errors."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -12,45 +14,56 @@ def fresh(monkeypatch):
     monkeypatch.setattr(prepared, "_prepared", {})
 
 
-def call_of(features=(), num_keys=300, **more):
-    return build(features, 1, num_keys, head_dim=128, dtype=torch.bfloat16, device="cuda", **more)
+def call_of(features=(), num_keys=300, num_queries=1, head_dim=128, **more):
+    return build(features, num_queries, num_keys, head_dim=head_dim, dtype=torch.bfloat16, device="cuda", **more)
+
+
+def kernel_for(num_queries: int) -> str:
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if num_queries == 1:
+        return "flashcore_hopper_decode" if hopper else "flashcore_decode"
+    return "flashcore_hopper" if hopper else "flashcore_forward"
 
 
 def parts(answer) -> tuple[torch.Tensor, ...]:
     return answer if isinstance(answer, tuple) else (answer,)
 
 
+@pytest.mark.parametrize("num_queries, head_dim", [(1, 128), (200, 128), (200, 64), (200, 192)])
 @pytest.mark.parametrize("features", [(), ("causal",), ("left-padding", "lse"), ("sinks", "window"), ("softcap",)])
 @torch.no_grad()
-def test_same_bits_as_through_the_operator(features):
-    calls = call_of(features), call_of(features, seed=1)
+def test_same_bits_as_through_the_operator(features, num_queries, head_dim):
+    calls = [call_of(features, num_queries=num_queries, head_dim=head_dim, seed=seed) for seed in (0, 1)]
     want = [call.run() for call in calls[::-1]][::-1]  # each the first of its kind, or the second
     prepared._prepared.clear()
     for call, expected in zip(calls, want):
         path_counts.clear()
         answer = call.run()
-        decode = "flashcore_hopper_decode" if torch.cuda.get_device_capability()[0] == 9 else "flashcore_decode"
-        assert len(prepared._prepared) == 1 and dict(path_counts) == {decode: 1}
+        assert len(prepared._prepared) == 1 and dict(path_counts) == {kernel_for(num_queries): 1}
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(parts(answer), parts(expected), strict=True))
         check(call)
 
 
+@pytest.mark.parametrize("num_queries", [1, 200])
 @torch.no_grad()
-def test_what_decides_is_in_the_signature():
+def test_what_decides_is_in_the_signature(num_queries):
     """Each of these differs from the first call in one thing, and must not be served as it was."""
-    call = call_of()
+
+    like = partial(call_of, num_queries=num_queries)
+    call = like()
     call.run()
     for other in (
-        call_of(num_keys=301),
-        call_of(heads=(4, 1)),
-        call_of(heads=(4, 4)),
-        call_of(batch_size=3),
-        call_of(("softcap",)),
-        call_of(("window",)),
-        call_of(("strides",)),
-        call_of(("unfilled",)),
+        like(num_keys=301),
+        like(heads=(4, 1)),
+        like(heads=(4, 4)),
+        like(batch_size=3),
+        like(("softcap",)),
+        like(("window",)),
+        like(("strides",)),
+        like(("unfilled",)),
     ):
         check(other)
+        check(other)  # the second is served by what the first left
     off = torch.empty(call.key.numel() + 1, dtype=torch.bfloat16, device="cuda")[1:].view_as(call.key)
     check(call._replace(key=off.copy_(call.key)))
     check(call._replace(arguments={"scale": 0.3}))

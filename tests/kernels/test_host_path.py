@@ -3,19 +3,21 @@
 tests/gpu/test_prepared.py and test_hopper.py see what the launches themselves compute.
 """
 
+import gc
 import types
+import weakref
 
 import pytest
 import torch
 from flashcore_kernels import counters as counters_module
-from flashcore_kernels import launch, op, prepared
+from flashcore_kernels import launch, make_key_range, op, prepared
 from flashcore_kernels.counters import Counters
 from flashcore_kernels.plan import Device, plan
 from flashcore_kernels.problem import check_problem, with_alignment
 
 pytest.importorskip("triton")
 
-from flashcore_kernels import decode  # noqa: E402
+from flashcore_kernels import decode, forward  # noqa: E402
 
 H200 = Device("cuda", 90, triton=(3, 9))
 A100 = Device("cuda", 80, triton=(3, 9))
@@ -303,13 +305,12 @@ class TestServedAgain:
 
     @pytest.fixture
     def launches(self, monkeypatch):
-        """What would be launched, on tensors that say they are on a Hopper GPU."""
+        """What would be launched the long way, on tensors that say they are on a Hopper GPU."""
         hopper_run = pytest.importorskip("flashcore_kernels.hopper.run")
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
-        monkeypatch.setattr(prepared, "_prepared", {})
         monkeypatch.setattr(op, "device_of", lambda device: H200)
         monkeypatch.setattr(hopper_run, "_processors", lambda device: 132)
         caught = []
@@ -317,9 +318,12 @@ class TestServedAgain:
         return caught
 
     @pytest.mark.parametrize("return_lse", [False, True])
-    def test_without_checks_and_with_the_same_launch(self, launches, monkeypatch, return_lse):
+    @pytest.mark.parametrize("with_range", [False, True])
+    def test_without_checks_and_with_the_same_launch(self, launches, compiled, monkeypatch, return_lse, with_range):
         first, second = tensors_of(num_queries=100), tensors_of(num_queries=100)
-        options = {"is_causal": True, "window": 70, "sinks": torch.zeros(8), "return_lse": return_lse}
+        options = {"sinks": torch.zeros(8), "return_lse": return_lse, "is_causal": True, "window": 70}
+        if with_range:
+            options |= {"is_causal": False, "window": None, "key_range": make_key_range(2, 500, right=0)}
         op.attention(*first, **options)
         monkeypatch.setattr(op, "check_problem", None)
         monkeypatch.setattr(op, "plan", None)
@@ -328,19 +332,71 @@ class TestServedAgain:
         output, lse = answer if return_lse else (answer, None)
         assert dict(op.path_counts) == {"flashcore_hopper": 1}
         assert output.shape == (2, 8, 100, 64) and output.transpose(1, 2).is_contiguous()
-        once, again = launches
-        assert again[1] == once[1] and again[3:] == once[3:]
-        query, _, key, _, value, _, out, _, lse_given, key_range, sinks = again[2]
-        for descriptor, tensor in ((query, second[0]), (key, second[1]), (value, second[2]), (out, output)):
-            assert descriptor.base.data_ptr() == tensor.data_ptr() and descriptor.strides == list(tensor.stride())
-        assert (lse_given is None) == (lse is None) and key_range is None and sinks is options["sinks"]
-        assert lse is None or lse_given is lse
+        assert lse is None or (lse.shape, lse.dtype) == ((2, 8, 100), torch.float32)
+        ((kernel, long_programs, long, scalars, constants, _),) = launches
+        (arguments,) = compiled.launches
+        programs, *one, stream, function, metadata = arguments[:6]
+        assert (programs, one, stream, function, metadata) == (long_programs, [1, 1], 77, "function", "metadata")
+        assert arguments[6:9] == (None, None, None)
+        descriptors, pointers, rest = arguments[9:17], arguments[17:20], arguments[20:]
+        assert rest == (*scalars, *constants)
+        assert len(arguments) - 9 == len(kernel.arg_names)
+        for descriptor, before, tensor in zip(descriptors[::2], long[::2], (*second, output)):
+            assert type(descriptor) is type(before) and descriptor.base.data_ptr() == tensor.data_ptr()
+            assert {**vars(descriptor), "base": None} == {**vars(before), "base": None}
+            assert descriptor.strides == list(tensor.stride())
+        assert descriptors[1::2] == (None,) * 4
+        given = (lse, options.get("key_range"), options["sinks"])
+        assert pointers == tuple(None if t is None else t.data_ptr() for t in given)
 
-    def test_what_differs_is_checked(self, launches):
-        first = tensors_of(num_queries=100)
-        op.attention(*first, is_causal=True)
-        with pytest.raises(ValueError, match="window"):
-            op.attention(*first, is_causal=True, window=0)
+    def test_rows_in_two_pieces(self, launches, compiled):
+        """Each piece of a head_dim that is no power of two has its own tiles."""
+        first, second = ([torch.randn(1, 4, 100, size, dtype=torch.float16) for size in (192, 192, 128)] for _ in "ab")
         op.attention(*first)
-        op.attention(*tensors_of(num_queries=101), is_causal=True)
-        assert len(prepared._prepared) == 3 and len({launch[3] for launch in launches}) == 3
+        op.attention(*second)
+        descriptors = compiled.launches[0][9:17]
+        assert [d and d.block_shape for d in descriptors] == [d and d.block_shape for d in launches[0][2][:8]]
+        assert descriptors[1].base is second[0] and descriptors[3].base is second[1]
+
+    def test_threads_do_not_share_descriptors(self, launches, compiled):
+        calls = [tensors_of(num_queries=100) for _ in range(3)]
+        for call in calls:
+            op.attention(*call)
+        _, second, third = (launches[0][2], *(each[9:17] for each in compiled.launches))
+        assert second[0] is not third[0] and second[0].base is calls[1][0] and third[0].base is calls[2][0]
+
+    def test_no_tensor_is_kept(self, launches, compiled):
+        first = tensors_of(num_queries=100)
+        kept = [weakref.ref(tensor) for tensor in first]
+        op.attention(*first)
+        launches.clear()
+        assert len(prepared._prepared) == 1
+        del first
+        gc.collect()
+        assert [ref() for ref in kept] == [None] * 3
+
+    def test_what_differs_is_checked_and_planned_anew(self, launches, compiled, monkeypatch):
+        """Never a launch with the descriptors of another shape, stride, dtype, alignment or option."""
+        query, key, value = tensors_of(num_queries=100)
+        op.attention(query, key, value, is_causal=True)
+        with pytest.raises(ValueError, match="window"):
+            op.attention(query, key, value, is_causal=True, window=0)
+        different = [
+            tensors_of(num_queries=101), tensors_of(num_queries=100, num_keys=499),
+            tensors_of(num_queries=100, batch_size=3), tensors_of(num_queries=100, dtype=torch.float16),
+            (query.contiguous(), key, value), (query, key.contiguous(), value), (query, key, value.contiguous()),
+        ]  # fmt: skip
+        for each in different:
+            op.attention(*each, is_causal=True)
+        op.attention(query, key, value)
+        assert not compiled.launches and len(launches) == len(different) + 2 == len(prepared._prepared)
+
+        portable = []
+        monkeypatch.setattr(forward, "run_forward", lambda *args: portable.append(args))
+        buffer = torch.empty(2, 2, 640 * 64 + 8, dtype=key.dtype).flatten()
+        off = buffer[1 : 1 + 2 * 2 * 640 * 64].view(2, 2, 640, 64)[:, :, :500]
+        assert off.stride() == key.stride() and off.data_ptr() % 16
+        op.attention(query, off, value, is_causal=True)
+        assert portable and not compiled.launches, "the copy engine needs multiples of 16 bytes"
+        op.attention(query, key, value, is_causal=True)
+        assert len(compiled.launches) == 1

@@ -1,6 +1,7 @@
 """From a Problem to a launch of `flashcore_hopper`: tensor descriptors, grid, constants."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -47,19 +48,32 @@ def make_config(problem: Problem, plan: Plan, lse: bool) -> Config:
     )  # fmt: skip
 
 
-def run_hopper(
+class HopperLaunch(NamedTuple):
+    """Everything about a launch of `flashcore_hopper` but lse, key range and sinks.
+
+    Attributes:
+        programs: size of the grid.
+        descriptors: of the first and the second piece of query's, key's, value's and output's rows.
+        scalars, constants: the parameters behind the pointers, see `launch`.
+    """
+
+    programs: int
+    descriptors: tuple[TensorDescriptor | None, ...]
+    scalars: tuple
+    constants: tuple
+
+
+def hopper_launch(
     problem: Problem,
     plan: Plan,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     key_range: torch.Tensor | None,
-    mask: None,
-    sinks: torch.Tensor | None,
     out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Launch `flashcore_hopper`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
+    has_lse: bool,
+) -> HopperLaunch:
+    """Grid, descriptors and parameters for these tensors."""
     row = plan.hopper
     d0, d1 = row.head_dim
     dv0, dv1 = row.value_dim
@@ -73,21 +87,54 @@ def run_hopper(
             problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors
         )
     range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
-    launch(
-        flashcore_hopper,
+    return HopperLaunch(
         min(processors, all_heads * tiles_per_head),
         (
             _descriptor(query, 64, d0), _descriptor(query, 64, d1),
             _descriptor(key, plan.block_n, d0), _descriptor(key, plan.block_n, d1),
             _descriptor(value, plan.block_n, dv0), _descriptor(value, plan.block_n, dv1),
             _descriptor(out, 64, dv0), _descriptor(out, 64, dv1),
-            lse, key_range, sinks,
         ),
         (
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
             problem.left, problem.right, *range_strides, *score_factors(problem)[:2],
             all_heads, tiles_per_head, section,
         ),
-        (make_config(problem, plan, lse is not None),),
-        plan,
+        (make_config(problem, plan, has_lse),),
     )  # fmt: skip
+
+
+def without_base(descriptor: TensorDescriptor | None) -> dict | None:
+    """What a descriptor says but for its tensor, which would otherwise be kept alive; see `on`."""
+    return None if descriptor is None else {**descriptor.__dict__, "base": None}
+
+
+def on(fields: dict | None, tensor: torch.Tensor) -> TensorDescriptor | None:
+    """The descriptor that `without_base` took apart, on another tensor of the same shape, strides, dtype and alignment.
+
+    It was validated when it was made, which costs more than all the rest of a launch. Always a new object: another
+    thread may be launching with its own.
+    """
+    if fields is None:
+        return None
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__ = {**fields, "base": tensor}
+    return descriptor
+
+
+def run_hopper(
+    problem: Problem,
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_range: torch.Tensor | None,
+    mask: None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Launch `flashcore_hopper`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
+    setup = hopper_launch(problem, plan, query, key, value, key_range, out, lse is not None)
+    pointers = (*setup.descriptors, lse, key_range, sinks)
+    launch(flashcore_hopper, setup.programs, pointers, setup.scalars, setup.constants, plan)
