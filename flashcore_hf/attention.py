@@ -1,9 +1,9 @@
 """The function that Transformers calls in every layer: its arguments resolved, and one operator called."""
 
 import torch
-from flashcore_kernels import attention, make_key_range, make_row_ranges, naive_attention
+from flashcore_kernels import make_key_range, make_row_ranges, naive_attention
 from flashcore_kernels.fallback import note_fallback, torch_attention
-from flashcore_kernels.op import path_counts
+from flashcore_kernels.op import attend, path_counts
 from flashcore_kernels.problem import check_problem
 
 from .quantize import SCALE_ATTRIBUTE
@@ -101,38 +101,36 @@ def flashcore_attention(
         chosen = _chosen_blocks(block_indices, module.config.index_block_size, query.shape[1], key.shape[2])
         arguments["mask"] = _keep(chosen, arguments.get("mask"))
 
-    weights = None
+    if not (output_attentions or dropout):
+        output, lse = attend(query, key, value, return_lse=own_sinks is not None, **arguments)
+        if own_sinks is not None:
+            # A sink adds exp(sink) to the denominator: the share that stays is exp(lse) / (exp(lse) + exp(sink)).
+            share = torch.sigmoid(lse[..., None] - own_sinks.to(lse.dtype)).to(output.dtype)
+            output = output * share.transpose(1, 2)
+        return output.contiguous(), None
     if own_sinks is not None:
-        if output_attentions or dropout:
-            raise NotImplementedError(
-                "flashcore has no weights and no dropout where every query makes its own sink; "
-                "load this model with attn_implementation='eager'"
-            )
-        output, lse = attention(query, key, value, return_lse=True, **arguments)
-        # A sink adds exp(sink) to the denominator: the share that stays is exp(lse) / (exp(lse) + exp(sink)).
-        output = output * torch.sigmoid(lse[..., None] - own_sinks.to(lse.dtype)).to(output.dtype)
-    elif output_attentions:
+        raise NotImplementedError(
+            "flashcore has no weights and no dropout where every query makes its own sink; "
+            "load this model with attn_implementation='eager'"
+        )
+    path_counts["torch"] += 1
+    if output_attentions:
         note_fallback("output_attentions=True asks for the weights, which the kernels never form")
-        path_counts["torch"] += 1
         output, weights = naive_attention(query, key, value, return_weights=True, **arguments)
-        weights = weights.to(query.dtype)
-    elif dropout:
-        note_fallback("dropout is asked for, which the kernels do not have")
-        path_counts["torch"] += 1
-        output, _ = torch_attention(
-            check_problem(query, key, value, **arguments), query, key, value, arguments.get("key_range"),
-            arguments.get("mask"), arguments["sinks"], dropout=dropout, key_scale=arguments.get("key_scale"),
-            value_scale=arguments.get("value_scale"),
-        )  # fmt: skip
-    else:
-        output = attention(query, key, value, **arguments)
-    return output.transpose(1, 2).contiguous(), weights
+        return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
+    note_fallback("dropout is asked for, which the kernels do not have")
+    output, _ = torch_attention(
+        check_problem(query, key, value, **arguments), query, key, value, arguments.get("key_range"),
+        arguments.get("mask"), arguments["sinks"], dropout=dropout, key_scale=arguments.get("key_scale"),
+        value_scale=arguments.get("value_scale"),
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _refuse_unknown(kwargs: dict) -> None:
     """What we do not know may change the answer, unless it is switched off (None or False)."""
     for name, argument in kwargs.items():
-        if argument is None or argument is False or name in _NOT_OURS:
+        if name in _NOT_OURS or argument is None or argument is False:
             continue
         what = f"a tensor of shape {list(argument.shape)}" if isinstance(argument, torch.Tensor) else repr(argument)
         raise NotImplementedError(
@@ -143,7 +141,7 @@ def _refuse_unknown(kwargs: dict) -> None:
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What torch.autocast does to SDPA's inputs."""
-    device_type = tensors[0].device.type
+    device_type = "cuda" if tensors[0].is_cuda else tensors[0].device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(t if t.dtype == torch.float8_e4m3fn else t.to(dtype) for t in tensors)

@@ -25,8 +25,7 @@ class Counters:
 
     def get(self, count: int, device: torch.device) -> torch.Tensor:
         """int32 zeros, at least `count` of them, for one launch on the current stream."""
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing:
+        if device.index is not None and torch.cuda.is_current_stream_capturing():
             with self._lock:
                 return self._take(count, device, may_grow=False)
         key = _stream_of(device)
@@ -54,9 +53,10 @@ class Counters:
 
 
 def _stream_of(device: torch.device) -> tuple:
-    if device.type == "cuda":
-        return device.index, torch._C._cuda_getCurrentRawStream(device.index)  # what Triton launches on
-    return device.type, threading.get_ident()
+    index = device.index
+    if index is None:  # a CPU: only tensors on GPUs name which one
+        return None, threading.get_ident()
+    return index, torch._C._cuda_getCurrentRawStream(index)  # what Triton launches on
 
 
 def _lasting_zeros(count: int, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
-from .prepared import lookup, prepare, remember, signature_of
+from .prepared import find, prepare, remember
 from .problem import Problem, Window, check_problem, with_alignment
 
 # How many calls each path served since the process began (or since someone cleared it), by kernel name.
@@ -88,12 +88,36 @@ def attention(
         ValueError: an argument does not fit; the message names it, what it was, and what is accepted.
         NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
     """
+    output, lse = attend(
+        query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale, return_lse
+    )
+    output = output.transpose(1, 2)
+    return (output, lse) if return_lse else output
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_range: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention` for callers that want output as models do, `[B, Q, H, Dv]` (contiguous where a kernel wrote it).
+
+    lse is `[B, H, Q]` with return_lse, and means nothing without.
+    """
     signature = None
     if mask is None and not torch.compiler.is_compiling():
-        options = (is_causal, window, scale, softcap, return_lse)
         tensors = (query, key, value, key_range, sinks, key_scale, value_scale)
-        signature = signature_of(*tensors, *options)
-        call = lookup(signature)
+        signature, call = find(*tensors, is_causal, window, scale, softcap, return_lse)
         if call is not None:
             kernel, run = call
             path_counts[kernel] += 1
@@ -118,7 +142,7 @@ def attention(
             remember(signature, chosen.kernel, functools.partial(_serve, chosen, problem, return_lse))
         elif chosen.kernel != "torch":
             prepare(signature, problem, chosen, tensors, return_lse)
-    return (output, lse) if return_lse else output
+    return output.transpose(1, 2), lse
 
 
 def explain(
@@ -196,7 +220,7 @@ def _serve(chosen: Plan, problem: Problem, return_lse: bool, query, key, value, 
     output, lse = _empty_outputs(query, value, return_lse)
     scales = scales if problem.fp8 else ()
     _launch(chosen, problem, query, key, value, key_range, None, sinks, output, lse if return_lse else None, *scales)
-    return (output, lse) if return_lse else output
+    return output.transpose(1, 2), lse
 
 
 def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> None:

@@ -8,6 +8,7 @@ plans look at) leads to a function that allocates and launches.
 from collections.abc import Callable
 
 import torch
+from torch import _C, Tensor
 
 from .counters import counters
 from .launch import compiled_kernel
@@ -17,38 +18,44 @@ from .problem import Problem
 # Lengths grow, so signatures come and go; a few thousand are some megabytes.
 MOST = 4096
 _prepared: dict[tuple, tuple[str, Callable]] = {}
+_is_grad_enabled = torch.is_grad_enabled
 
 
-def lookup(signature: tuple | None) -> tuple[str, Callable] | None:
-    """The kernel's name and the function for a call of this signature, if one like it was made before."""
-    return _prepared.get(signature)
+def find(
+    query, key, value, key_range, sinks, key_scale, value_scale, *options
+) -> tuple[tuple | None, tuple[str, Callable] | None]:
+    """(the call's signature, the kernel's name and the function for it if one like it was made before).
 
-
-def signature_of(query, key, value, key_range, sinks, key_scale, value_scale, *options) -> tuple | None:
-    """What decides how a call is served; None where it has to go through torch's dispatcher or needs gradients."""
+    The signature is what decides how a call is served; None where it has to go through torch's dispatcher or needs
+    gradients.
+    """
     try:
         if (
             not query.is_cuda
-            or type(query) is not torch.Tensor
-            or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._get_tracing_state() is not None
-            or query.get_device() != torch._C._cuda_getDevice()
+            or type(query) is not Tensor
+            or (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+            or _C._len_torch_dispatch_stack()
+            or _C._functorch.peek_interpreter_stack() is not None
+            or _C._get_tracing_state() is not None
+            or query.get_device() != _C._cuda_getDevice()
         ):
-            return None
+            return None, None
         signature = (
             query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
             query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
             (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16,
-            *[t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in
-              (key_range, sinks, key_scale, value_scale)],
-            *options,
+            None if key_range is None else _looks(key_range), None if sinks is None else _looks(sinks),
+            None if key_scale is None else _looks(key_scale), None if value_scale is None else _looks(value_scale),
+            options,
         )  # fmt: skip
-        hash(signature)
+        return signature, _prepared.get(signature)
     except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
-        return None
-    return signature
+        return None, None
+
+
+def _looks(tensor: torch.Tensor) -> tuple:
+    """What a signature says of a tensor whose elements are read one by one."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
 def remember(signature: tuple, kernel: str, call: Callable) -> None:
@@ -56,7 +63,7 @@ def remember(signature: tuple, kernel: str, call: Callable) -> None:
 
     Args:
         kernel: its name, for `path_counts`.
-        call: called with query, key, value, key_range, sinks, key_scale, value_scale.
+        call: from query, key, value, key_range, sinks, key_scale, value_scale to output `[B, Q, H, Dv]` and lse.
     """
     if len(_prepared) >= MOST:
         _prepared.clear()
@@ -125,8 +132,7 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
         except BaseException:
             counters.forget(device)
             raise
-        output = output.transpose(1, 2)
-        return (output, lse) if return_lse else output
+        return output, lse
 
     return call
 
@@ -159,7 +165,6 @@ def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_an
             on(o1, output), None if lse is None else lse.data_ptr(),
             None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(), *rest,
         )  # fmt: skip
-        output = output.transpose(1, 2)
-        return (output, lse) if return_lse else output
+        return output, lse
 
     return call

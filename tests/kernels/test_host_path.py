@@ -56,7 +56,7 @@ def prepare(query, key, value, sinks=None, return_lse=False, scales=(None, None)
     problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, *scales)
     chosen = plan(with_alignment(problem, query, key, value), device)
     prepared.prepare(("a call",), problem, chosen, (query, key, value, None, sinks, *scales), return_lse)
-    kernel, call = prepared.lookup(("a call",)) or (chosen.kernel, None)
+    kernel, call = prepared._prepared.get(("a call",)) or (chosen.kernel, None)
     assert kernel == chosen.kernel
     return problem, chosen, call
 
@@ -67,9 +67,8 @@ class TestPrepared:
         first, second = tensors_of(), tensors_of()
         sinks = torch.zeros(8)
         problem, chosen, call = prepare(*first, sinks, return_lse)
-        answer = call(*second, None, sinks, None, None)
-        output, lse = answer if return_lse else (answer, None)
-        assert output.shape == (2, 8, 1, 64) and output.transpose(1, 2).is_contiguous()
+        output, lse = call(*second, None, sinks, None, None)
+        assert output.shape == (2, 1, 8, 64) and output.is_contiguous()
         assert lse is None or lse.shape == (2, 8, 1) and lse.dtype == torch.float32
         (arguments,) = compiled.launches
         programs, *one, stream, function, metadata = arguments[:6]
@@ -83,7 +82,7 @@ class TestPrepared:
 
         caught = []
         monkeypatch.setattr(decode, "launch", lambda *args: caught.append(args))
-        decode.run_decode(problem, chosen, *second, None, None, sinks, output, lse)
+        decode.run_decode(problem, chosen, *second, None, None, sinks, output.transpose(1, 2), lse)
         ((_, full_programs, full, scalars, constants, _),) = caught
         assert programs == full_programs
         assert rest == (*full[10:], *scalars, *constants)
@@ -102,7 +101,7 @@ class TestPrepared:
             scales = (torch.ones(2, 2), torch.ones(2, 2))
         problem, chosen, call = prepare(*first, scales=scales, device=H200)
         assert chosen.kernel == "flashcore_hopper_decode"
-        output = call(*second, None, None, *scales)
+        output, _ = call(*second, None, None, *scales)
         (arguments,) = compiled.launches
         programs, pointers, rest = arguments[0], arguments[9:20], arguments[20:]
         assert pointers[:4] == tuple(t.data_ptr() for t in (*second, output))
@@ -110,7 +109,7 @@ class TestPrepared:
 
         caught = []
         monkeypatch.setattr(decode, "launch", lambda *args: caught.append(args))
-        decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output, None, *scales)
+        decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output.transpose(1, 2), None, *scales)
         ((kernel, full_programs, full, scalars, constants, _),) = caught
         assert programs == full_programs and rest == (*full[11:], *scalars, *constants)
         assert len(full) + len(scalars) + len(constants) == len(kernel.arg_names)
@@ -142,7 +141,7 @@ class TestPrepared:
         monkeypatch.setattr(prepared, "MOST", 1)
         prepared._prepared["another"] = print
         assert prepare(*tensors_of())[2] is not None
-        assert prepared.lookup("another") is None and len(prepared._prepared) == 1
+        assert "another" not in prepared._prepared and len(prepared._prepared) == 1
 
 
 class OnAGpu(torch.Tensor):
@@ -160,7 +159,7 @@ class TestSignature:
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
 
     def signature(self, *tensors, key_range=None, sinks=None, scales=(None, None), options=()):
-        return prepared.signature_of(*tensors, key_range, sinks, *scales, *options)
+        return prepared.find(*tensors, key_range, sinks, *scales, *options)[0]
 
     def test_equal_calls_have_equal_signatures(self):
         assert self.signature(*tensors_of()) == self.signature(*tensors_of()) is not None
