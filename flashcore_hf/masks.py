@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from flashcore_kernels import make_key_range, make_row_ranges
+from flashcore_kernels.key_range import make_step_key_range
 
 from .compat import MaskCall, mask_call, masking_utils
 
@@ -81,7 +82,8 @@ def flashcore_mask(**kwargs) -> torch.Tensor:
         if ranges is not None:
             return ranges
     elif pattern is not None:
-        return make_key_range(
+        make = make_step_key_range if call.num_queries == 1 else make_key_range
+        return make(
             call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
             key_mask=call.key_mask, device=call.device,
         )  # fmt: skip

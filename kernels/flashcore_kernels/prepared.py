@@ -21,6 +21,21 @@ _prepared: dict[tuple, tuple[str, Callable]] = {}
 _is_grad_enabled = torch.is_grad_enabled
 
 
+def goes_past_dispatcher(tensor: torch.Tensor) -> bool:
+    """Whether a kernel may be launched on this tensor without asking torch's dispatcher.
+
+    It is a plain one on the current GPU, and nobody listens: no mode, no function transform, no tracer.
+    """
+    return (
+        tensor.is_cuda
+        and type(tensor) is Tensor
+        and not _C._len_torch_dispatch_stack()
+        and _C._functorch.peek_interpreter_stack() is None
+        and _C._get_tracing_state() is None
+        and tensor.get_device() == _C._cuda_getDevice()
+    )
+
+
 def find(
     query, key, value, key_range, sinks, key_scale, value_scale, *options
 ) -> tuple[tuple | None, tuple[str, Callable] | None]:
@@ -30,14 +45,8 @@ def find(
     gradients.
     """
     try:
-        if (
-            not query.is_cuda
-            or type(query) is not Tensor
-            or (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-            or _C._len_torch_dispatch_stack()
-            or _C._functorch.peek_interpreter_stack() is not None
-            or _C._get_tracing_state() is not None
-            or query.get_device() != _C._cuda_getDevice()
+        if not goes_past_dispatcher(query) or (
+            _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         ):
             return None, None
         signature = (

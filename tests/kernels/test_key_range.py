@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flashcore_kernels import blocks, key_range
+from flashcore_kernels import blocks, key_range, op
 from flashcore_kernels.key_range import (
     FIRST,
     HEADER_WORDS,
@@ -10,10 +10,12 @@ from flashcore_kernels.key_range import (
     layout_of,
     make_key_range,
     make_row_ranges,
+    make_step_key_range,
     rows_width,
     sequence_width,
     visible,
 )
+from flashcore_kernels.plan import Device
 
 
 def test_kernels_read_the_words_that_the_host_writes():
@@ -106,6 +108,69 @@ def test_holes_flag(mask, holes):
     ranges = make_key_range(1, 4, key_mask=torch.tensor([mask], dtype=torch.bool))
     assert ranges[0, 0, 0, HOLES] == holes
     assert visible(ranges, 1, 4)[0, 0, 0].int().tolist() == mask
+
+
+class TestKernel:
+    """The launch that makes a KeyRange from a mask on a GPU, beside the operators that make it elsewhere."""
+
+    @pytest.fixture
+    def both(self, device):
+        kernel = pytest.importorskip("flashcore_kernels.key_range_kernel")
+
+        def both(key_mask, query_start=0, left=-1, right=-1):
+            batch_size, num_keys = key_mask.shape
+            want = make_key_range(
+                batch_size, num_keys, query_start=query_start, left=left, right=right, key_mask=key_mask
+            )
+            words = torch.full((batch_size, sequence_width(num_keys)), 77, dtype=torch.int32, device=device)
+            if isinstance(query_start, torch.Tensor):
+                query_start = query_start.to(device)
+            kernel.run_key_range(words, key_mask.to(device), query_start, left, right, HEADER_WORDS)
+            return words.cpu(), want[:, 0, 0]
+
+        return both
+
+    @pytest.mark.parametrize("num_keys", [1, 6, 7, 31, 32, 33, 129, 4095, 4096, 9001])
+    def test_every_word(self, both, num_keys):
+        """7 keys: a line has a word of slack. 4096: one block of the kernel."""
+        generator = torch.Generator().manual_seed(num_keys)
+        mask = torch.rand(6, num_keys, generator=generator) < torch.tensor([0.5, 1.1, -1.0, 0.99, 0.01, 0.5])[:, None]
+        mask[5] = torch.arange(num_keys) >= num_keys // 3
+        words, want = both(mask, query_start=num_keys - 1, right=0)
+        assert torch.equal(words, want)
+        mask[0, num_keys // 2] ^= True
+        assert not torch.equal(words, both(mask, query_start=num_keys - 1, right=0)[0]), "each key counts"
+
+    @pytest.mark.parametrize("query_start", [5, torch.tensor(5), torch.tensor([6]), torch.tensor([1, 2, 40])], ids=str)
+    def test_where_queries_stand(self, both, query_start):
+        mask = torch.rand(3, 100, generator=torch.Generator().manual_seed(1)) < 0.7
+        words, want = both(mask, query_start, left=9, right=0)
+        assert torch.equal(words, want)
+
+    def test_any_strides(self, both):
+        mask = torch.rand(200, 3, generator=torch.Generator().manual_seed(1)) < 0.7
+        words, want = both(mask.T[:, 1::2])
+        assert torch.equal(words, want)
+
+    def test_steps_on_a_gpu_take_it(self, monkeypatch):
+        """And whatever it cannot say, or a compiler fuses, takes the operators."""
+        kernel = pytest.importorskip("flashcore_kernels.key_range_kernel")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(op, "device_of", lambda device: Device("cuda", 90))
+        launched = []
+        monkeypatch.setattr(kernel, "launch", lambda *args: launched.append(args))
+        mask = torch.ones(2, 40, dtype=torch.bool)
+        ranges = make_step_key_range(2, 40, key_mask=mask, query_start=39, right=0)
+        assert len(launched) == 1 and layout_of(ranges, 2, 1, 40) == "sequence"
+        with pytest.raises(ValueError, match="key_mask must be"):
+            make_step_key_range(2, 41, key_mask=mask)
+        make_step_key_range(2, 40, right=0)
+        make_key_range(2, 40, key_mask=mask)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        make_step_key_range(2, 40, key_mask=mask)
+        assert len(launched) == 1
 
 
 def test_key_mask_narrows_first_and_end():
