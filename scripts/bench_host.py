@@ -24,6 +24,11 @@ from flashcore_kernels.plan import Device
 from transformers import DynamicCache
 from transformers.models.llama import LlamaConfig
 
+try:
+    from flashcore_kernels.hopper import run as hopper_run
+except ImportError:  # a Triton without Gluon
+    hopper_run = None
+
 import flashcore_hf
 from flashcore_hf.attention import flashcore_attention
 from flashcore_hf.cache import FlashCoreCache
@@ -39,18 +44,19 @@ class Layer(torch.nn.Module):
     is_causal = True
 
 
-def host_microseconds(call, calls: int) -> float:
-    """Median host time of `call`, without waiting for the device."""
+def host_microseconds(calls: dict, rounds: int) -> dict[str, float]:
+    """Median host time of each call, without waiting for the device; in turn, because a host's speed changes."""
     cuda = torch.cuda.is_available()
-    times = []
-    for _ in range(max(calls // AT_ONCE, 3)):
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(AT_ONCE):
-            call()
-        times.append((time.perf_counter() - began) / AT_ONCE * 1e6)
-    return statistics.median(times)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if cuda:
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(AT_ONCE):
+                call()
+            times[name].append((time.perf_counter() - began) / AT_ONCE * 1e6)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def parts(device: str) -> dict:
@@ -110,7 +116,9 @@ def pretend_a_gpu() -> None:
             module.launch = lambda *arguments: None
     compiled = types.SimpleNamespace(run=lambda *arguments: None, function=None, packed_metadata=None)
     prepared.compiled_kernel = lambda *arguments: compiled
-    op.device_of = lambda device: Device("cuda", 90)
+    op.device_of = lambda device: Device("cuda", 90, triton=(3, 6))
+    if hopper_run is not None:
+        hopper_run._processors = lambda device: 132
     torch.Tensor.is_cuda, torch.Tensor.get_device = True, lambda self: 0
     torch.cuda.current_device = lambda: None  # the index of a CPU's device
     torch._C._cuda_getDevice = torch._C._cuda_getCurrentRawStream = lambda *index: 0
@@ -145,11 +153,12 @@ def main() -> int:
     rows = []
     with torch.inference_mode():
         calls = parts(arguments.device)
-        for name, call in calls.items():
-            if arguments.device == "cpu" and name.startswith("scaled"):
-                continue
+        if arguments.device == "cpu":
+            del calls["scaled_dot_product_attention"]
+        for call in calls.values():
             call()
-            rows.append({"case": name, "unit": "us", "host": round(host_microseconds(call, arguments.calls), 2)})
+        for name, host in host_microseconds(calls, max(arguments.calls // AT_ONCE, 3)).items():
+            rows.append({"case": name, "unit": "us", "host": round(host, 2)})
             print(f"{rows[-1]['host']:8.2f} us  {name}", flush=True)
         if arguments.profile:
             for each in profiled(next(iter(calls.values()))):
