@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from flashcore_kernels import attention, make_key_range, path_counts, prepared
+from flashcore_kernels import attention, key_range, make_key_range, path_counts, prepared
 
 from ..kernels.reference import build, check
 
@@ -68,6 +68,21 @@ def test_what_decides_is_in_the_signature(num_queries):
     check(call._replace(key=off.copy_(call.key)))
     check(call._replace(arguments={"scale": 0.3}))
     assert len(prepared._prepared) == 11
+
+
+@pytest.mark.parametrize("num_keys", [40, 4097, 20000])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_steps_key_range_is_that_of_the_operators(num_keys, on_device):
+    generator = torch.Generator().manual_seed(num_keys)
+    mask = torch.rand(5, num_keys, generator=generator) < torch.tensor([0.5, 1.1, -1.0, 0.999, 0.001])[:, None]
+    mask = torch.cat([mask, torch.arange(num_keys)[None] >= num_keys // 3])
+    start = torch.tensor(num_keys - 1) if on_device else num_keys - 1
+    want = make_key_range(6, num_keys, query_start=start, left=70, right=0, key_mask=mask)
+    mask, start = mask.cuda(), start.cuda() if on_device else start
+    assert key_range._in_one_launch(mask, start, mask.device)
+    for given in (mask, mask.T.contiguous().T):
+        got = key_range.make_step_key_range(6, num_keys, query_start=start, left=70, right=0, key_mask=given)
+        assert torch.equal(got.cpu(), want)
 
 
 @torch.no_grad()
