@@ -79,6 +79,7 @@ def plan(problem: Problem, device: Device) -> Plan:
 
     Nothing here depends on the batch size or on how long the sequences are, so that a sequence is computed the same way
     alone and in a batch; with one exception: calls of up to MAX_DECODE_QUERIES query tokens take the decode kernel.
+    Which row of the Hopper kernel's table it is may depend on the number of queries: they give the same bits.
     """
     reason = fallback_reason(problem, device)
     if reason is not None:
@@ -184,13 +185,18 @@ def hopper_reason(problem: Problem, device: Device) -> str | None:
         return "an address or stride of query, key or value is no multiple of 16 bytes"
     if problem.value_dim % 8:
         return f"rows of {problem.value_dim} values are no multiple of 16 bytes"
-    if hopper_configuration(problem.head_dim, problem.value_dim) is None:
+    if _hopper_row(problem) is None:
         return f"no configuration has head_dim {problem.head_dim} with {problem.value_dim}"
     return None
 
 
+def _hopper_row(problem: Problem) -> HopperRow | None:
+    plain = problem.range_layout is None and not problem.softcap
+    return hopper_configuration(problem.head_dim, problem.value_dim, problem.num_queries, plain)
+
+
 def _hopper_plan(problem: Problem, why: str) -> Plan:
-    row = hopper_configuration(problem.head_dim, problem.value_dim)
+    row = _hopper_row(problem)
     return Plan(
         "flashcore_hopper", why, 64 * row.consumers, row.block_n, sum(row.head_dim), sum(row.value_dim),
         num_warps=4, num_stages=row.stages, hopper=row,

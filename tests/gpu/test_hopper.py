@@ -94,6 +94,13 @@ def test_long(head_dim):
         on_hopper(build(features, 2111, 2111, batch_size=2, heads=(32, 8), head_dim=head_dim, device="cuda"))
 
 
+@pytest.mark.parametrize("features", [("window", "causal"), ("lse",), ("sinks", "causal"), ("gqa-7to1",), ("strides",)])
+def test_many_queries(features):
+    """head_dim 64 has three consumers from 2,048 queries on."""
+    for head_dim in (64, 40):
+        on_hopper(build(features, 2050, 2300, head_dim=head_dim, dtype=torch.bfloat16, device="cuda"))
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_growing_scores(head_dim):
     """Rows whose maximum leaps, creeps and stays, side by side in a warp: sums so far are rescaled where it leaps."""
@@ -128,6 +135,8 @@ REPEATED = {
     "causal 96": (("causal", "lse"), 96, 513, 513, (8, 8)),
     "causal 192": (("causal",), 192, 513, 513, (8, 8)),
     "causal 256": (("causal", "sinks"), 256, 513, 1000, (8, 2)),
+    "causal 64": (("causal",), 64, 2100, 2100, (8, 8)),
+    "full 64": ((), 64, 513, 513, (8, 8)),
 }
 
 
@@ -162,3 +171,20 @@ def test_alone_batched_and_padded(head_dim, softcap, window):
         alone = attention(query, key, value, is_causal=True, window=window, softcap=softcap)
         assert torch.equal(batched[b : b + 1, :, 700 - real :], alone), start
     assert set(path_counts) == {"flashcore_hopper"}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_same_bits_by_all_rows(head_dim, causal):
+    """Many queries, few, and a key range that hides nothing take different rows of the table: the same bits."""
+    call = build((), 2100, 2100, batch_size=2, heads=(8, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    query, key, value = call.query, call.key, call.value
+    path_counts.clear()
+    many = attention(query, key, value, is_causal=causal)
+    few = attention(query[:, :, 1400:], key, value, is_causal=causal)
+    everything = make_key_range(2, 2100, right=0 if causal else -1, device="cuda")
+    ranged = attention(query, key, value, key_range=everything)
+    assert set(path_counts) == {"flashcore_hopper"}
+    assert torch.equal(many[:, :, 1400:], few)
+    assert torch.equal(many, ranged)
+    assert not torch.equal(many, attention(query, key.roll(1, dims=2), value, is_causal=causal))

@@ -83,8 +83,32 @@ class TestHopper:
             assert size + 2048 <= 232448, row
 
     def test_the_next_wider_row_is_hidden_by_none(self):
-        sums = [(sum(row.head_dim), sum(row.value_dim)) for row in HOPPER_ROWS]
-        assert sums == sorted(sums) and len(set(sums)) == len(sums)
+        # Of one size: the special rows first, and last one for every call.
+        order = [(sum(row.head_dim), sum(row.value_dim), -row.min_queries, not row.ahead) for row in HOPPER_ROWS]
+        assert order == sorted(order) and len(set(order)) == len(order)
+        for last, following in zip(HOPPER_ROWS, [*HOPPER_ROWS[1:], None]):
+            if following is None or (last.head_dim, last.value_dim) != (following.head_dim, following.value_dim):
+                assert not last.ahead and not last.min_queries
+
+    def test_rows_of_one_size_give_the_same_bits(self):
+        """Their blocks of keys are the same: test_same_bits_by_all_rows shows on a GPU that the bits are."""
+        blocks = {}
+        for row in HOPPER_ROWS:
+            assert blocks.setdefault((row.head_dim, row.value_dim), row.block_n) == row.block_n
+
+    @pytest.mark.parametrize("sizes", [(64, 64), (96, 96), (128, 128), (256, 256)])
+    def test_ahead_where_there_is_neither_key_range_nor_softcap(self, sizes):
+        size = {"head_dim": sizes[0], "value_dim": sizes[1]}
+        for plain in ({}, {"right": 0}, {"left": 7}, {"has_sinks": True}):
+            assert self.chosen(**size, **plain).hopper.ahead
+        for more in ({"range_layout": "sequence"}, {"range_layout": "rows"}, {"softcap": 5.0}):
+            assert not self.chosen(**size, **more).hopper.ahead
+
+    def test_three_consumers_for_many_queries_of_head_dim_64(self):
+        assert self.chosen(num_queries=2048, num_keys=2048).hopper.consumers == 3
+        assert self.chosen(num_queries=2047, num_keys=2047).hopper.consumers == 2
+        assert self.chosen(num_queries=2048, num_keys=2048, range_layout="sequence").hopper.consumers == 2
+        assert self.chosen(num_queries=2048, num_keys=2048, head_dim=72, value_dim=72).hopper.consumers == 2
 
 
 class TestHopperDecode:

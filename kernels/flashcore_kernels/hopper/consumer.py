@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .schedule import tile_at, tiles_of_program
-from .softmax import fold_sums, hide, rescale, row_sums, softmax, tanh, whole_sums
+from .softmax import exponents, fold_sums, hide, rescale, row_sums, tanh, whole_sums
 from .triton_api import ROUND_LATE, barrier, tma_store
 from .visible import BITMAP, row_ranges, sequence_bounds, tile_blocks, tile_keys
 
@@ -60,35 +60,50 @@ def _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C: gl.constexpr):
 
 
 @gluon.jit
-def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.constexpr):
-    """One block: scores and softmax, and the product with V of the block before."""
+def _rounded(p, dtype: gl.constexpr, C: gl.constexpr):
+    """P in 16 bits, as its product with V takes it; ROUND_LATE leaves that to where the product is issued."""
     DV0: gl.constexpr = C.dv0
+    if not ROUND_LATE:
+        O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
+        p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    return p
+
+
+@gluon.jit
+def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.constexpr):
+    """One block: scores and maxima, and the product with V of the block before.
+
+    The exponentials come last, beside that product. With `C.ahead` they come first, in the next step, beside its
+    scores, and the product runs beside the maxima: `p` of the state is the probabilities' log2 then.
+    """
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
-    RANGE: gl.constexpr = C.range_layout
-    SOFTCAP: gl.constexpr = C.softcap
-    acc0, acc1, p, m, l = state
+    acc0, acc1, p, m, l, alpha = state
     q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     row_lo, row_hi, bitmap, holes, num_keys = masking
     score_scale, unit = unit_cap
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
     stage = use % STAGES
     before = (use - 1) % STAGES
     mbarrier.wait(k_full.index(stage), use // STAGES & 1)
     s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
+    if C.ahead:
+        p = gl.exp2(p)
+        l = fold_sums(l, p, alpha)
     acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, before, acc0, acc1, C)
     s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
     _release(k_empty.index(stage))
-    if SOFTCAP:
+    if C.softcap:
         s = tanh(s * score_scale)
     if edge:
-        s = hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, RANGE)
-    p, m, alpha = softmax(s, m, unit)
-    l = fold_sums(l, p, alpha)
+        s = hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C.range_layout)
+    p, m, alpha = exponents(s, m, unit)
+    if not C.ahead:
+        p = gl.exp2(p)
+        l = fold_sums(l, p, alpha)
     # The softmax is to run while the product with V does. ptxas would move it behind the wait for that product, but not
-    # over a branch, which waiting for the next step's V is, where an exchange needs it (row_sums); and p among the
-    # dependencies stops everything before ptxas.
+    # over a branch, which waiting for the next step's V is, where an exchange needs it (row_sums, and the maxima); and
+    # p among the dependencies stops everything before ptxas.
     mbarrier.wait(v_full.index(stage), use // STAGES & 1)
     if DV1 > 0:
         acc0, acc1, p = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async, p])
@@ -98,9 +113,9 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     acc0 = rescale(acc0, alpha)
     if DV1 > 0:
         acc1 = rescale(acc1, alpha)
-    if not ROUND_LATE:
-        p = gl.convert_layout(p.to(k0_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-    return acc0, acc1, p, m, l
+    if not C.ahead:
+        p = _rounded(p, k0_smem.dtype, C)
+    return acc0, acc1, p, m, l, alpha
 
 
 @gluon.jit
@@ -154,8 +169,8 @@ def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def _first_softmax(s, tile, unit_cap, num_keys, C: gl.constexpr):
-    """Softmax of a tile's first block."""
+def _first_exponents(s, tile, unit_cap, num_keys, C: gl.constexpr):
+    """Of a tile's first block: the probabilities' log2, maxima, and what there is to shrink."""
     b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
     score_scale, unit = unit_cap
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
@@ -164,8 +179,7 @@ def _first_softmax(s, tile, unit_cap, num_keys, C: gl.constexpr):
     if (left_edge > 0) | (right_edge == 0):
         s = hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, C.range_layout)
     m = gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT)
-    p, m, alpha = softmax(s, m, unit)
-    return p, m, row_sums(p)
+    return exponents(s, m, unit)
 
 
 @gluon.jit
@@ -254,7 +268,6 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
     """One consumer warpgroup: rows [64 * CONSUMER, 64 * CONSUMER + 64) of each tile, one tile after the other."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
-    DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
     SLOTS: gl.constexpr = C.query_slots
@@ -281,23 +294,30 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
         s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
         s = warpgroup_mma_wait(0, deps=[s_async])
         _release(k_empty.index(stage))
-        p, m, l = _first_softmax(s, tile, unit_cap, num_keys, C)
+        p, m, alpha = _first_exponents(s, tile, unit_cap, num_keys, C)
+        if C.ahead:
+            l = row_sums(gl.full_like(p, 0.0))
+        else:
+            p = gl.exp2(p)
+            l = row_sums(p)
         if SLOTS == 2:
             if turn > 0:  # the output of the tile before has left by now
                 tma.store_wait(0)
                 _release(q_empty.index(CONSUMER * SLOTS + (turn + 1) % SLOTS))
         mbarrier.wait(v_full.index(stage), use // STAGES & 1)
-        if not ROUND_LATE:
-            O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
-            p = gl.convert_layout(p.to(k0_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        if not C.ahead:
+            p = _rounded(p, k0_smem.dtype, C)
         use += 1
 
-        state = (acc0, acc1, p, m, l)
+        state = (acc0, acc1, p, m, l, alpha)
         state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, C)
-        acc0, acc1, p, m, l = state
+        acc0, acc1, p, m, l, alpha = state
 
         # The last block's product with V, and beside it what the next tile is.
         stage = (use - 1) % STAGES
+        if C.ahead:
+            p = gl.exp2(p)
+            l = fold_sums(l, p, alpha)
         acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C)
         next_tile = _tile(gl.minimum(turn + 1, turns - 1), pointers, numbers, scales, CONSUMER, C)
         if DV1 > 0:

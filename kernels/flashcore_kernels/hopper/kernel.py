@@ -37,6 +37,7 @@ class Config:
         range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap, sinks, lse: whether there are any.
         query_slots: tiles of Q in shared memory. The output leaves through its queries' slot.
+        ahead: a block's exponentials run beside the next block's scores, not beside the product with V before them.
         consumer_registers, producer_registers: of a thread.
     """
 
@@ -52,6 +53,7 @@ class Config:
     sinks: bool
     lse: bool
     query_slots: int
+    ahead: bool
     consumer_registers: int
     producer_registers: int
 

@@ -6,20 +6,36 @@ The reasons are medians over B * S = 16K tokens in bf16, S = 512 to 8192, causal
 from .row import HopperDecodeRow, HopperRow
 
 ROWS = (
-    HopperRow((64, 0), (64, 0), 2, 128, 3, 2, 240, 24, "368 TFLOP/s, with 2 stages 367; 3 consumers 329"),
-    HopperRow((64, 32), (64, 32), 2, 128, 2, 2, 240, 24, "3 stages are 2 % slower"),
     HopperRow(
-        (128, 0), (128, 0), 2, 128, 2, 2, 240, 24, "595 TFLOP/s; with one slot for queries 522 where two had 566"
+        (64, 0), (64, 0), 3, 128, 3, 2, True, 160, 32, "505 TFLOP/s at S = 8192 where 2 consumers have 428; 4 % more "
+        "than them at 2048, 7 % less at 1024; not ahead 455 to 472", min_queries=2048,
     ),
-    HopperRow((128, 64), (128, 0), 2, 128, 2, 1, 240, 24, "665 TFLOP/s; there is room for one slot alone"),
-    HopperRow((256, 0), (256, 0), 2, 64, 2, 1, 240, 24, "565 TFLOP/s; there is room for one slot alone"),
-)
+    HopperRow((64, 0), (64, 0), 2, 128, 3, 2, True, 240, 24, "1.5 % more than not ahead"),
+    HopperRow((64, 0), (64, 0), 2, 128, 3, 2, False, 240, 24, "368 TFLOP/s, with 2 stages 367; 3 consumers 329"),
+    HopperRow((64, 32), (64, 32), 2, 128, 2, 2, True, 240, 24, "1 % more than not ahead; with 64 keys 431 of 509"),
+    HopperRow((64, 32), (64, 32), 2, 128, 2, 2, False, 240, 24, "3 stages are 2 % slower"),
+    HopperRow((128, 0), (128, 0), 2, 128, 2, 2, True, 240, 24, "3 % more than not ahead; with 64 keys 511 of 593"),
+    HopperRow(
+        (128, 0), (128, 0), 2, 128, 2, 2, False, 240, 24, "595 TFLOP/s; with one slot for queries 522 where two had 566"
+    ),
+    HopperRow(
+        (128, 64), (128, 0), 2, 128, 2, 1, False, 240, 24, "665 TFLOP/s; there is room for one slot alone; ahead is 2 "
+        "to 4 % slower where it is causal at S = 8192, else 1 to 3 % faster",
+    ),
+    HopperRow((256, 0), (256, 0), 2, 64, 2, 1, True, 240, 24, "1.5 % more than not ahead"),
+    HopperRow((256, 0), (256, 0), 2, 64, 2, 1, False, 240, 24, "565 TFLOP/s; there is room for one slot alone"),
+)  # fmt: skip
 
 
-def hopper_configuration(head_dim: int, value_dim: int) -> HopperRow | None:
-    """The row for these head dimensions, or None where none fits."""
+def hopper_configuration(head_dim: int, value_dim: int, num_queries: int, plain: bool) -> HopperRow | None:
+    """The row for these head dimensions and so many queries, or None where none fits.
+
+    Args:
+        plain: there is neither a key range nor softcap.
+    """
     for row in ROWS:
-        if head_dim <= sum(row.head_dim) and value_dim <= sum(row.value_dim):
+        fits = head_dim <= sum(row.head_dim) and value_dim <= sum(row.value_dim)
+        if fits and num_queries >= row.min_queries and (plain or not row.ahead):
             return row
     return None
 

@@ -36,8 +36,14 @@ class HopperRow(NamedTuple):
         block_n: keys of a block.
         stages: blocks of K and V in shared memory.
         query_slots: tiles of Q in shared memory, 1 or 2. The output leaves through its queries' slot.
+        ahead: a block's exponentials run beside the next block's scores, not beside the product with V before them.
+            Two blocks' numbers are in registers then, which key ranges and softcap need: such a row serves neither.
         consumer_registers, producer_registers: of a thread.
         why: what speaks for it.
+        min_queries: it serves calls with so many queries or more.
+
+    Calls of the same head dimensions that take different rows, by features or by length, must give a sequence the same
+    bits: their rows have one `block_n`.
     """
 
     head_dim: tuple[int, int]
@@ -46,9 +52,11 @@ class HopperRow(NamedTuple):
     block_n: int
     stages: int
     query_slots: int
+    ahead: bool
     consumer_registers: int
     producer_registers: int
     why: str
+    min_queries: int = 0
 
 
 class HopperDecodeRow(NamedTuple):
