@@ -39,6 +39,7 @@ OLD_STACK = 256
 
 FEATURES = {
     "none": {},
+    "few-queries": {"queries": 512},  # which may take another row of the Gluon kernel's table
     "range": {"range": "sequence"},
     "softcap": {"softcap": True},
     "sinks": {"sinks": True, "lse": True},
@@ -80,7 +81,7 @@ def chosen_plan(variant: Variant):
 
     features = FEATURES[variant.features]
     decode = variant.kernel in DECODE
-    queries = 1 if decode else 4096
+    queries = 1 if decode else features.get("queries", 4096)
     group = variant.rows if decode else 4
     problem = Problem(
         batch_size=2, num_heads=8 * group, num_kv_heads=8, num_queries=queries, num_keys=4096,

@@ -65,7 +65,9 @@ def gluon() -> bool:
 @pytest.mark.parametrize("head_dim", ["64", "96", "128", "192/128", "256"])
 def test_hopper(head_dim):
     """The Gluon kernel's main loops hardly spill and are not serialised, without features and with all of them."""
-    features = ["none", "range", "range-all", "rows-all"] if FULL else ["none", "range"]
+    features = ["none", "range", "sinks", "range-all", "rows-all"] if FULL else ["none", "range"]
+    if head_dim == "64":
+        features.append("few-queries")
     reports = compiled(
         "--arch", "90", "--kernel", "flashcore_hopper", "--dtype", "bf16", "--head-dim", head_dim, "--features",
         *features,
