@@ -7,7 +7,7 @@ import torch
 from .problem import Problem
 from .tables import configuration
 from .tables.hopper import hopper_configuration, hopper_decode_configuration
-from .tables.row import HopperRow
+from .tables.row import HopperDecodeRow, HopperRow
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
         block_d, block_dv: head_dim and value_dim padded to powers of two.
         num_warps, num_stages: of the launch.
         min_chunk, max_splits: decode only: least keys of a chunk, most chunks of a sequence.
-        hopper: flashcore_hopper only: its row of the tables.
+        hopper: flashcore_hopper and flashcore_hopper_decode only: their rows of the tables.
     """
 
     kernel: str
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     num_stages: int = 1
     min_chunk: int = 1
     max_splits: int = 1
-    hopper: HopperRow | None = None
+    hopper: HopperRow | HopperDecodeRow | None = None
 
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
@@ -165,9 +165,10 @@ def _hopper_decode_plan(problem: Problem, why: str) -> Plan:
         max(padded(problem.head_dim), 32 if problem.fp8 else 16),
         max(padded(problem.value_dim), 64),
         4,
-        row.stages,
+        row.stages[0][0],
         row.min_chunk,
         padded(-(-row.chunks // problem.num_kv_heads)),
+        row,
     )
 
 

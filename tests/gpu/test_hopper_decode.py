@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from flashcore_kernels import attention, explain, make_key_range, path_counts, prepared
+from flashcore_kernels.hopper import decode_run
 from flashcore_kernels.tables import hopper as tables
 
 from ..kernels import test_fp8
@@ -213,6 +214,63 @@ def test_fp8_alone_and_batched(head_dim):
         alone = attention(query[b : b + 1], key[b : b + 1], value[b : b + 1], is_causal=True, **own)
         assert torch.equal(batched[b : b + 1], alone)
         assert torch.equal(attention(query, key, value, is_causal=True, **scales), batched)
+
+
+TREES = {
+    "one token": dict(num_keys=5000, heads=(8, 2), head_dim=128),
+    "short": dict(num_keys=700, heads=(8, 8), head_dim=64),
+    "4 tokens": dict(num_keys=3000, heads=(8, 2), head_dim=128, num_queries=4),
+    "head_dim 256": dict(num_keys=1900, heads=(4, 4), head_dim=256),
+    "multi-query": dict(num_keys=9000, heads=(32, 1), head_dim=128),
+    "multi-query, head_dim 64": dict(num_keys=30_000, heads=(8, 1), head_dim=64),
+    "fp8": dict(num_keys=5000, heads=(4, 2), head_dim=128, fp8=True),
+}
+
+
+@pytest.mark.parametrize("features", ["", "window"])
+@pytest.mark.parametrize("name", TREES)
+def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
+    """The bits are those of the tree over the chunks, whoever merges which part of it, with whatever stages."""
+    options = {"num_queries": 1, "fp8": False, **TREES[name]}
+    fp8, num_queries, num_keys, heads, head_dim = (
+        options[key] for key in ("fp8", "num_queries", "num_keys", "heads", "head_dim")
+    )
+    query, key, value, scales = test_fp8.call(
+        num_queries, num_keys, torch.bfloat16, "cuda", heads=heads, head_dim=head_dim, value_dim=head_dim
+    )
+    if not fp8:
+        key, value = torch.randn(2, *key.shape, device="cuda", dtype=torch.bfloat16)
+        scales = {}
+    key_range = make_key_range(
+        2, num_keys, first=torch.tensor([0, 333], device="cuda"), end=num_keys, query_start=num_keys - num_queries,
+        right=0, left=num_keys // 2 if features == "window" else -1,
+    )  # fmt: skip
+
+    planned = decode_run.sharing
+
+    def call(each, fan_in, stages=1):
+        def forced(problem, plan):
+            return planned(problem, plan)._replace(fan_in=fan_in, stages=stages)
+
+        def chunks_each(self, chunks, units, rows):
+            return min(each, 2**self.levels)
+
+        monkeypatch.setattr(decode_run, "sharing", forced)
+        monkeypatch.setattr(decode_run.Sharing, "chunks_each", chunks_each)
+        monkeypatch.setattr(prepared, "_prepared", {})
+        path_counts.clear()
+        answer = attention(query, key, value, key_range=key_range, return_lse=True, **scales)
+        assert set(path_counts) == {"flashcore_hopper_decode"}
+        return answer
+
+    out, lse = call(1, 16)
+    for shared in ((2, 16), (4, 16), (8, 16), (1, 4), (1, 8), (4, 4), (2, 8), (4, 8, 2)):
+        other_out, other_lse = call(*shared)
+        assert torch.equal(other_out, out) and torch.equal(other_lse, lse), shared
+    monkeypatch.setattr(tables, "DECODE_ROWS", [row._replace(min_chunk=192, chunks=8) for row in tables.DECODE_ROWS])
+    other_out, other_lse = call(1, 16)
+    torch.testing.assert_close(other_lse, lse, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(other_out, out) or not torch.equal(other_lse, lse), "other chunks are another tree"
 
 
 def test_inverse_chunks_that_depend_on_the_batch(monkeypatch):

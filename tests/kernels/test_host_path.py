@@ -3,7 +3,9 @@
 tests/gpu/test_prepared.py and test_hopper.py see what the launches themselves compute.
 """
 
+import dataclasses
 import gc
+import itertools
 import types
 import weakref
 
@@ -12,12 +14,14 @@ import torch
 from flashcore_kernels import counters as counters_module
 from flashcore_kernels import launch, make_key_range, op, prepared
 from flashcore_kernels.counters import Counters
-from flashcore_kernels.plan import Device, plan
+from flashcore_kernels.plan import Device, max_splits_for, plan
 from flashcore_kernels.problem import check_problem, with_alignment
 
 pytest.importorskip("triton")
 
 from flashcore_kernels import decode, forward  # noqa: E402
+
+from .test_plan import problem as problem_of  # noqa: E402
 
 H200 = Device("cuda", 90, triton=(3, 9))
 A100 = Device("cuda", 80, triton=(3, 9))
@@ -113,6 +117,37 @@ class TestPrepared:
         ((kernel, full_programs, full, scalars, constants, _),) = caught
         assert programs == full_programs and rest == (*full[11:], *scalars, *constants)
         assert len(full) + len(scalars) + len(constants) == len(kernel.arg_names)
+
+    @pytest.mark.parametrize("queries", [1, 4, 16])
+    @pytest.mark.parametrize("heads", [(8, 8), (32, 8), (32, 1)])
+    @pytest.mark.parametrize("fp8", [False, True])
+    def test_how_the_hopper_kernel_shares_chunks_out(self, fp8, heads, queries):
+        pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+        decode_run = pytest.importorskip("flashcore_kernels.hopper.decode_run")
+        for batch, keys, head_dim in itertools.product((1, 2, 7, 16, 64, 300), (1, 129, 2048, 100_000), (64, 128, 256)):
+            made = problem_of(queries, heads=heads, head_dim=head_dim, value_dim=head_dim)
+            made = made._replace(batch_size=batch, num_keys=keys, aligned=True, fp8=fp8)
+            chosen = plan(made, H200)
+            key = torch.empty(1, heads[1], 1, head_dim, dtype=torch.bfloat16)
+            setup = decode_run.hopper_decode_launch(made, chosen, key, key, key, None, False)
+            (config,), (num_splits, each, lines) = setup.constants, setup.scalars[5:8]
+            units = batch * heads[1] * config.row_tiles
+            chunks = max_splits_for(keys, chosen)
+            assert each in (1, 2, 4, 8) and each <= 2**config.levels
+            assert num_splits == -(-chunks // each) and setup.programs == units * num_splits
+            assert setup.programs >= min(units * chunks, 128), "the GPU is filled where there are chunks to fill it"
+            level, nodes = num_splits, num_splits
+            while level > 1:
+                level = -(-level // config.fan_in)
+                nodes += level
+            assert lines == nodes and setup.units == units * max(nodes - num_splits, 1)
+            rows = queries * heads[0] // heads[1]
+            floats = batch * heads[1] * rows * nodes * (chosen.block_dv + 2)
+            assert setup.partial == (floats if chunks > 1 else 0)
+            longer = decode_run.make_decode_config(made._replace(num_keys=10 * keys), chosen, 0, 0, True, False)
+            assert longer == dataclasses.replace(config, key_step=0, value_step=0, may_split=True), (
+                "a generation compiles one kernel, and one more while there is a single chunk"
+            )
 
     def test_a_call_in_one_chunk_has_no_workspace(self, compiled):
         tensors = tensors_of(num_keys=64)

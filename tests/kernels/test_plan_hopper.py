@@ -191,12 +191,13 @@ class TestHopperDecode:
 
     def test_rows_are_sane(self):
         for row in DECODE_ROWS:
-            assert row.block_n in (64, 128, 256) and row.stages >= 1, "wgmma has 64 rows, which are the keys"
+            assert row.block_n in (64, 128, 256) and 0 <= row.levels <= 3, "wgmma has 64 rows, which are the keys"
             assert row.rows in (8, 16, 32, 64) and row.min_chunk % 32 == 0 and len(row.why) > 10
             wide = max(padded(row.head_dim), 64)
-            size = row.stages * row.block_n * 2 * wide * row.bits // 8 + 2 * row.rows * (wide + row.block_n)
-            size += 4 * row.block_n * wide if row.bits == 8 else 0
-            assert size + 1536 <= 233472 // 2, "two programs an SM, each with a KiB for the system and scratch"
+            for stages, resident in row.stages:
+                size = stages * row.block_n * 2 * wide * row.bits // 8 + 2 * row.rows * (wide + row.block_n)
+                assert size + 1536 <= 233472 // 2, "two programs an SM, each with a KiB for the system and scratch"
+                assert 2 <= resident <= 6
         for bits in (8, 16):
             sizes = [row.head_dim for row in DECODE_ROWS if row.bits == bits]
             assert sizes == sorted(set(sizes)) and sizes[-1] == MAX_HEAD_DIM

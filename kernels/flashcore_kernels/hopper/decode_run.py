@@ -1,10 +1,12 @@
 """From a Problem to a launch of `flashcore_hopper_decode`: grid, workspace, constants."""
 
+from typing import NamedTuple
+
 import torch
 
-from ..decode import DecodeLaunch, launch_decode, split_sizes
+from ..decode import DecodeLaunch, launch_decode
 from ..launch import score_factors
-from ..plan import Plan, padded
+from ..plan import Plan, max_splits_for, padded
 from ..problem import Problem
 from .decode import DecodeConfig, flashcore_hopper_decode
 
@@ -24,17 +26,68 @@ def _step(tensor: torch.Tensor) -> int:
     return step if step in (size, heads * size) else 0
 
 
+SMS = 132
+# Fewer programs than this leave bandwidth unused, but where merging many rows costs more.
+ENOUGH = 256
+
+
+class Sharing(NamedTuple):
+    """How the chunks of all sequences are shared out. None of it moves a bit of the answer.
+
+    Attributes:
+        stages: blocks of K and V in shared memory.
+        levels: a program may take up to 2**levels chunks.
+        fan_in: nodes of the tree that are merged at once.
+        slots: programs that run at once.
+    """
+
+    stages: int
+    levels: int
+    fan_in: int
+    slots: int
+
+    def chunks_each(self, chunks: int, units: int, rows: int) -> int:
+        """Chunks a program takes, where each of `units` tiles of `rows` rows may have `chunks`.
+
+        The more, the fewer partial sums are written; but the programs shall fill the GPU, and all run at once or so
+        many after each other that the last ones do not run alone for long.
+        """
+        enough = max(ENOUGH * 8 // rows, SMS - 4)
+        for level in range(self.levels, 0, -1):
+            programs = units * -(-chunks // 2**level)
+            if enough <= programs <= self.slots or programs >= 1.9 * self.slots:
+                return 2**level
+        return 1
+
+
+def sharing(problem: Problem, plan: Plan) -> Sharing:
+    """From the batch and the heads alone: lengths grow in a generation, and each of these compiles a kernel."""
+    # Twice the rows take twice the registers for each level.
+    levels = max(plan.hopper.levels - (plan.block_m // 8).bit_length() + 1, 0)
+    units = problem.batch_size * problem.num_kv_heads * _row_tiles(problem, plan)
+    programs = units * plan.max_splits // 2**levels
+    fits = [choice for choice in plan.hopper.stages if programs <= choice[1] * SMS]
+    stages, resident = (fits or plan.hopper.stages[-1:])[0]
+    # 16 nodes at once take registers of which more programs an SM have none to spare, and with many rows long loads.
+    fan_in = 4 if plan.block_m > 16 else 16 if fits else 8
+    return Sharing(stages, levels, fan_in, resident * SMS)
+
+
+def _row_tiles(problem: Problem, plan: Plan) -> int:
+    return -(-problem.num_queries * problem.group // plan.block_m)
+
+
 def make_decode_config(
     problem: Problem, plan: Plan, key_step: int, value_step: int, may_split: bool, lse: bool
 ) -> DecodeConfig:
     """What the kernel for this call is compiled for."""
     rows = padded(problem.num_queries * problem.group)
+    shared = sharing(problem, plan)
     return DecodeConfig(
         problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, key_step, value_step, problem.num_kv_heads,
-        problem.group, plan.block_m, -(-problem.num_queries * problem.group // plan.block_m), plan.block_n,
-        plan.num_stages, plan.min_chunk, plan.max_splits, may_split, min(rows, 512 // plan.block_dv),
-        min(plan.max_splits, 16), problem.fp8, problem.range_layout is not None, problem.softcap > 0.0,
-        problem.has_sinks, lse,
+        problem.group, plan.block_m, _row_tiles(problem, plan), plan.block_n, shared.stages, plan.min_chunk,
+        plan.max_splits, may_split, shared.levels, shared.fan_in, min(rows, 8192 // (shared.fan_in * plan.block_dv)),
+        problem.fp8, problem.range_layout is not None, problem.softcap > 0.0, problem.has_sinks, lse,
     )  # fmt: skip
 
 
@@ -48,20 +101,35 @@ def hopper_decode_launch(
     has_lse: bool,
 ) -> DecodeLaunch:
     """Grid, workspace and parameters for tensors with these strides."""
-    num_splits, units, partial = split_sizes(problem, plan)
-    config = make_decode_config(problem, plan, _step(key), _step(value), num_splits > 1, has_lse)
+    chunks = max_splits_for(problem.num_keys, plan)
+    config = make_decode_config(problem, plan, _step(key), _step(value), chunks > 1, has_lse)
+    heads = problem.batch_size * problem.num_kv_heads
+    units = heads * config.row_tiles
+    each = sharing(problem, plan).chunks_each(chunks, units, config.rows)
+    num_splits = -(-chunks // each)
+    num_lines = tree_nodes(num_splits, config.fan_in)
+    partial = heads * num_lines * problem.num_queries * problem.group * (plan.block_dv + 2) if chunks > 1 else 0
     return DecodeLaunch(
         flashcore_hopper_decode,
         num_splits * units,
-        units,
+        max(num_lines - num_splits, 1) * units,
         partial,
         (*_strides(query), *_strides(key), *_strides(value), 0 if key_range is None else key_range.stride(0)),
         (
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
-            *score_factors(problem)[:2],
+            each, num_lines, *score_factors(problem)[:2],
         ),
         (config,),
     )  # fmt: skip
+
+
+def tree_nodes(leaves: int, fan_in: int) -> int:
+    """Nodes on all levels of a tree whose nodes have up to `fan_in` children; one leaf is a tree."""
+    nodes = level = leaves
+    while level > 1:
+        level = -(-level // fan_in)
+        nodes += level
+    return nodes
 
 
 def run_hopper_decode(

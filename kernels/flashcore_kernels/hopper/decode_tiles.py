@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .decode_fp8 import column_of
 from .softmax import tanh
 from .triton_api import copy_async
 
@@ -46,6 +47,13 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
 
 
 @gluon.jit
+def next_block(n, n_end, chunk, end, C: gl.constexpr):
+    """(n, n_end) of the block behind the one at n in a chunk up to n_end: in the same chunk, or in the next."""
+    n = gl.minimum(n + C.block_n, n_end)
+    return n, gl.where(n == n_end, gl.minimum(n_end + chunk, end), n_end)
+
+
+@gluon.jit
 def load_queries(q_smem, Q, b, kv_head, r0, rows, stride_qb, stride_qh, stride_qs, C: gl.constexpr):
     """Bring rows [r0, r0 + R) of a KV head to shared memory: by a copy, or as fp16 beside fp8 keys."""
     R: gl.constexpr = C.rows
@@ -56,20 +64,13 @@ def load_queries(q_smem, Q, b, kv_head, r0, rows, stride_qb, stride_qh, stride_q
     d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     head = Q + (b.to(gl.int64) * stride_qb + (kv_head * C.group).to(gl.int64) * stride_qh) * 8
     at = ((r % C.group).to(gl.int64) * stride_qh + (r // C.group).to(gl.int64) * stride_qs) * 8
+    if C.fp8:
+        d = column_of(d, D)
     mask = (r < rows)[:, None] & (d < C.head_dim)[None, :]
     if C.fp8:
         q_smem.store(gl.load(head + at[:, None] + d[None, :], mask=mask, other=0.0).to(gl.float16))
     else:
         copy_async(q_smem, head + at[:, None] + d[None, :], mask=mask)
-
-
-@gluon.jit
-def widen(source, target):
-    """Copy a tile of e4m3 to another of fp16. Pieces of 8 elements meet no bank of either's memory twice."""
-    BLOCK: gl.constexpr = source.shape[1]
-    LANES: gl.constexpr = BLOCK // 8 if BLOCK < 256 else 32
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    target.store(source.load(LAYOUT).to(gl.float16))
 
 
 @gluon.jit

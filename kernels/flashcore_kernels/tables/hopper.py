@@ -42,19 +42,21 @@ def hopper_configuration(head_dim: int, value_dim: int, num_queries: int, plain:
 
 # The reasons are us on an H200 with Triton 3.6, inside CUDA graphs, for 32 query heads on 8 KV heads if none are named.
 DECODE_ROWS = (
-    HopperDecodeRow(16, 64, 32, 128, 1, 128, 128, "B16 S2048 of 8:8 heads 21.7, with 2 stages 23.6, with 64 keys 22.9"),
     HopperDecodeRow(
-        16, 128, 32, 64, 2, 128, 128,
-        "B1 S2048, B1 S8192, B16 S2048: 7.0, 12.7, 40; 1 stage of 128 keys 6.6, 13.5, 40; 2 of them 6.5, 12.3, 56",
-    ),
-    HopperDecodeRow(16, 256, 16, 64, 1, 128, 128, "76 KiB, 233 registers: two programs an SM; not timed"),
-    HopperDecodeRow(
-        8, 64, 32, 128, 1, 512, 128, "B16 S2048 of 8:8 heads 15.9, with chunks of 128 keys 21.6; 64 keys, 2 stages 17.6"
+        16, 64, 32, 128, ((1, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 20.8; 64 keys in 2 stages 20.7, in 4 24.5"
     ),
     HopperDecodeRow(
-        8, 128, 32, 128, 1, 512, 128, "B16 S2048, B64 S4096: 29.3, 180; 64 keys in chunks of 128 32.6, 177"
+        16, 128, 32, 64, ((2, 3), (1, 4)), 3, 128, 128,
+        "B1 S8192, B16 S2048: 12.5, 35.6, with 3 stages 12.6; B64 S4096 253 with 2 stages, 244 with 1",
     ),
-    HopperDecodeRow(8, 256, 16, 64, 1, 128, 128, "109 KiB, 189 registers: two programs an SM; not timed"),
+    HopperDecodeRow(16, 256, 16, 64, ((1, 2),), 1, 128, 128, "76 KiB: two programs an SM; with 2 levels 3.7 spills"),
+    HopperDecodeRow(
+        8, 64, 32, 64, ((2, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 14.8; 128 keys in 1 stage 18.1, 4 stages 16.4"
+    ),
+    HopperDecodeRow(
+        8, 128, 32, 64, ((2, 4),), 2, 128, 128, "B16 S2048, B64 S4096 22.9, 137; 128 keys in 1 stage 25.5, 145"
+    ),
+    HopperDecodeRow(8, 256, 16, 64, ((1, 2),), 1, 128, 128, "no registers for more levels"),
 )  # fmt: skip
 
 

@@ -66,7 +66,9 @@ class HopperDecodeRow(NamedTuple):
         bits: of an element of K and V.
         rows: most rows (query tokens x group) of a tile.
         block_n: keys of a block.
-        stages: blocks of K and V in shared memory.
+        stages: blocks of K and V in shared memory, and how many of a launch's programs an SM then holds at once: what
+            is best while all of them fit, and last what is best where they do not.
+        levels: of the tree of chunks, that a program merges by itself at the most; one less for 16 rows, two for 32.
         min_chunk, chunks: as in Row.
         why: what speaks for it.
     """
@@ -75,7 +77,8 @@ class HopperDecodeRow(NamedTuple):
     head_dim: int
     rows: int
     block_n: int
-    stages: int
+    stages: tuple[tuple[int, int], ...]
+    levels: int
     min_chunk: int
     chunks: int
     why: str

@@ -1,0 +1,82 @@
+"""e4m3 keys and values on their way from shared memory into wgmma: widened to fp16 in registers, its first operand.
+
+A product does not mind the order of what it sums over, nor in which order its rows lie if whoever reads them knows. So
+each thread takes pieces of a row that lie together, as many bytes at once as its share of a row allows, and calls them
+the columns (of K) or rows (of V^T) that wgmma expects it to hold.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def stored_layout(size):
+    """Of a tile of e4m3 in shared memory, `size` bytes a row: what eight lanes read at once is on different banks."""
+    if size >= 128:
+        return gl.SwizzledSharedLayout(16, 1, 8, [1, 0])
+    return gl.SwizzledSharedLayout(16, 128 // size, size // 16, [1, 0])
+
+
+@gluon.constexpr_function
+def _doubling(axis, first, end):
+    """Bases [0, first], [0, 2 * first], ... (axis 1; [first, 0], ... for axis 0), below `end`."""
+    bases = []
+    while first < end:
+        bases.append([first, 0] if axis == 0 else [0, first])
+        first *= 2
+    return bases
+
+
+@gluon.constexpr_function
+def keys_layout(BN, D):
+    piece = min(D, 128)
+    registers = _doubling(1, 1, piece // 4) + _doubling(1, 128, D) + [[8, 0]] + _doubling(0, 64, BN)
+    lanes = _doubling(1, piece // 4, piece) + [[1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [BN, D])
+
+
+@gluon.constexpr_function
+def values_layout(BN, DV):
+    each = DV // 32
+    registers = _doubling(1, 1, each) + [[1, 0]] + _doubling(0, 8, BN)
+    lanes = [[2, 0], [4, 0]] + _doubling(1, each, 8 * each)
+    return gl.DistributedLinearLayout(registers, lanes, _doubling(1, 8 * each, 32 * each), [], [BN, DV])
+
+
+@gluon.jit
+def load_keys(smem, R: gl.constexpr):
+    """K [N, D] in fp16 as wgmma's first operand, its columns in the order of `column_of`."""
+    BN: gl.constexpr = smem.shape[0]
+    D: gl.constexpr = smem.shape[1]
+    P: gl.constexpr = D if D < 128 else 128
+    LAYOUT: gl.constexpr = keys_layout(BN, D)
+    k = smem.load(LAYOUT).reshape([BN, D // P, 4, P // 16, 2, 2])
+    k = k.permute((0, 1, 3, 4, 2, 5)).reshape([BN, D]).to(gl.float16)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16]), 2)
+    return gl.convert_layout(k, OPERAND)
+
+
+@gluon.jit
+def column_of(d, D: gl.constexpr):
+    """Which column of K (and Q) lies in place d of `load_keys`."""
+    P: gl.constexpr = D if D < 128 else 128
+    piece = d // 16
+    return piece // (P // 16) * P + (d // 2 % 4) * (P // 4) + piece % (P // 16) * 4 + (d // 8 % 2) * 2 + d % 2
+
+
+@gluon.jit
+def load_values(smem, R: gl.constexpr):
+    """V^T [DV, N] in fp16 as wgmma's first operand, its rows in the order of `row_of`."""
+    BN: gl.constexpr = smem.shape[0]
+    DV: gl.constexpr = smem.shape[1]
+    LAYOUT: gl.constexpr = values_layout(BN, DV)
+    v = smem.load(LAYOUT).reshape([BN, 4, 8, DV // 64, 2])
+    v = v.permute((3, 1, 4, 2, 0)).reshape([DV, BN]).to(gl.float16)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16]), 2)
+    return gl.convert_layout(v, OPERAND)
+
+
+@gluon.jit
+def row_of(d, DV: gl.constexpr):
+    """Which column of V lies in row d of `load_values`."""
+    return (d // 16 % 4) * (DV // 4) + d % 8 * (DV // 32) + d // 64 * 2 + d // 8 % 2
