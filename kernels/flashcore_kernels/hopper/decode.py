@@ -98,8 +98,10 @@ def _attend(smem, heads, keys, row_lo, row_hi, score_scale, unit, C: gl.constexp
     for _ in gl.static_range(LEVELS):
         stack = stack + (acc, m, m)
     number = n * 0  # of the chunk
-    whole = (end - n) // chunk
-    blocks = whole * ((chunk + BN - 1) // BN) + (end - n - whole * chunk + BN - 1) // BN
+    blocks = (end - n + BN - 1) // BN
+    if LEVELS > 0:
+        whole = (end - n) // chunk
+        blocks = whole * ((chunk + BN - 1) // BN) + (end - n - whole * chunk + BN - 1) // BN
     # A sequence without keys has one block, of zeros. `coming` is the block that takes this one's place.
     for j in range(gl.maximum(blocks, 1)):
         stage = j % S
@@ -243,8 +245,10 @@ def flashcore_hopper_decode(
         v_smem = gl.allocate_shared_memory(dtype, [S, BN, DV], stored_layout(DV) if C.fp8 else V_LAYOUT)
         q_smem = gl.allocate_shared_memory(wide, [R, D], gl.NVMMASharedLayout.get_default_for([R, D], wide))
         p_smem = gl.allocate_shared_memory(wide, [R, BN], gl.NVMMASharedLayout.get_default_for([R, BN], wide))
-        program_end = gl.minimum(n_begin + chunks_each * chunk, hi)
-        n_end = gl.minimum(n_begin + chunk, program_end)
+        n_end = gl.minimum(n_begin + chunk, hi)
+        program_end = n_end
+        if C.levels > 0:
+            program_end = gl.minimum(n_begin + chunks_each * chunk, hi)
         k_head = K + (b.to(gl.int64) * stride_kb + kv_head.to(gl.int64) * stride_kh) * VEC
         v_head = V + (b.to(gl.int64) * stride_vb + kv_head.to(gl.int64) * stride_vh) * VEC
         bitmap = Range

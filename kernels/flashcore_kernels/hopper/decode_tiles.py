@@ -49,8 +49,12 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
 @gluon.jit
 def next_block(n, n_end, chunk, end, C: gl.constexpr):
     """(n, n_end) of the block behind the one at n in a chunk up to n_end: in the same chunk, or in the next."""
-    n = gl.minimum(n + C.block_n, n_end)
-    return n, gl.where(n == n_end, gl.minimum(n_end + chunk, end), n_end)
+    if C.levels == 0:  # a program has one chunk
+        n += C.block_n
+    else:
+        n = gl.minimum(n + C.block_n, n_end)
+        n_end = gl.where(n == n_end, gl.minimum(n_end + chunk, end), n_end)
+    return n, n_end
 
 
 @gluon.jit
