@@ -73,13 +73,13 @@ def parts(device: str) -> dict:
     def mask():
         return flashcore_mask(
             batch_size=BATCH, q_length=1, kv_length=KEYS, q_offset=KEYS - 1, kv_offset=0, attention_mask=padding,
-            config=config, device=torch.device(device), dtype=dtype,
+            config=config, device=padding.device, dtype=dtype,
         )  # fmt: skip
 
     def mask_without_padding():
         return flashcore_mask(
             batch_size=BATCH, q_length=1, kv_length=KEYS, q_offset=KEYS - 1, kv_offset=0, attention_mask=None,
-            config=config, device=torch.device(device), dtype=dtype,
+            config=config, device=padding.device, dtype=dtype,
         )  # fmt: skip
 
     ranges = mask()

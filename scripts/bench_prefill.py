@@ -132,7 +132,7 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
 
 
 def flashcore(case: Case, x: Inputs, portable: bool = False) -> Callable | None:
-    from flashcore_kernels import attention, make_key_range, op
+    from flashcore_kernels import attention, make_key_range, op, path_counts, prepared
 
     arguments = {"is_causal": case.causal, "window": case.window}
     if case.lengths:
@@ -144,15 +144,22 @@ def flashcore(case: Case, x: Inputs, portable: bool = False) -> Callable | None:
         return attention(*x, **arguments)
 
     def call_portable():
-        # With a Triton that is too old for the Hopper kernel.
-        op.device_of = lambda _: device._replace(triton=(0, 0))
+        # With a Triton that is too old for the Hopper kernel, which no call like this one was served by before.
+        op.device_of, prepared._prepared = (lambda _: device._replace(triton=(0, 0))), prepared_portable
         try:
             return attention(*x, **arguments)
         finally:
-            op.device_of = original
+            op.device_of, prepared._prepared = original, prepared_others
 
-    original = op.device_of
-    return call_portable if portable else call
+    if not portable:
+        return call
+    original, prepared_others, prepared_portable = op.device_of, prepared._prepared, {}
+    path_counts.clear()
+    for _ in range(2):
+        call_portable()
+    if set(path_counts) != {"flashcore_forward"}:
+        raise RuntimeError(f"the portable kernel was to be timed, and {dict(path_counts)} served the call")
+    return call_portable
 
 
 def fa3(case: Case, x: Inputs, forward) -> Callable | None:

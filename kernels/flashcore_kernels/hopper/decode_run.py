@@ -68,8 +68,9 @@ def sharing(problem: Problem, plan: Plan) -> Sharing:
     programs = units * plan.max_splits // 2**levels
     fits = [choice for choice in plan.hopper.stages if programs <= choice[1] * SMS]
     stages, resident = (fits or plan.hopper.stages[-1:])[0]
-    # 16 nodes at once take registers of which more programs an SM have none to spare, and with many rows long loads.
-    fan_in = 4 if plan.block_m > 16 else 16 if fits else 8
+    # 16 nodes at once take registers that four programs an SM do not have (e4m3 of head_dim 64: 133 of 128), nor more
+    # programs than fit, and with many rows long loads.
+    fan_in = 4 if plan.block_m > 16 else 16 if fits and not problem.fp8 else 8
     return Sharing(stages, levels, fan_in, resident * SMS)
 
 
