@@ -27,14 +27,16 @@ def quick_interpreter() -> Iterator[None]:
 
     That is: tracing kernel bodies for coverage; looking for garbage in all of the process; replacing all of
     triton.language by the interpreter's own functions again at each call of one jitted function by another, where the
-    launch has done so; and asking after each sum of ints whether it overflowed. These are Triton's internals: a version
-    that lacks one of them is left as it is. Not for several threads.
+    launch has done so; asking after each sum of ints whether it overflowed; and finding out for each tile anew what its
+    type is called, there and in NumPy. These are Triton's internals: a version that lacks one of them is left as it is.
+    Not for several threads.
     """
     try:
         import triton.language as tl
         from triton.runtime import interpreter
 
         run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+        np_dtype, make_tile_type = interpreter._get_np_dtype, tl.block_type.__init__
         builder = interpreter.interpreter_builder
         options = builder.options
         unchecked = dataclasses.replace(options, sanitize_overflow=False)
@@ -66,10 +68,29 @@ def quick_interpreter() -> Iterator[None]:
         patched.add(modules(function))
         return patch(function)
 
+    np_dtypes = {}
+
+    def np_dtype_once(kind):
+        scalar = kind.element_ty if kind.is_block() else kind
+        if scalar.name not in np_dtypes:
+            np_dtypes[scalar.name] = np_dtype(scalar)
+        return np_dtypes[scalar.name]
+
+    tile_types = {}
+
+    def make_tile_type_once(self, element_ty, shape):
+        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
+        if key not in tile_types:
+            make_tile_type(self, element_ty, shape)
+            tile_types[key] = dict(self.__dict__)
+        self.__dict__ = dict(tile_types[key])
+
     interpreter.GridExecutor.__call__, interpreter._patch_lang = quickly, patch_once
-    builder.options = unchecked
+    tl.block_type.__init__ = make_tile_type_once
+    interpreter._get_np_dtype, builder.options = np_dtype_once, unchecked
     try:
         yield
     finally:
         interpreter.GridExecutor.__call__, interpreter._patch_lang = run, patch
-        builder.options = options
+        interpreter._get_np_dtype, builder.options = np_dtype, options
+        tl.block_type.__init__ = make_tile_type

@@ -29,7 +29,10 @@ def _kernel(X, Out, N: tl.constexpr):
 
 
 def parts() -> tuple:
-    return interpreter.GridExecutor.__call__, interpreter._patch_lang, interpreter.interpreter_builder.options
+    return (
+        interpreter.GridExecutor.__call__, interpreter._patch_lang, interpreter._get_np_dtype,
+        tl.block_type.__init__, interpreter.interpreter_builder.options,
+    )  # fmt: skip
 
 
 def test_same_answer_with_one_patch_a_launch(monkeypatch):
@@ -52,6 +55,15 @@ def test_all_is_as_before_also_after_an_error():
         _kernel[(1,)](torch.ones(4), torch.empty(4), 4)
         raise ZeroDivisionError
     assert parts() == before and sys.gettrace() is tracer and gc.isenabled() == collecting
+
+
+@pytest.mark.parametrize("kind", [tl.int1, tl.float32, tl.bfloat16, tl.float8e4nv, tl.pointer_type(tl.float16)], ids=str)
+def test_numpy_calls_each_type_what_it_did(kind):
+    kinds = kind, tl.block_type(kind, [4, 8])
+    before = [interpreter._get_np_dtype(each) for each in kinds]
+    with quick_interpreter():
+        for _ in range(2):
+            assert [interpreter._get_np_dtype(each) for each in kinds] == before
 
 
 def test_a_triton_without_these_parts_is_left_alone(monkeypatch):
