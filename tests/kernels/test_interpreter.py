@@ -57,7 +57,10 @@ def test_all_is_as_before_also_after_an_error():
     assert parts() == before and sys.gettrace() is tracer and gc.isenabled() == collecting
 
 
-@pytest.mark.parametrize("kind", [tl.int1, tl.float32, tl.bfloat16, tl.float8e4nv, tl.pointer_type(tl.float16)], ids=str)
+KINDS = tl.int1, tl.float32, tl.bfloat16, tl.float8e4nv, tl.pointer_type(tl.float16)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_numpy_calls_each_type_what_it_did(kind):
     kinds = kind, tl.block_type(kind, [4, 8])
     before = [interpreter._get_np_dtype(each) for each in kinds]
