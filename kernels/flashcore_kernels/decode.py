@@ -245,15 +245,6 @@ class DecodeLaunch(NamedTuple):
     constants: tuple
 
 
-def split_sizes(problem: Problem, plan: Plan) -> tuple[int, int, int]:
-    """(programs for each head's tile of rows, such tiles, fp32 elements of the workspace; 0 where nobody splits)."""
-    rows = problem.num_queries * problem.group
-    heads = problem.batch_size * problem.num_kv_heads
-    num_splits = max_splits_for(problem.num_keys, plan)
-    partial = heads * num_splits * rows * (plan.block_dv + 2) if num_splits > 1 else 0
-    return num_splits, heads * triton.cdiv(rows, plan.block_m), partial
-
-
 def decode_launch(
     problem: Problem,
     plan: Plan,
@@ -266,12 +257,15 @@ def decode_launch(
     has_lse: bool,
 ) -> DecodeLaunch:
     """Grid, workspace and parameters for tensors with these strides."""
-    num_splits, units, partial = split_sizes(problem, plan)
+    rows = problem.num_queries * problem.group
+    heads = problem.batch_size * problem.num_kv_heads
+    units = heads * triton.cdiv(rows, plan.block_m)
+    num_splits = max_splits_for(problem.num_keys, plan)
     return DecodeLaunch(
         flashcore_decode,
         num_splits * units,
         units,
-        partial,
+        heads * num_splits * rows * (plan.block_dv + 2) if num_splits > 1 else 0,
         (
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
