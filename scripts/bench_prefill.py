@@ -1,6 +1,6 @@
 """Prefill on one GPU beside its peers: rates of the kernels, and of a whole model's forward.
 
-usage: python scripts/bench_prefill.py --fa3 FOLDER [--peers fa3 cudnn flash flex portable] [--groups ...] [--json F]
+usage: python scripts/bench_prefill.py --fa3 FOLDER [--peers fa3,cudnn,flash,flex,portable] [--groups ...] [--json F]
 
 Every contender gets the same random inputs, which rotate so that none lies in the L2 from the call before. Its output
 is held against float64 on a sample of rows first, by the error rule of the tests; what fails it gets no time. Times are
@@ -362,10 +362,18 @@ def model_rows(rounds: int, forward, layers: int | None) -> Iterator[dict]:
         yield row
 
 
+def peer_names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(PEERS):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    return names
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries")
-    parser.add_argument("--peers", nargs="+", default=["fa3", "cudnn", "flash", "portable"], choices=PEERS)
+    parser.add_argument("--peers", type=peer_names, default=["fa3", "cudnn", "flash", "portable"],
+                        help=f"of {','.join(PEERS)}, with commas between them")  # fmt: skip
     parser.add_argument("--groups", nargs="+", default=["d128", "d64", "d256", "d96", "mla", "more"],
                         choices=["d128", "d64", "d256", "d96", "mla", "more", "model"])  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
