@@ -106,7 +106,7 @@ def plan(problem: Problem, device: Device) -> Plan:
             return _hopper_plan(problem, why)
         why += f"; not the Hopper kernel, because {not_hopper}"
     gaps = problem.mask_kind is not None or problem.range_layout == "rows"
-    row = configuration(kernel, device.arch, problem.dtype, head, gaps)
+    row = configuration(kernel, device.arch, problem.dtype, head, gaps, problem.fp8)
     block_m = row.block_m
     if kernel == "flashcore_decode":
         # One tile holds the whole group and all query tokens where it can; 16 is tl.dot's least.

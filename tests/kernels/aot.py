@@ -24,9 +24,12 @@ from typing import NamedTuple
 # Bytes of shared memory that one block may have (CUDA programming guide, "maximum per thread block").
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
-# Bytes of stack a thread. Spills that stay outside of the loops park values, and cost next to nothing. Within loops
-# ptxas may trade a few for one more block on an SM: it stops at 80 or 128 registers. At 255 it had no choice.
+# Bytes of stack a thread. Spills that stay outside of the loops park values, and cost next to nothing, and so do a few
+# reloads of parked values in loops of several hundred instructions (on an H200 with four, head_dim 256 with a key range
+# is 20 % faster than in tiles that need none). Within loops ptxas may trade a few more for one more block on an SM: it
+# stops at 80 or 128 registers. At 255 it had no choice.
 PARKED_STACK = 128
+PARKED_RELOADS = 4
 OCCUPANCY_STACK = 24
 # Of the Gluon kernel: loads of parked values in a main loop of some 450 instructions. head_dim 192/128 with a key range
 # has most, ten: descriptors of its two pieces of Q, and sums.
@@ -332,7 +335,7 @@ def problems(report: dict) -> list[str]:
     old = is_old(report)
     if old:
         allowed = OLD_STACK
-    elif not report["loop_spills"]:
+    elif report["loop_spills"] <= PARKED_RELOADS:
         allowed = PARKED_STACK
     else:
         allowed = 0 if report["registers"] == 255 else OCCUPANCY_STACK

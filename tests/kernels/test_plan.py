@@ -178,6 +178,16 @@ class TestBlockSizes:
         chosen = plan(problem(**changed), H200)
         assert (chosen.block_m, chosen.block_n) == (row.block_m, row.block_n)
 
+    def test_fp8_has_rows_of_its_own_where_the_table_has_some(self):
+        wide = {"head_dim": 256, "value_dim": 256, "num_queries": 100}
+        portable = H200._replace(triton=(3, 4))
+        chosen = {fp8: plan(problem(**wide, fp8=fp8), portable) for fp8 in (True, False)}
+        for fp8, bits in ((True, 8), (False, 16)):
+            row = next(row for row in TABLES[90] if row[:3] == ("flashcore_forward", bits, 256) and not row.gaps)
+            assert (chosen[fp8].block_m, chosen[fp8].block_n, chosen[fp8].num_warps) == row[3:6]
+        assert chosen[True].block_n != chosen[False].block_n
+        assert configuration("flashcore_forward", 89, torch.float16, 64, fp8=True).bits == 16
+
 
 class TestTables:
     @pytest.mark.parametrize("gaps", [False, True])

@@ -12,11 +12,14 @@ from .row import Row
 TABLES = {80: sm80.ROWS, 86: sm89.ROWS, 89: sm89.ROWS, 90: sm90.ROWS, 100: sm100.ROWS, 120: sm89.ROWS}
 
 
-def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, gaps: bool = False) -> Row:
+def configuration(
+    kernel: str, arch: int, dtype: torch.dtype, head_dim: int, gaps: bool = False, fp8: bool = False
+) -> Row:
     """The row for `kernel` on compute capability `arch` (0: the interpreter), element type and largest head_dim.
 
     `gaps`: keys between the first and the last that a tile sees may be seen by none of its rows (dense masks, a key
-    range for each query). Such calls need registers for the mask, and have smaller tiles.
+    range for each query). Such calls need registers for the mask, and have smaller tiles. `fp8`: keys and values are in
+    e4m3; a row of 8 bits serves them in a table that has some, one of the queries' size in others.
 
     Raises:
         LookupError: no row fits, which a test excludes for everything that `plan` accepts.
@@ -24,7 +27,8 @@ def configuration(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, gap
     listed = [known for known in sorted(TABLES) if known <= arch]
     rows = TABLES[listed[-1] if listed else 80]
     bits = dtype.itemsize * 8
-    for row in rows:
-        if row.kernel == kernel and row.bits == bits and row.gaps == gaps and head_dim <= row.head_dim:
-            return row
+    for size in (8, bits) if fp8 else (bits,):
+        for row in rows:
+            if row.kernel == kernel and row.bits == size and row.gaps == gaps and head_dim <= row.head_dim:
+                return row
     raise LookupError(f"no configuration of {kernel} for sm_{arch}, {bits} bits, head_dim {head_dim}")

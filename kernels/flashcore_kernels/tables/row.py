@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One configuration: for `kernel`, elements of `bits` bits and head dimensions up to `head_dim`.
+    """One configuration: for `kernel`, elements of `bits` bits (of K and V) and head dimensions up to `head_dim`.
 
     `gaps` rows serve calls with a dense mask or a key range for each query, and only those.
 

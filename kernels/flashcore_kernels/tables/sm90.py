@@ -10,10 +10,15 @@ from .row import Row
 
 ROWS = (
     Row("flashcore_forward", 16, 56, 128, 64, 8, 3, "255 registers; 64x64 with 4 warps spills 224 bytes at 40"),
-    Row("flashcore_forward", 16, 64, 64, 64, 4, 3, "323 TFLOP/s; 128x64 331 but spills with a range, with 8 warps 249"),
+    Row("flashcore_forward", 16, 64, 128, 64, 4, 3, "275, 349 TFLOP/s; 64x64 274, 339, with a range 11 % behind"),
     Row("flashcore_forward", 16, 120, 128, 64, 8, 3, "229 registers at 96; 64x64 with 4 warps spills 200 bytes there"),
-    Row("flashcore_forward", 16, 128, 64, 64, 4, 3, "372 TFLOP/s; 128x64 with 8 warps 344, 128x128 318"),
-    Row("flashcore_forward", 16, 256, 128, 32, 8, 2, "237 registers, 128 KiB; 64x64 takes 254 and 161 KiB"),
+    Row("flashcore_forward", 16, 128, 64, 64, 4, 3, "325, 396 TFLOP/s; 128x64x8 warps 313, 398; with a range 8 % less"),
+    Row("flashcore_forward", 16, 256, 128, 64, 8, 2, "308, 397 TFLOP/s; 128x32 221, 270; with a range 20 % behind"),
+    Row("flashcore_forward", 8, 56, 128, 64, 8, 3, "as for 16 bits"),
+    Row("flashcore_forward", 8, 64, 128, 64, 4, 3, "as for 16 bits; 20 % before 64x64 at S2048"),
+    Row("flashcore_forward", 8, 120, 128, 64, 8, 3, "as for 16 bits"),
+    Row("flashcore_forward", 8, 128, 64, 64, 4, 3, "as for 16 bits; 9 % before 128x64 with 8 warps at S2048"),
+    Row("flashcore_forward", 8, 256, 128, 32, 8, 2, "128x64 spills 432 bytes: 6 % faster at S2048, 8 % slower at S512"),
     Row("flashcore_forward", 32, 64, 64, 32, 8, 2, "142 registers, 40 KiB; 64x64 takes 255"),
     Row("flashcore_forward", 32, 128, 64, 16, 8, 2, "184 registers, 52 KiB; 64x32 spills 120 bytes on Triton 3.6"),
     Row("flashcore_forward", 32, 256, 32, 16, 8, 2, "187 registers, 66 KiB; 32x32 spills 40 bytes on Triton 3.6"),
