@@ -71,38 +71,44 @@ def flashcore_attention(
     """
     _refuse_unknown(kwargs)
     query, key, value = _autocast(query, key, value)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and type(module).__module__.rpartition(".")[2] not in _NOT_CAUSAL
     sinks = sinks if s_aux is None else s_aux
-    own_sinks = sinks if sinks is not None and sinks.dim() == 4 else None
-    arguments = {"scale": scaling, "softcap": softcap, "sinks": None if own_sinks is not None else sinks}
+    own_sinks = None
+    if sinks is not None and sinks.dim() == 4:
+        own_sinks, sinks = sinks, None
+    key_range = mask = key_scale = value_scale = window = None
+    causal = False
     if key.dtype == torch.float8_e4m3fn:
-        arguments["key_scale"], arguments["value_scale"] = _scales(key, value)
+        key_scale, value_scale = _scales(key, value)
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q describes one packed row, and query has batch size {query.shape[0]}")
         cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        arguments["key_range"] = _document_ranges(
-            query.shape[2], key.shape[2], cu_seq_lens_q, cu_seq_lens_k, causal, sliding_window
+        key_range = _document_ranges(
+            query.shape[2], key.shape[2], cu_seq_lens_q, cu_seq_lens_k, _is_causal(module, is_causal), sliding_window
         )
     elif attention_mask is None:
-        arguments |= _without_mask(query, key, causal, sliding_window)
+        causal, window = _is_causal(module, is_causal), sliding_window
+        _check_without_mask(query, key, causal)
     elif attention_mask.dim() == 2:
-        arguments["key_range"] = _padding_range(attention_mask, query, key, causal, sliding_window)
+        key_range = _padding_range(attention_mask, query, key, _is_causal(module, is_causal), sliding_window)
     elif attention_mask.dtype == torch.int32:
-        arguments["key_range"] = attention_mask
+        key_range = attention_mask
     else:
-        arguments["mask"] = _fit_mask(attention_mask, key.shape[2])
+        mask = _fit_mask(attention_mask, key.shape[2])
     if position_bias is not None:
-        arguments["mask"] = _add_bias(position_bias, arguments.get("mask"))
+        mask = _add_bias(position_bias, mask)
     if indices is not None:
-        arguments["mask"] = _keep(_chosen_keys(indices, key.shape[2]), arguments.get("mask"))
+        mask = _keep(_chosen_keys(indices, key.shape[2]), mask)
     if block_indices is not None:
         chosen = _chosen_blocks(block_indices, module.config.index_block_size, query.shape[1], key.shape[2])
-        arguments["mask"] = _keep(chosen, arguments.get("mask"))
+        mask = _keep(chosen, mask)
 
     if not (output_attentions or dropout):
-        output, lse = attend(query, key, value, return_lse=own_sinks is not None, **arguments)
+        # By position: in a decode layer, names cost as much as checking them.
+        output, lse = attend(
+            query, key, value, key_range, mask, causal, window, scaling, softcap, sinks, key_scale, value_scale,
+            own_sinks is not None,
+        )  # fmt: skip
         if own_sinks is not None:
             # A sink adds exp(sink) to the denominator: the share that stays is exp(lse) / (exp(lse) + exp(sink)).
             share = torch.sigmoid(lse[..., None] - own_sinks.to(lse.dtype)).to(output.dtype)
@@ -114,17 +120,24 @@ def flashcore_attention(
             "load this model with attn_implementation='eager'"
         )
     path_counts["torch"] += 1
+    arguments = (key_range, mask, causal, window, scaling, softcap, sinks, key_scale, value_scale)
     if output_attentions:
         note_fallback("output_attentions=True asks for the weights, which the kernels never form")
-        output, weights = naive_attention(query, key, value, return_weights=True, **arguments)
+        names = "key_range mask is_causal window scale softcap sinks key_scale value_scale".split()
+        output, weights = naive_attention(query, key, value, return_weights=True, **dict(zip(names, arguments)))
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
     note_fallback("dropout is asked for, which the kernels do not have")
     output, _ = torch_attention(
-        check_problem(query, key, value, **arguments), query, key, value, arguments.get("key_range"),
-        arguments.get("mask"), arguments["sinks"], dropout=dropout, key_scale=arguments.get("key_scale"),
-        value_scale=arguments.get("value_scale"),
+        check_problem(query, key, value, *arguments), query, key, value, key_range, mask, sinks, dropout=dropout,
+        key_scale=key_scale, value_scale=value_scale,
     )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: torch.nn.Module, said: bool | None) -> bool:
+    """Whether a layer is causal, where no mask says what is seen: what the call said, else the layer itself."""
+    causal = getattr(module, "is_causal", True) if said is None else said
+    return causal and type(module).__module__.rpartition(".")[2] not in _NOT_CAUSAL
 
 
 def _refuse_unknown(kwargs: dict) -> None:
@@ -159,15 +172,14 @@ def _scales(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch
     return scales
 
 
-def _without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool, sliding_window: int | None) -> dict:
-    """is_causal and window for a call that came without a mask."""
+def _check_without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool) -> None:
+    """Raise where a call without a mask could mean two things."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     if causal and num_queries > 1 and num_queries != num_keys:
         raise ValueError(
             f"attention_mask is None with {num_queries} causal queries on {num_keys} keys: that can mean the first or "
             "the last of the keys. Pass the 2-D attention_mask of the whole text to the model, or a 4-D mask."
         )
-    return {"is_causal": causal, "window": sliding_window}
 
 
 def _padding_range(

@@ -1,10 +1,13 @@
-"""Zeroed counters for the merge of a decode, which outlive calls, streams and graphs."""
+"""Zeroed counters and room for the partial sums of a decode's merge, which outlive calls, streams and graphs."""
 
 import threading
 
 import torch
 
 POOL = 1 << 20
+# fp32 elements that a stream keeps for partial sums, 4 MiB: decodes of a few sequences, which wait for the host, need
+# less. An allocation takes a tenth of such a call.
+KEPT = 1 << 20
 
 
 class Counters:
@@ -20,6 +23,7 @@ class Counters:
 
     def __init__(self):
         self._buffers: dict[tuple, torch.Tensor] = {}
+        self._partials: dict[tuple, torch.Tensor] = {}  # room for partial sums, a buffer for each stream
         self._pools: dict[tuple, list] = {}  # device -> [zeros, how many are handed out]
         self._lock = threading.Lock()
 
@@ -34,6 +38,19 @@ class Counters:
             with self._lock:
                 buffer = self._buffers[key] = self._take(max(count, 4096), device, may_grow=True)
         return buffer
+
+    def workspace(self, count: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`get`'s zeros, and at least `length` fp32 elements for partial sums, for one launch on the current stream."""
+        if length > KEPT or (device.index is not None and torch.cuda.is_current_stream_capturing()):
+            return self.get(count, device), torch.empty(length, dtype=torch.float32, device=device)
+        key = _stream_of(device)
+        counts, partial = self._buffers.get(key), self._partials.get(key)
+        if counts is None or counts.numel() < count:
+            counts = self.get(count, device)
+        if partial is None:
+            with self._lock:
+                partial = self._partials[key] = _lasting_zeros(KEPT, device).view(torch.float32)
+        return counts, partial
 
     def forget(self, device: torch.device) -> None:
         """Drop the current stream's buffer after a launch that failed."""

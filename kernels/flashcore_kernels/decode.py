@@ -307,8 +307,7 @@ def launch_decode(setup: DecodeLaunch, plan: Plan, tensors: tuple[torch.Tensor |
     partial = count = None
     device = tensors[0].device
     if setup.partial:
-        partial = torch.empty(setup.partial, dtype=torch.float32, device=device)
-        count = counters.get(setup.units, device)
+        count, partial = counters.workspace(setup.units, setup.partial, device)
     arguments = (*tensors, partial, count, *setup.integers)
     try:
         launch(setup.kernel, setup.programs, arguments, setup.scalars, setup.constants, plan)

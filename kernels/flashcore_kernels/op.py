@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -125,6 +126,14 @@ def attend(
     problem = check_problem(
         query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale
     )
+    chosen = None
+    if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in (query, key, value)):
+        chosen = plan(with_alignment(problem, query, key, value), device_of(query.device))
+        # A step of a generation is like the one before but for its length: the kernel is there, and only a launch left.
+        call = _prepared(signature, problem, chosen, tensors, return_lse)
+        if call is not None:
+            path_counts[chosen.kernel] += 1
+            return call(*tensors)
     if problem.needs_grad:
         note_fallback(fallback_reason(problem, Device("torch")))
         path_counts["torch"] += 1
@@ -136,13 +145,24 @@ def attend(
             query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
             return_lse, key_scale, value_scale,
         )  # fmt: skip
-    if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in (query, key, value)):
-        chosen = plan(with_alignment(problem, query, key, value), device_of(query.device))
-        if chosen.kernel == "flashcore_forward":
-            remember(signature, chosen.kernel, functools.partial(_serve, chosen, problem, return_lse))
-        elif chosen.kernel != "torch":
-            prepare(signature, problem, chosen, tensors, return_lse)
+    if chosen is not None:
+        _prepared(signature, problem, chosen, tensors, return_lse)
     return output.transpose(1, 2), lse
+
+
+def _prepared(
+    signature: tuple, problem: Problem, chosen: Plan, tensors: tuple, return_lse: bool
+) -> Callable[..., tuple] | None:
+    """The function that serves calls of this signature from now on, or None while its kernel is not compiled."""
+    if chosen.kernel == "torch":
+        return None
+    if chosen.kernel == "flashcore_forward":
+        call = functools.partial(_serve, chosen, problem, return_lse)
+    else:
+        call = prepare(problem, chosen, tensors, return_lse)
+    if call is not None:
+        remember(signature, chosen.kernel, call)
+    return call
 
 
 def explain(

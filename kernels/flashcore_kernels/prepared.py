@@ -5,6 +5,7 @@ same of every layer. So a call's signature (shapes, strides, dtypes, devices, al
 plans look at) leads to a function that allocates and launches.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -79,25 +80,23 @@ def remember(signature: tuple, kernel: str, call: Callable) -> None:
     _prepared[signature] = kernel, call
 
 
-def prepare(signature: tuple, problem: Problem, plan: Plan, tensors: tuple, return_lse: bool) -> None:
-    """Remember how a call of this signature, which was just served by a kernel, is launched.
-
-    Nothing is remembered where the kernel was not launched from here before.
+def prepare(problem: Problem, plan: Plan, tensors: tuple, return_lse: bool) -> Callable | None:
+    """The function that serves calls like this one by a launch alone, or None where their kernel is not compiled yet.
 
     Args:
         plan: of a decode kernel or of `flashcore_hopper`.
-        tensors: the call's query, key, value, key_range, sinks, key_scale, value_scale.
+        tensors: a call's query, key, value, key_range, sinks, key_scale, value_scale.
     """
     make = _prefill_call if plan.kernel == "flashcore_hopper" else _decode_call
-    call = make(problem, plan, *tensors, return_lse)
-    if call is not None:
-        remember(signature, plan.kernel, call)
+    return make(problem, plan, *tensors, return_lse)
 
 
 def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and_lse) -> Callable | None:
     *scales, return_lse = scales_and_lse
-    shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
-    out = query.new_empty(shape).transpose(1, 2)
+    dtype, device, index = query.dtype, query.device, query.device.index
+    batch_size, num_queries, num_heads = problem.batch_size, problem.num_queries, problem.num_heads
+    shape = (batch_size, num_queries, num_heads, problem.value_dim)
+    out = _allocated(dtype)
     if plan.kernel == "flashcore_hopper_decode":
         from .hopper.decode_run import hopper_decode_launch  # needs Triton
 
@@ -106,11 +105,12 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
     else:
         from .decode import decode_launch
 
-        setup = decode_launch(problem, plan, query, key, value, out, key_range, (0, 0, 0, 0), return_lse)
+        strided = torch.empty(shape, device="meta").transpose(1, 2)
+        setup = decode_launch(problem, plan, query, key, value, strided, key_range, (0, 0, 0, 0), return_lse)
         mask, has_scales = (None,), False
-    lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
-    counts = counters.get(setup.units, query.device) if setup.partial else None
-    partial = query.new_empty(4, dtype=torch.float32) if setup.partial else None
+    float32, length, units = torch.float32, setup.partial, setup.units
+    lse = _allocated(float32) if return_lse else None
+    partial, counts = (_allocated(float32), _allocated(torch.int32)) if length else (None, None)
     scales = scales if has_scales else ()
     pointers = (query, key, value, out, lse, key_range, *mask, sinks, *scales, partial, counts)
     compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
@@ -118,15 +118,13 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
         return None
     run, function, metadata, programs = compiled.run, compiled.function, compiled.packed_metadata, setup.programs
     rest = (*setup.integers, *setup.scalars, *setup.constants)
-    dtype, device, index = query.dtype, query.device, query.device.index
-    lse_shape = (problem.batch_size, problem.num_heads, problem.num_queries)
-    length, units = setup.partial, setup.units
-    raw_stream, empty, float32 = torch._C._cuda_getCurrentRawStream, torch.empty, torch.float32
+    lse_shape = (batch_size, num_heads, num_queries)
+    raw_stream, empty, workspace = torch._C._cuda_getCurrentRawStream, torch.empty, counters.workspace
 
     def call(query, key, value, key_range, sinks, *scales):
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
-        partial = empty(length, dtype=float32, device=device) if length else None
+        counts, partial = workspace(units, length, device) if length else (None, None)
         try:
             # Addresses, where the launcher would ask the driver about each tensor.
             run(
@@ -135,8 +133,7 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
                 None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), *mask,
                 None if sinks is None else sinks.data_ptr(),
                 *([None if scale is None else scale.data_ptr() for scale in scales] if has_scales else ()),
-                None if partial is None else partial.data_ptr(),
-                counters.get(units, device).data_ptr() if length else None, *rest,
+                None if partial is None else partial.data_ptr(), None if counts is None else counts.data_ptr(), *rest,
             )  # fmt: skip
         except BaseException:
             counters.forget(device)
@@ -144,6 +141,12 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
         return output, lse
 
     return call
+
+
+@functools.cache
+def _allocated(dtype: torch.dtype) -> torch.Tensor:
+    """Stands for a tensor that a call will allocate where its compiled kernel is looked up: of that dtype, aligned."""
+    return torch.empty(16, dtype=dtype)
 
 
 def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_and_lse) -> Callable | None:

@@ -59,10 +59,7 @@ def compiled(monkeypatch):
 def prepare(query, key, value, sinks=None, return_lse=False, scales=(None, None), device=A100):
     problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, *scales)
     chosen = plan(with_alignment(problem, query, key, value), device)
-    prepared.prepare(("a call",), problem, chosen, (query, key, value, None, sinks, *scales), return_lse)
-    kernel, call = prepared._prepared.get(("a call",)) or (chosen.kernel, None)
-    assert kernel == chosen.kernel
-    return problem, chosen, call
+    return problem, chosen, prepared.prepare(problem, chosen, (query, key, value, None, sinks, *scales), return_lse)
 
 
 class TestPrepared:
@@ -158,6 +155,7 @@ class TestPrepared:
     def test_a_launch_that_fails_takes_its_counters_with_it(self, compiled, monkeypatch):
         tensors = tensors_of()
         *_, call = prepare(*tensors)
+        call(*tensors, None, None, None, None)
         (before,) = prepared.counters._buffers.values()
         monkeypatch.setattr(compiled, "launches", None)
         with pytest.raises(AttributeError):
@@ -168,15 +166,14 @@ class TestPrepared:
         (after,) = prepared.counters._buffers.values()
         assert before.data_ptr() != after.data_ptr()
 
-    def test_nothing_is_kept_where_no_launch_was_made(self, monkeypatch):
-        monkeypatch.setattr(prepared, "_prepared", {})
+    def test_nothing_is_prepared_where_no_launch_was_made(self):
         assert prepare(*tensors_of())[2] is None
 
-    def test_the_oldest_are_forgotten(self, compiled, monkeypatch):
+    def test_the_oldest_are_forgotten(self, monkeypatch):
+        monkeypatch.setattr(prepared, "_prepared", {"another": print})
         monkeypatch.setattr(prepared, "MOST", 1)
-        prepared._prepared["another"] = print
-        assert prepare(*tensors_of())[2] is not None
-        assert "another" not in prepared._prepared and len(prepared._prepared) == 1
+        prepared.remember("a call", "its kernel", min)
+        assert prepared._prepared == {"a call": ("its kernel", min)}
 
 
 class OnAGpu(torch.Tensor):
@@ -265,6 +262,25 @@ class TestCounters:
         monkeypatch.setattr(torch, "zeros", lambda *size, **kwargs: zeros(*size, dtype=kwargs["dtype"]))
         assert own.counters.get(5, self.GPU).numel() == 5 and own.made == []
 
+    def test_room_for_partial_sums_is_kept_for_a_stream(self, own):
+        """A decode's workspace costs no allocation, and no two launches that may run at once share one."""
+        (count, first), (_, again) = (own.counters.workspace(5, 1000, self.GPU) for _ in range(2))
+        own.stream = 2
+        other_count, other = own.counters.workspace(5, 1000, self.GPU)
+        assert first.dtype == torch.float32 and first.numel() >= 1000 and count.numel() >= 5
+        assert first.data_ptr() == again.data_ptr() != other.data_ptr() and count.data_ptr() != other_count.data_ptr()
+
+    def test_room_that_no_stream_keeps(self, own, monkeypatch):
+        made, empty = [], torch.empty
+        monkeypatch.setattr(torch, "empty", lambda size, **_: made.append(size) or empty(size, dtype=torch.float32))
+        own.counters.workspace(5, 1000, self.GPU)
+        assert not made
+        _, much = own.counters.workspace(5, counters_module.KEPT + 1, self.GPU)
+        own.capturing = True
+        recorded = [own.counters.workspace(5, 1000, self.GPU) for _ in range(2)]
+        assert much.numel() > counters_module.KEPT and len(made) == 3, "much of it, and a graph's, are allocated"
+        assert len({buffer.data_ptr() for pair in recorded for buffer in pair}) == 4
+
     def test_more_than_a_pool_holds(self, own):
         own.counters.get(5, self.GPU)
         assert own.counters.get(50_000, self.GPU).numel() == 50_000
@@ -338,8 +354,8 @@ class TestServedAgain:
     """Prefill calls like one before."""
 
     @pytest.fixture
-    def launches(self, monkeypatch):
-        """What would be launched the long way, on tensors that say they are on a Hopper GPU."""
+    def launches(self, compiled, monkeypatch):
+        """What would be launched the long way, on tensors that say they are on a Hopper GPU; it compiles the kernel."""
         hopper_run = pytest.importorskip("flashcore_kernels.hopper.run")
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
@@ -347,8 +363,16 @@ class TestServedAgain:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
         monkeypatch.setattr(op, "device_of", lambda device: H200)
         monkeypatch.setattr(hopper_run, "_processors", lambda device: 132)
-        caught = []
-        monkeypatch.setattr(hopper_run, "launch", lambda *args: caught.append(args))
+        caught, there = [], set()
+
+        def long_launch(kernel, programs, arguments, scalars, constants, plan):
+            caught.append((kernel, programs, arguments, scalars, constants, plan))
+            there.add(launch._key(kernel, arguments, constants, plan))
+
+        monkeypatch.setattr(hopper_run, "launch", long_launch)
+        monkeypatch.setattr(
+            prepared, "compiled_kernel", lambda *args: compiled if launch._key(*args) in there else None
+        )
         return caught
 
     @pytest.mark.parametrize("return_lse", [False, True])
@@ -423,7 +447,15 @@ class TestServedAgain:
         for each in different:
             op.attention(*each, is_causal=True)
         op.attention(query, key, value)
-        assert not compiled.launches and len(launches) == len(different) + 2 == len(prepared._prepared)
+        assert len(launches) == 2, "float16 is another kernel; the others are launched the short way at once"
+        assert len(launches) + len(compiled.launches) == len(different) + 2 == len(prepared._prepared)
+        others = [each for each in (*different, (query, key, value)) if each[0].dtype == torch.bfloat16]
+        for tensors, arguments in zip(others, compiled.launches, strict=True):
+            for tensor, descriptor in zip(tensors, arguments[9:15:2]):
+                assert (descriptor.shape, descriptor.strides) == (list(tensor.shape), list(tensor.stride()))
+                assert descriptor.base is tensor
+        assert [arguments[26] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
+        compiled.launches.clear()
 
         portable = []
         monkeypatch.setattr(forward, "run_forward", lambda *args: portable.append(args))
