@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 
 import torch
+from flashcore_kernels.ahead import steps_follow
 from transformers.utils import ModelOutput
 
 from .backend import NAME
@@ -242,8 +243,15 @@ class GraphedSteps:
     def step(self, kwargs: dict):
         """A forward with a cache: replayed where it is a decode step that a graph can serve."""
         tokens, cache = kwargs.get("input_ids"), kwargs["past_key_values"]
-        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != 1 or torch.is_grad_enabled():
+        if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():
             return self.original(**kwargs)
+        if tokens.shape[1] != 1:
+            if self.reason_against(cache, kwargs) is not None:
+                return self.original(**kwargs)
+            # Steps are what a prompt is for: their kernels are compiled while its own are.
+            padding = kwargs.get("attention_mask") is not None
+            with steps_follow(fp8=any(layer.fp8 for layer in cache.layers), padding=padding):
+                return self.original(**kwargs)
         reason = self.reason_against(cache, kwargs)
         if reason is None:
             if cache.get_seq_length() == 0:  # a prompt of one token

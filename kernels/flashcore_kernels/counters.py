@@ -41,6 +41,8 @@ class Counters:
 
     def workspace(self, count: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`get`'s zeros, and at least `length` fp32 elements for partial sums, for one launch on the current stream."""
+        if device.type == "meta":  # nothing will be launched
+            return torch.zeros(count, dtype=torch.int32, device=device), torch.zeros(length, device=device)
         if length > KEPT or (device.index is not None and torch.cuda.is_current_stream_capturing()):
             return self.get(count, device), torch.empty(length, dtype=torch.float32, device=device)
         key = _stream_of(device)

@@ -4,12 +4,17 @@
 that it returns costs 5. So the compiled kernel is kept under a key made of what Triton specialises on.
 """
 
+import threading
+from collections import defaultdict
+
 import torch
 
 from .plan import Plan
 from .problem import Problem
 
 _compiled: dict[tuple, object] = {}
+# Held while a kernel is compiled: another thread that wants the same one waits for it. See `ahead`.
+_compiling: defaultdict[tuple, threading.Lock] = defaultdict(threading.Lock)
 LOG2_E = 1.4426950408889634
 
 
@@ -42,7 +47,8 @@ def _specialization(argument) -> object:
 
 def _key(kernel, arguments: tuple, constants: tuple, plan: Plan) -> tuple:
     device = getattr(arguments[0], "base", arguments[0]).device
-    return kernel, device.index, plan.num_warps, plan.num_stages, constants, *map(_specialization, arguments)
+    index = torch.cuda.current_device() if device.type == "meta" else device.index
+    return kernel, index, plan.num_warps, plan.num_stages, constants, *map(_specialization, arguments)
 
 
 def compiled_kernel(kernel, arguments: tuple, constants: tuple, plan: Plan):
@@ -51,7 +57,7 @@ def compiled_kernel(kernel, arguments: tuple, constants: tuple, plan: Plan):
 
 
 def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: tuple, plan: Plan) -> None:
-    """Run `kernel` on the device and stream that are current.
+    """Run `kernel` on the device and stream that are current; on meta tensors only compile it for that device.
 
     Args:
         kernel: a `triton.jit` function whose parameters are `arguments`, `scalars` and `constants`, in this order.
@@ -65,15 +71,24 @@ def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: t
         raise ValueError(f"batch * heads * tiles = {programs} programs are more than a grid holds ({0x7FFFFFFF})")
     grid = (programs, 1, 1)
     device = getattr(arguments[0], "base", arguments[0]).device
-    if device.type != "cuda":  # Triton's interpreter
-        kernel[grid](*arguments, *scalars, *constants)
+    parameters = (*arguments, *scalars, *constants)
+    if device.type not in ("cuda", "meta"):  # Triton's interpreter
+        kernel[grid](*parameters)
         return
     key = _key(kernel, arguments, constants, plan)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](
-            *arguments, *scalars, *constants, num_warps=plan.num_warps, num_stages=plan.num_stages
-        )
-    else:
+        with _compiling[key]:
+            compiled = _compiled.get(key)
+            if compiled is None:
+                options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+                if device.type == "meta":
+                    compiled = kernel.warmup(*parameters, grid=grid, **options)
+                    compiled.run  # noqa: B018 - loads it, and has its launcher compiled
+                    _compiled[key] = compiled
+                else:
+                    _compiled[key] = kernel[grid](*parameters, **options)
+                return
+    if device.type == "cuda":
         # All parameters, constexprs too: Triton before 3.7 raises without them, 3.8 aborts the process.
-        compiled[grid](*arguments, *scalars, *constants)
+        compiled[grid](*parameters)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .ahead import prompt_compiles
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
 from .prepared import find, prepare, remember
@@ -134,6 +135,8 @@ def attend(
         if call is not None:
             path_counts[chosen.kernel] += 1
             return call(*tensors)
+        if chosen.kernel != "torch":
+            prompt_compiles(problem, sinks, query.device, device_of(query.device))
     if problem.needs_grad:
         note_fallback(fallback_reason(problem, Device("torch")))
         path_counts["torch"] += 1
