@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 
 import torch
-from flashcore_kernels.ahead import steps_follow
+from flashcore_kernels import ahead
 from transformers.utils import ModelOutput
 
 from .backend import NAME
@@ -222,6 +222,8 @@ class GraphedSteps:
 
         forward.graphed_steps = self
         model.forward = forward
+        if self.device_reason is None:
+            ahead.begin(next(model.parameters()).device)
         on_new_cache(model, "graphs", self.new_cache)
 
     def __reduce_ex__(self, protocol):
@@ -249,8 +251,7 @@ class GraphedSteps:
             if self.reason_against(cache, kwargs) is not None:
                 return self.original(**kwargs)
             # Steps are what a prompt is for: their kernels are compiled while its own are.
-            padding = kwargs.get("attention_mask") is not None
-            with steps_follow(fp8=any(layer.fp8 for layer in cache.layers), padding=padding):
+            with ahead.steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
                 return self.original(**kwargs)
         reason = self.reason_against(cache, kwargs)
         if reason is None:

@@ -7,6 +7,7 @@ two more before the second token for those of a step. All but the first sixth of
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -28,52 +29,78 @@ SLOTS = 4096
 _steps_follow: ContextVar[dict | None] = ContextVar("flashcore_steps_follow", default=None)
 
 
+def begin(device: torch.device) -> None:
+    """A generation is going to come: import what it needs, and start Triton by one small kernel in the background.
+
+    Triton's start (its driver is C that it compiles, its hash is of all of itself) takes most of a second.
+    """
+    if not _can_compile(device):
+        return
+    # Here, for two threads that import the same modules at once may find them half made.
+    from . import decode, forward, kv_write_kernel  # noqa: F401
+    from .key_range_kernel import run_key_range
+
+    if _device_of(device).arch == 90:
+        from .hopper import decode_run, run  # noqa: F401
+
+    def compile_key_range():
+        words = torch.empty(1, sequence_width(SLOTS), dtype=torch.int32, device="meta")
+        mask, slot = words.new_empty(1, SLOTS, dtype=torch.bool), words.new_empty(1, dtype=torch.int64)
+        run_key_range(words, mask, slot, -1, 0, HEADER_WORDS)
+
+    _in_background(device, compile_key_range)
+
+
 @contextmanager
-def steps_follow(*, fp8: bool = False, padding: bool = True):
+def steps_follow(*, fp8: bool = False):
     """Say that the calls within are those of a prompt, and one-token steps on a preallocated cache come next.
 
     Args:
         fp8: the cache holds float8_e4m3fn.
-        padding: the steps come with a padding mask.
     """
-    token = _steps_follow.set({"fp8": fp8, "padding": padding})
+    token = _steps_follow.set({"fp8": fp8})
     try:
         yield
     finally:
         _steps_follow.reset(token)
 
 
-def prompt_compiles(problem: Problem, sinks: torch.Tensor | None, device: torch.device, kind: Device) -> None:
-    """A call whose kernel is about to be compiled: begin with those of the steps that follow, if any do.
-
-    Args:
-        problem, sinks: the prompt's.
-        device, kind: where it runs.
-    """
+def prompt_compiles(problem: Problem, sinks: torch.Tensor | None, device: torch.device) -> None:
+    """A call on `device` whose kernel is about to be compiled: begin with those of the steps that follow, if any do."""
     expected = _steps_follow.get()
-    if expected is None or not THREADS_MAY_PARSE or kind.kind != "cuda" or kind.triton < TRITON:
-        return
-    if problem.range_layout != "sequence":  # nor will the steps have a KeyRange
+    # Without a KeyRange nor will the steps have one.
+    if expected is None or problem.range_layout != "sequence" or not _can_compile(device):
         return
     _steps_follow.set(None)  # once a prompt: its layers are alike
+    _in_background(device, compile_steps, problem, sinks, _device_of(device), **expected)
+
+
+def _device_of(device: torch.device) -> Device:
+    from .op import device_of  # it needs this file
+
+    return device_of(device)
+
+
+def _can_compile(device: torch.device) -> bool:
+    kind = _device_of(device)
+    return THREADS_MAY_PARSE and kind.kind == "cuda" and kind.triton >= TRITON
+
+
+def _in_background(device: torch.device, call: Callable, *args, **kwargs) -> None:
+    def run():
+        try:
+            with torch.cuda.device(device):
+                call(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - whoever needs the kernel compiles it himself, and gets the error
+            pass
+
     # Not a daemon: the interpreter must not end amid a compilation.
-    threading.Thread(target=_compile, args=(problem, sinks, device, kind), kwargs=expected).start()
+    threading.Thread(target=run).start()
 
 
-def _compile(
-    problem: Problem, sinks: torch.Tensor | None, device: torch.device, kind: Device, fp8: bool, padding: bool
-) -> None:
-    try:
-        with torch.cuda.device(device):
-            compile_steps(problem, sinks, kind, fp8, padding)
-    except Exception:  # noqa: BLE001 - the step itself will compile, and raise
-        pass
-
-
-def compile_steps(problem: Problem, sinks: torch.Tensor | None, kind: Device, fp8: bool, padding: bool) -> None:
+def compile_steps(problem: Problem, sinks: torch.Tensor | None, kind: Device, fp8: bool) -> None:
     """Compile for the current device what one token of every sequence needs in each layer, in a cache's layout."""
-    from .key_range_kernel import run_key_range  # they need Triton
-    from .kv_write_kernel import run_write
+    from .kv_write_kernel import run_write  # needs Triton
     from .op import _launch
 
     batch, heads, kv_heads = problem.batch_size, problem.num_heads, problem.num_kv_heads
@@ -89,16 +116,14 @@ def compile_steps(problem: Problem, sinks: torch.Tensor | None, kind: Device, fp
     value_buffer = new(batch, kv_heads, SLOTS, problem.value_dim, dtype=stored)
     scales = [new(batch, kv_heads, dtype=torch.float32) for _ in "kv"] if fp8 else [None, None]
     slot = new(1, dtype=torch.int64)
-    words = new(batch, sequence_width(SLOTS), dtype=torch.int32)
+    key_range = new(batch, 1, 1, sequence_width(SLOTS), dtype=torch.int32)
     new_key, new_value = token(kv_heads, problem.head_dim), token(kv_heads, problem.value_dim)
     run_write(key_buffer, value_buffer, new_key, new_value, slot, 0, *scales)
-    if padding:
-        run_key_range(words, new(batch, SLOTS, dtype=torch.bool), slot, -1, 0, HEADER_WORDS)
     time.sleep(HEAD_START)
     problem = problem._replace(
         num_queries=1, num_keys=SLOTS, query_start=SLOTS - 1, left=-1, right=-1, range_layout="sequence", fp8=fp8,
         aligned=True,
     )  # fmt: skip
     out = token(heads, problem.value_dim)
-    tensors = (token(heads, problem.head_dim), key_buffer, value_buffer, words[:, None, None], None, sinks, out, None)
+    tensors = (token(heads, problem.head_dim), key_buffer, value_buffer, key_range, None, sinks, out, None)
     _launch(plan(problem, kind), problem, *tensors, *(scales if fp8 else ()))

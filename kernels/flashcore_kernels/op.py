@@ -136,7 +136,7 @@ def attend(
             path_counts[chosen.kernel] += 1
             return call(*tensors)
         if chosen.kernel != "torch":
-            prompt_compiles(problem, sinks, query.device, device_of(query.device))
+            prompt_compiles(problem, sinks, query.device)
     if problem.needs_grad:
         note_fallback(fallback_reason(problem, Device("torch")))
         path_counts["torch"] += 1

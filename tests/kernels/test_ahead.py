@@ -1,5 +1,6 @@
 """What is compiled in the background for a generation's steps: the very kernels that they launch. No GPU is needed."""
 
+import contextlib
 import threading
 
 import pytest
@@ -29,6 +30,9 @@ def keys(monkeypatch):
     for module in (decode, key_range_kernel, kv_write_kernel):
         monkeypatch.setattr(module, "launch", only_ask)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(op, "device_of", lambda device: H200)
+    monkeypatch.setattr(ahead, "THREADS_MAY_PARSE", True)
     monkeypatch.setattr(ahead, "HEAD_START", 0.0)
     return asked
 
@@ -72,14 +76,14 @@ def test_the_kernels_are_those_of_a_step(keys, fp8, features):
     asked = set(keys)
     assert len(asked) == 3
     keys.clear()
-    ahead.compile_steps(problem, sinks, H200, fp8, padding=True)
+    ahead.begin(GPU)
+    wait()
+    assert len(keys) == 1 and keys < asked, "that of KeyRanges, which all models share"
+    ahead.compile_steps(problem, sinks, H200, fp8)
     assert keys == asked
     keys.clear()
-    ahead.compile_steps(problem, sinks, H200, fp8, padding=False)
-    assert len(keys) == 2 and keys < asked, "without padding nobody asks for a KeyRange's kernel"
-    keys.clear()
-    ahead.compile_steps(problem, sinks, H200, not fp8, padding=True)
-    assert keys != asked, "a cache of another dtype has other kernels"
+    ahead.compile_steps(problem, sinks, H200, not fp8)
+    assert len(keys) == 2 and not keys & asked, "a cache of another dtype has other kernels"
 
 
 @pytest.fixture
@@ -87,7 +91,8 @@ def begun(monkeypatch):
     """What was begun in the background."""
     calls = []
     monkeypatch.setattr(ahead, "THREADS_MAY_PARSE", True)
-    monkeypatch.setattr(ahead, "_compile", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(op, "device_of", lambda device: H200)
+    monkeypatch.setattr(ahead, "_in_background", lambda *args, **kwargs: calls.append((args, kwargs)))
     return calls
 
 
@@ -99,37 +104,44 @@ def wait():
 
 def test_only_where_steps_follow(begun):
     problem = prompt()
-    ahead.prompt_compiles(problem, None, GPU, H200)
-    with ahead.steps_follow(fp8=True, padding=False):
+    ahead.prompt_compiles(problem, None, GPU)
+    with ahead.steps_follow(fp8=True):
         for _ in range(3):
-            ahead.prompt_compiles(problem, None, GPU, H200)
-    ahead.prompt_compiles(problem, None, GPU, H200)
-    wait()
-    assert begun == [((problem, None, GPU, H200), {"fp8": True, "padding": False})], "once a prompt"
+            ahead.prompt_compiles(problem, None, GPU)
+    ahead.prompt_compiles(problem, None, GPU)
+    assert begun == [((GPU, ahead.compile_steps, problem, None, H200), {"fp8": True})], "once a prompt"
 
 
-@pytest.mark.parametrize(
-    "kind, layout", [(Device("interpreter"), "sequence"), (Device("cuda", 90, triton=(3, 4)), "sequence"), (H200, None)]
-)
-def test_what_is_not_compiled_ahead(begun, kind, layout):
-    with ahead.steps_follow():
-        ahead.prompt_compiles(prompt()._replace(range_layout=layout), None, GPU, kind)
-    wait()
-    assert not begun
+def test_what_is_not_compiled_ahead(begun, monkeypatch):
+    def ask(layout="sequence"):
+        ahead.begin(GPU)
+        with ahead.steps_follow():
+            ahead.prompt_compiles(prompt()._replace(range_layout=layout), None, GPU)
+        return len(begun)
 
-
-def test_not_on_a_python_whose_threads_must_not_parse(begun, monkeypatch):
-    assert ahead.THREADS_MAY_PARSE, "the fixture says so"
+    assert ask(layout=None) == 1, "a model with dense masks: Triton is started, and that is all"
     monkeypatch.setattr(ahead, "THREADS_MAY_PARSE", False)
-    with ahead.steps_follow():
-        ahead.prompt_compiles(prompt(), None, GPU, H200)
-    wait()
-    assert not begun
+    assert ask() == 1
+    monkeypatch.setattr(ahead, "THREADS_MAY_PARSE", True)
+    for kind in (Device("interpreter"), Device("torch"), Device("cuda", 90, triton=(3, 4))):
+        monkeypatch.setattr(op, "device_of", lambda device, kind=kind: kind)
+        assert ask() == 1
+    monkeypatch.setattr(op, "device_of", lambda device: H200)
+    assert ask() == 3
 
 
 def test_a_failure_is_the_steps_own_to_report(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda device: (_ for _ in ()).throw(RuntimeError("no such GPU")))
-    ahead._compile(prompt(), None, GPU, H200, fp8=False, padding=True)
+    monkeypatch.setattr(threading, "excepthook", lambda error: pytest.fail(f"{error.exc_value} in the background"))
+    reached = threading.Event()
+
+    def fail():
+        reached.set()
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    ahead._in_background(GPU, fail)
+    wait()
+    assert reached.is_set()
 
 
 class Kernel:
