@@ -4,8 +4,10 @@
 that it returns costs 5. So the compiled kernel is kept under a key made of what Triton specialises on.
 """
 
+import functools
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -54,6 +56,26 @@ def _key(kernel, arguments: tuple, constants: tuple, plan: Plan) -> tuple:
 def compiled_kernel(kernel, arguments: tuple, constants: tuple, plan: Plan):
     """The compiled kernel that a `launch` with such arguments made before, or None."""
     return _compiled.get(_key(kernel, arguments, constants, plan))
+
+
+def launcher(compiled) -> tuple[Callable, tuple]:
+    """(call, prefix): `call(*grid, stream, *prefix, *parameters)` launches a compiled kernel.
+
+    Triton's own way looks for scratch memory at every launch, in Python. Where the kernel needs none, the versions
+    whose C function has the arguments that are known here go to it directly.
+    """
+    run, rest = compiled.run, (compiled.packed_metadata, None, None, None)
+    scratch = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
+    if _has_known_launcher() and type(run).__name__ == "CudaLauncher" and scratch == [0, 0]:
+        return run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
+    return run, (compiled.function, *rest)
+
+
+@functools.cache
+def _has_known_launcher() -> bool:
+    import triton
+
+    return triton.__version__.startswith(("3.5.", "3.6."))
 
 
 def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: tuple, plan: Plan) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import _C, Tensor
 
 from .counters import counters
-from .launch import compiled_kernel
+from .launch import compiled_kernel, launcher
 from .plan import Plan
 from .problem import Problem
 
@@ -116,7 +116,7 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
     compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
     if compiled is None:
         return None
-    run, function, metadata, programs = compiled.run, compiled.function, compiled.packed_metadata, setup.programs
+    (run, prefix), programs = launcher(compiled), setup.programs
     rest = (*setup.integers, *setup.scalars, *setup.constants)
     lse_shape = (batch_size, num_heads, num_queries)
     raw_stream, empty, workspace = torch._C._cuda_getCurrentRawStream, torch.empty, counters.workspace
@@ -128,7 +128,7 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
         try:
             # Addresses, where the launcher would ask the driver about each tensor.
             run(
-                programs, 1, 1, raw_stream(index), function, metadata, None, None, None,
+                programs, 1, 1, raw_stream(index), *prefix,
                 query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
                 None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), *mask,
                 None if sinks is None else sinks.data_ptr(),
@@ -162,7 +162,7 @@ def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_an
     compiled = compiled_kernel(flashcore_hopper, pointers, setup.constants, plan)
     if compiled is None:
         return None
-    run, function, metadata, programs = compiled.run, compiled.function, compiled.packed_metadata, setup.programs
+    (run, prefix), programs = launcher(compiled), setup.programs
     rest = (*setup.scalars, *setup.constants)
     dtype, device, index = query.dtype, query.device, query.device.index
     q0, q1, k0, k1, v0, v1, o0, o1 = map(without_base, setup.descriptors)
@@ -172,7 +172,7 @@ def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_an
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
         run(
-            programs, 1, 1, raw_stream(index), function, metadata, None, None, None,
+            programs, 1, 1, raw_stream(index), *prefix,
             on(q0, query), on(q1, query), on(k0, key), on(k1, key), on(v0, value), on(v1, value), on(o0, output),
             on(o1, output), None if lse is None else lse.data_ptr(),
             None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(), *rest,
