@@ -1,7 +1,7 @@
 """Kernels of a generation's steps, compiled in the background while a prompt waits for its own.
 
 A process compiles each kernel at its first call, unless Triton finds it on disk: seconds for a prompt's, then one or
-two more before the second token for those of a step. All but the first sixth of that runs outside of Python's lock.
+two more before the second token for those of a step. Most of that runs outside of Python's lock.
 """
 
 import sys
