@@ -88,6 +88,13 @@ def parts(device: str) -> dict:
         cache.update(key, value, 0)
     scale = HEAD_DIM**-0.5
 
+    def attend():
+        flashcore_attention(layer, query, key, value, ranges, scaling=scale, dropout=0.0, position_ids=None)
+
+    def attend_to_another_length():  # as in the first layer of each step
+        prepared._prepared.clear()
+        attend()
+
     def updating(cache):
         def call():
             cache.update(new, new, 0)
@@ -95,9 +102,8 @@ def parts(device: str) -> dict:
         return call
 
     return {
-        "attention function (adapter's entry to return)": lambda: flashcore_attention(
-            layer, query, key, value, ranges, scaling=scale, dropout=0.0, position_ids=None
-        ),
+        "attention function (adapter's entry to return)": attend,
+        "attention function, first layer of a step (another length than before)": attend_to_another_length,
         "flashcore_kernels.attention alone": lambda: kernel_attention(query, key, value, key_range=ranges, scale=scale),
         **{name: updating(cache) for name, cache in caches.items()},
         "mask function, padded (once a step)": mask,
