@@ -5,7 +5,9 @@ usage: python scripts/bench_decode.py [--json FILE] [--peers FOLDER] [--only TEX
 Each time is that of one call inside a CUDA graph, the median of several replays taken in turn; inputs go round sets
 that together are larger than the L2. FA3 is its best over its splits and packings; "read" the best over 24 settings.
 What flashcore and the peers answer is held against float64 in the same run, and a wrong answer gets no time.
-"flashcore" is called as the peers are, "flashcore_range" as generate() does it: with a KeyRange in device memory.
+"flashcore" is called as the peers are, "flashcore_range" as generate() does it: with a KeyRange in device memory. Where
+there are more slots than keys, its keys begin behind a padding of another length in each sequence and end before slots
+that are not filled yet; the others' are the first ones.
 FP8 cases have keys and values in e4m3 with a scale for each sequence and head; their peers read 16 bits.
 """
 
@@ -28,7 +30,7 @@ CHECKED = 2  # sequences of a batch that are held against float64
 
 
 class Case(NamedTuple):
-    """Q query tokens, the last ones, on S keys: `[B, H, Q, D]` and `[B, Hkv, S, D]`, bfloat16."""
+    """Q query tokens, the last ones, on S keys: `[B, H, Q, D]` and `[B, Hkv, slots, D]` (0: S), bfloat16."""
 
     batch_size: int
     keys: int
@@ -37,6 +39,7 @@ class Case(NamedTuple):
     head_dim: int
     queries: int = 1
     fp8: bool = False
+    slots: int = 0
 
     @property
     def name(self) -> str:
@@ -44,12 +47,12 @@ class Case(NamedTuple):
         tokens = f" Q{self.queries}" if self.queries > 1 else ""
         return (
             f"decode{'-fp8' if self.fp8 else ''} B{self.batch_size} S{self.keys} H{self.heads}:{self.kv_heads} "
-            f"D{self.head_dim}{tokens}"
+            f"D{self.head_dim}{tokens}{f' in {self.slots} slots' if self.slots else ''}"
         )
 
     @property
     def bytes(self) -> int:
-        """Of keys and values."""
+        """Of keys and values that are seen."""
         return 2 * self.batch_size * self.kv_heads * self.keys * self.head_dim * (1 if self.fp8 else 2)
 
 
@@ -61,6 +64,9 @@ CASES = [
     Case(64, 4096, 32, 8, 128, fp8=True), Case(1, 32768, 32, 8, 128, fp8=True),
     Case(1, 8192, 32, 8, 64), Case(16, 4096, 32, 8, 64), Case(1, 8192, 16, 8, 256), Case(16, 4096, 16, 8, 256),
     Case(4, 8192, 32, 1, 128), Case(4, 4096, 28, 4, 128),
+    Case(1, 2048, 32, 8, 128, slots=32768), Case(16, 2048, 8, 8, 64, slots=4096),
+    Case(16, 2048, 32, 8, 128, slots=4096), Case(16, 4096, 32, 8, 64, slots=8192),
+    Case(16, 8192, 32, 8, 128, fp8=True, slots=16384),
 ]  # fmt: skip
 
 
@@ -103,7 +109,8 @@ class Inputs:
 
     def __init__(self, case: Case, seed: int):
         generator = torch.Generator("cuda").manual_seed(seed)
-        shape = (2, case.batch_size, case.kv_heads, case.keys, case.head_dim)
+        slots = case.slots or case.keys
+        shape = (2, case.batch_size, case.kv_heads, slots, case.head_dim)
         self.query = torch.randn(
             case.batch_size, case.queries, case.heads, case.head_dim, device="cuda", generator=generator
         ).bfloat16().transpose(1, 2)  # fmt: skip
@@ -119,23 +126,32 @@ class Inputs:
             for target, part, scale in zip(stored, self.pair, self.scales):
                 target.copy_(quantize(part, scale))
             self.pair = stored
-        self.key, self.value = self.pair
+        self.key, self.value = self.pair[:, :, :, : case.keys]
+        self.first = [b * 197 % (slots - case.keys + 1) for b in range(case.batch_size)]
+        first = torch.tensor(self.first, dtype=torch.int32, device="cuda")
+        end = first + case.keys
         self.range = make_key_range(
-            case.batch_size, case.keys, query_start=case.keys - case.queries, right=0, device="cuda"
+            case.batch_size, slots, first=first, end=end, query_start=end - case.queries, right=0
         )
 
     def options(self) -> dict:
         key_scale, value_scale = self.scales
         return {} if key_scale is None else {"key_scale": key_scale, "value_scale": value_scale}
 
-    def reference(self) -> tuple[torch.Tensor, float]:
+    def reference(self, padded: bool = False) -> tuple[torch.Tensor, float]:
         """Float64 of what is stored (quantising is not the kernel's error), and how far an answer may be from it.
 
         That is twice as far as SDPA's is, and two roundings of the output.
+
+        Args:
+            padded: of the keys that the KeyRange shows, else of the first ones.
         """
+        keys = self.key.shape[2]
+        starts = [first if padded else 0 for first in self.first[:CHECKED]]
         key, value = (
-            part[:CHECKED].double() * (1.0 if scale is None else scale[:CHECKED, :, None, None].double())
-            for part, scale in zip((self.key, self.value), self.scales)
+            torch.stack([part[b, :, first : first + keys] for b, first in enumerate(starts)]).double()
+            * (1.0 if scale is None else scale[:CHECKED, :, None, None].double())
+            for part, scale in zip(self.pair, self.scales)
         )
         query = self.query[:CHECKED]
         exact = naive_attention(query.double(), key, value, is_causal=True)[0]
@@ -152,9 +168,7 @@ def contenders_of(case: Case, inputs: list[Inputs], fa3) -> dict:
     """name -> a call for each set of inputs; each returns `[B, H, Q, D]`."""
     found = {
         "flashcore": [lambda i=i: attention(i.query, i.key, i.value, is_causal=True, **i.options()) for i in inputs],
-        "flashcore_range": [
-            lambda i=i: attention(i.query, i.key, i.value, key_range=i.range, **i.options()) for i in inputs
-        ],
+        "flashcore_range": [lambda i=i: attention(i.query, *i.pair, key_range=i.range, **i.options()) for i in inputs],
     }
     if case.fp8:
         return found
@@ -192,7 +206,10 @@ def readers(case: Case, inputs: list[Inputs]) -> list | None:
     settings = {}
     for programs in (128, 256, 512, 1024, 2048, 4096):
         for block, unroll, warps in ((1024, 4, 4), (2048, 4, 8), (4096, 2, 8), (1024, 8, 4)):
-            calls = [read_call(i.pair.view(torch.int32).view(-1), block, unroll, warps, programs) for i in inputs]
+            words = case.bytes // 4  # side by side, wherever they are
+            calls = [
+                read_call(i.pair.view(torch.int32).view(-1)[:words], block, unroll, warps, programs) for i in inputs
+            ]
             if None not in calls:
                 settings[f"{programs} x {block} x {unroll}, {warps} warps"] = calls
     return best(settings, max(len(inputs), 8))[1] if settings else None
@@ -203,9 +220,9 @@ def measure(case: Case, fa3, rounds: int) -> dict:
     row = {"case": case.name, "unit": "us"}
     inputs = [Inputs(case, seed) for seed in range(benchmarking.rotations(case.bytes))]
     contenders = {}
-    reference, allowed = inputs[0].reference()
     for name, calls in contenders_of(case, inputs, fa3).items():
         try:
+            reference, allowed = inputs[0].reference(padded=name == "flashcore_range")
             largest, rms = benchmarking.errors(calls[0]()[:CHECKED], reference)
         except Exception as error:  # noqa: BLE001 - a peer that cannot is left out, and the row says so
             row[f"{name} failed"] = f"{type(error).__name__}: {error}"[:200]

@@ -120,7 +120,10 @@ def prefill() -> list[str]:
     return [*out, "", f"Medians over the cases, ratios above 1 are faster; {where(record)}."]
 
 
-DECODE = {"flashcore": "flashcore", "fa3": "FlashAttention-3", "cudnn": "cuDNN", "read": "only reading"}
+DECODE = {
+    "flashcore": "flashcore", "flashcore_range": "with a key range", "fa3": "FlashAttention-3", "cudnn": "cuDNN",
+    "read": "only reading",
+}  # fmt: skip
 GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa", "seconds": "first call, s"}
 # Marker in the README -> what stands between its begin and its end.
 SECTIONS = {
