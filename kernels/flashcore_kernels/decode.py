@@ -234,6 +234,7 @@ class DecodeLaunch(NamedTuple):
         units: how many counters the merge needs.
         partial: fp32 elements of the workspace, 0 where no sequence can have two chunks.
         integers, scalars, constants: the parameters behind the pointers, see `launch`.
+        options: of the compiler, see `launch`.
     """
 
     kernel: object
@@ -243,6 +244,7 @@ class DecodeLaunch(NamedTuple):
     integers: tuple
     scalars: tuple
     constants: tuple
+    options: dict = {}
 
 
 def decode_launch(
@@ -310,7 +312,7 @@ def launch_decode(setup: DecodeLaunch, plan: Plan, tensors: tuple[torch.Tensor |
         count, partial = counters.workspace(setup.units, setup.partial, device)
     arguments = (*tensors, partial, count, *setup.integers)
     try:
-        launch(setup.kernel, setup.programs, arguments, setup.scalars, setup.constants, plan)
+        launch(setup.kernel, setup.programs, arguments, setup.scalars, setup.constants, plan, **setup.options)
     except BaseException:
         counters.forget(device)
         raise

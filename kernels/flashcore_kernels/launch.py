@@ -78,7 +78,7 @@ def _has_known_launcher() -> bool:
     return triton.__version__.startswith(("3.5.", "3.6."))
 
 
-def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: tuple, plan: Plan) -> None:
+def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: tuple, plan: Plan, **options) -> None:
     """Run `kernel` on the device and stream that are current; on meta tensors only compile it for that device.
 
     Args:
@@ -88,6 +88,7 @@ def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: t
         scalars: floats, and ints under `do_not_specialize`.
         constants: the constexpr parameters.
         plan: gives num_warps and num_stages.
+        options: more of Triton's, always the same ones with the same constants.
     """
     if programs > 0x7FFFFFFF:
         raise ValueError(f"batch * heads * tiles = {programs} programs are more than a grid holds ({0x7FFFFFFF})")
@@ -103,7 +104,7 @@ def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: t
         with _compiling[key]:
             compiled = _compiled.get(key)
             if compiled is None:
-                options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+                options |= {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
                 if device.type == "meta":
                     compiled = kernel.warmup(*parameters, grid=grid, **options)
                     compiled.run  # noqa: B018 - loads it, and has its launcher compiled

@@ -252,7 +252,7 @@ def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
         def forced(problem, plan):
             return planned(problem, plan)._replace(fan_in=fan_in, stages=stages)
 
-        def chunks_each(self, chunks, units, rows):
+        def chunks_each(self, chunks, units):
             return min(each, 2**self.levels)
 
         monkeypatch.setattr(decode_run, "sharing", forced)

@@ -71,6 +71,7 @@ class Variant(NamedTuple):
     value_dim: int
     features: str
     rows: int = 64  # decode: query tokens x group, which choose the tile's height
+    batch: int = 2  # decode: which chooses how many programs are to fit on an SM
 
     def __str__(self):
         return f"{self.kernel} sm_{self.arch} {self.dtype} {self.head_dim}/{self.value_dim} {self.features} {self.rows}"
@@ -87,7 +88,7 @@ def chosen_plan(variant: Variant):
     queries = 1 if decode else features.get("queries", 4096)
     group = variant.rows if decode else 4
     problem = Problem(
-        batch_size=2, num_heads=8 * group, num_kv_heads=8, num_queries=queries, num_keys=4096,
+        batch_size=variant.batch, num_heads=8 * group, num_kv_heads=8, num_queries=queries, num_keys=4096,
         head_dim=variant.head_dim, value_dim=variant.value_dim,
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
         device_type="cuda", range_layout=features.get("range"), mask_kind=features.get("mask"), scale=1.0,
@@ -200,7 +201,7 @@ def hopper_source(variant: Variant, problem, plan):
 
 
 def hopper_decode_source(variant: Variant, problem, plan):
-    """The GluonASTSource of the variant of `flashcore_hopper_decode`, for the layout that caches have."""
+    """As `hopper_source`, for `flashcore_hopper_decode` and the layout that caches have; and its DecodeConfig."""
     from flashcore_kernels.hopper.decode import flashcore_hopper_decode
     from flashcore_kernels.hopper.decode_run import make_decode_config
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -226,7 +227,8 @@ def hopper_decode_source(variant: Variant, problem, plan):
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.endswith("_scale") else "i32"
-    return GluonASTSource(fn=flashcore_hopper_decode, signature=signature, constexprs=constants, attrs=attributes)
+    code = GluonASTSource(fn=flashcore_hopper_decode, signature=signature, constexprs=constants, attrs=attributes)
+    return code, config
 
 
 def compile_variant(variant: Variant, **override) -> dict:
@@ -236,26 +238,32 @@ def compile_variant(variant: Variant, **override) -> dict:
 
     problem, plan = chosen_plan(variant)
     plan = plan._replace(**override)
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    counted = {}
     began = time.perf_counter()
     if variant.kernel == "flashcore_hopper":
         code = hopper_source(variant, problem, plan)
     elif variant.kernel == "flashcore_hopper_decode":
-        code = hopper_decode_source(variant, problem, plan)
+        from flashcore_kernels.hopper.decode_run import decode_options
+
+        code, config = hopper_decode_source(variant, problem, plan)
+        options |= decode_options(config)
+        counted = {"resident": config.resident}
     else:
         code = source(variant, plan)
-    compiled = triton.compile(
-        code,
-        target=GPUTarget("cuda", variant.arch, 32),
-        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages},
-    )
+    compiled = triton.compile(code, target=GPUTarget("cuda", variant.arch, 32), options=options)
     seconds = time.perf_counter() - began
-    report = variant._asdict() | {
-        "tile": [plan.block_m, plan.block_n, plan.num_warps, plan.num_stages],
-        "triton": triton.__version__,
-        "shared": compiled.metadata.shared,
-        "shared_limit": SHARED_LIMIT[variant.arch],
-        "seconds": round(seconds, 2),
-    }
+    report = (
+        variant._asdict()
+        | {
+            "tile": [plan.block_m, plan.block_n, plan.num_warps, plan.num_stages],
+            "triton": triton.__version__,
+            "shared": compiled.metadata.shared,
+            "shared_limit": SHARED_LIMIT[variant.arch],
+            "seconds": round(seconds, 2),
+        }
+        | counted
+    )
     return report | resources(compiled.asm["cubin"], variant.arch == 90)
 
 
@@ -343,6 +351,12 @@ def problems(report: dict) -> list[str]:
         wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
     if report["stack"] > allowed:
         wrong.append(f"{report['stack']} bytes of stack a thread: registers spill, {report['loop_spills']} in loops")
+    if report.get("resident"):
+        # Of an SM of compute capability 9.0; registers go out by eights, and each program has a KiB for the system.
+        registers = -(-report["registers"] // 8) * 8 * 128
+        fit = min(65536 // registers, 233472 // (report["shared"] + 1024))
+        if fit < report["resident"]:
+            wrong.append(f"{fit} programs fit on an SM, and the launch counts on {report['resident']}")
     # A ptxas that gives up on overlap waits for each wgmma by itself. Triton 3.3 does so without a spill.
     if not old and report.get("wgmma") and report["wgmma_arrive"] > report["wgmma"] / 2:
         wrong.append(f"{report['wgmma_arrive']} warpgroup.arrive for {report['wgmma']} wgmma: they are serialised")
@@ -379,7 +393,8 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
         if kernel in GLUON and "mask" in features:
             continue
         for rows in arguments.rows if kernel in DECODE else (64,):
-            yield Variant(kernel, arch, dtype, int(head_dim), int(value_dim or head_dim), features, rows)
+            for batch in arguments.batch:
+                yield Variant(kernel, arch, dtype, int(head_dim), int(value_dim or head_dim), features, rows, batch)
 
 
 def main() -> int:
@@ -390,6 +405,7 @@ def main() -> int:
     parser.add_argument("--head-dim", nargs="+", default=["64", "128", "256"], help="D, or D/Dv")
     parser.add_argument("--features", nargs="+", default=["none", "range-all", "mask-all"], choices=list(FEATURES))
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64], help="decode: query tokens x group")
+    parser.add_argument("--batch", nargs="+", type=int, default=[2])
     parser.add_argument("--tile", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table")
     arguments = parser.parse_args()
     names = ("block_m", "block_n", "num_warps", "num_stages")

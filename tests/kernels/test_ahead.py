@@ -24,7 +24,7 @@ def keys(monkeypatch):
     pytest.importorskip("flashcore_kernels.hopper.decode_run")
     asked = set()
 
-    def only_ask(kernel, programs, arguments, scalars, constants, plan):
+    def only_ask(kernel, programs, arguments, scalars, constants, plan, **options):
         asked.add(launch._key(kernel, arguments, constants, plan))
 
     for module in (decode, key_range_kernel, kv_write_kernel):

@@ -82,7 +82,7 @@ class TestPrepared:
         assert pointers[8] and pointers[9], "500 keys are several chunks: a workspace and counters"
 
         caught = []
-        monkeypatch.setattr(decode, "launch", lambda *args: caught.append(args))
+        monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
         decode.run_decode(problem, chosen, *second, None, None, sinks, output.transpose(1, 2), lse)
         ((_, full_programs, full, scalars, constants, _),) = caught
         assert programs == full_programs
@@ -109,7 +109,7 @@ class TestPrepared:
         assert pointers[4:9] == (None, None, None, *(None if t is None else t.data_ptr() for t in scales))
 
         caught = []
-        monkeypatch.setattr(decode, "launch", lambda *args: caught.append(args))
+        monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
         decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output.transpose(1, 2), None, *scales)
         ((kernel, full_programs, full, scalars, constants, _),) = caught
         assert programs == full_programs and rest == (*full[11:], *scalars, *constants)

@@ -40,6 +40,7 @@ class DecodeConfig:
         row_tiles: tiles that a KV head's rows take.
         block_n: keys of a block.
         stages: blocks of K and V in shared memory.
+        resident: programs that an SM is to have registers for.
         min_chunk, max_splits: least keys of a chunk, most chunks of a sequence (a power of two).
         may_split: False: no sequence can have more than one chunk, and there is no workspace.
         levels: of the tree that a program can merge by itself: it takes up to 2**levels chunks.
@@ -61,6 +62,7 @@ class DecodeConfig:
     row_tiles: int
     block_n: int
     stages: int
+    resident: int
     min_chunk: int
     max_splits: int
     may_split: bool
@@ -75,7 +77,7 @@ class DecodeConfig:
 
 
 @gluon.jit
-def _attend(smem, heads, keys, row_lo, row_hi, score_scale, unit, C: gl.constexpr):
+def _attend(smem, heads, keys, rows_see, score_scale, unit, C: gl.constexpr):
     """(acc^T [DV, R], m [R], l [R]) of the chunks of a program. Their first blocks are on their way already.
 
     Each chunk has its own sums, from zero; the copies go on from one chunk to the next.
@@ -125,7 +127,7 @@ def _attend(smem, heads, keys, row_lo, row_hi, score_scale, unit, C: gl.constexp
             s = warpgroup_mma(k, q, gl.zeros([BN, R], gl.float32, LAYOUT), use_acc=False, is_async=True)
             v_operand = v.permute((1, 0))
         s = warpgroup_mma_wait(0, deps=[s])
-        p, acc, m, sums = fold_scores(s, acc, m, sums, n, n_end, row_lo, row_hi, bitmap, holes, score_scale, unit, C)
+        p, acc, m, sums = fold_scores(s, acc, m, sums, n, n_end, rows_see, bitmap, holes, score_scale, unit, C)
         p_t.store(p.to(p_smem.dtype))
         if not C.fp8:
             async_copy.wait_group(2 * S - 2)
@@ -284,10 +286,12 @@ def flashcore_hopper_decode(
         token = r // C.group
         row_lo = gl.maximum(first, start + token - left)
         row_hi = gl.minimum(end, start + token + right + 1)
+        all_lo = gl.maximum(first, start + num_queries - 1 - left)  # what all rows see
+        all_hi = gl.minimum(end, start + right + 1)
         acc, m, l = _attend(
             (k_smem, v_smem, q_smem, p_smem), (k_head, v_head, stride_ks, stride_vs),
-            (n_begin, n_end, coming, coming_end, chunk, program_end, bitmap, holes), row_lo, row_hi, score_scale,
-            cap_scale if C.softcap else score_scale, C,
+            (n_begin, n_end, coming, coming_end, chunk, program_end, bitmap, holes), (row_lo, row_hi, all_lo, all_hi),
+            score_scale, cap_scale if C.softcap else score_scale, C,
         )  # fmt: skip
         if C.fp8:
             acc *= value_scale

@@ -27,8 +27,12 @@ def _step(tensor: torch.Tensor) -> int:
 
 
 SMS = 132
-# Fewer programs than this leave bandwidth unused, but where merging many rows costs more.
+THREADS = 128  # of a program
+# Fewer programs than this leave bandwidth unused, but where merging many rows costs more. Of e4m3 it takes twice
+# as many.
 ENOUGH = 256
+# Programs that an SM has registers for, by rows.
+MOST_RESIDENT = {8: 8, 16: 3, 32: 2}
 
 
 class Sharing(NamedTuple):
@@ -38,24 +42,29 @@ class Sharing(NamedTuple):
         stages: blocks of K and V in shared memory.
         levels: a program may take up to 2**levels chunks.
         fan_in: nodes of the tree that are merged at once.
-        slots: programs that run at once.
+        resident: programs that an SM runs at once.
+        enough: programs that use all bandwidth.
     """
 
     stages: int
     levels: int
     fan_in: int
-    slots: int
+    resident: int
+    enough: int
 
-    def chunks_each(self, chunks: int, units: int, rows: int) -> int:
-        """Chunks a program takes, where each of `units` tiles of `rows` rows may have `chunks`.
+    @property
+    def slots(self) -> int:
+        return self.resident * SMS
+
+    def chunks_each(self, chunks: int, units: int) -> int:
+        """Chunks a program takes, where each of `units` tiles of rows may have `chunks`.
 
         The more, the fewer partial sums are written; but the programs shall fill the GPU, and all run at once or so
         many after each other that the last ones do not run alone for long.
         """
-        enough = max(ENOUGH * 8 // rows, SMS - 4)
         for level in range(self.levels, 0, -1):
             programs = units * -(-chunks // 2**level)
-            if enough <= programs <= self.slots or programs >= 1.9 * self.slots:
+            if self.enough <= programs <= self.slots or programs >= 1.9 * self.slots:
                 return 2**level
         return 1
 
@@ -68,10 +77,15 @@ def sharing(problem: Problem, plan: Plan) -> Sharing:
     programs = units * plan.max_splits // 2**levels
     fits = [choice for choice in plan.hopper.stages if programs <= choice[1] * SMS]
     stages, resident = (fits or plan.hopper.stages[-1:])[0]
-    # 16 nodes at once take registers that four programs an SM do not have (e4m3 of head_dim 64: 133 of 128), nor more
-    # programs than fit, and with many rows long loads.
-    fan_in = 4 if plan.block_m > 16 else 16 if fits and not problem.fp8 else 8
-    return Sharing(stages, levels, fan_in, resident * SMS)
+    if resident > 3 and problem.range_layout is not None and not problem.fp8:
+        levels = min(levels, 2)  # with 3 registers spill: B64 S4096 250.5 us, with 2 247.8
+    enough = max(ENOUGH * (16 if problem.fp8 else 8) // plan.block_m, SMS - 4)
+    shared = Sharing(stages, levels, 4, min(resident, MOST_RESIDENT[plan.block_m]), enough)
+    # As many as the longest sequences have, since instructions for more take time. Of many rows, or 16 of e4m3, they
+    # take registers that so many programs do not have.
+    nodes = -(-plan.max_splits // shared.chunks_each(plan.max_splits, units))
+    most = 4 if plan.block_m > 8 else 8 if problem.fp8 else 16
+    return shared._replace(fan_in=min(max(padded(nodes), 4), most))
 
 
 def _row_tiles(problem: Problem, plan: Plan) -> int:
@@ -86,10 +100,18 @@ def make_decode_config(
     shared = sharing(problem, plan)
     return DecodeConfig(
         problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, key_step, value_step, problem.num_kv_heads,
-        problem.group, plan.block_m, _row_tiles(problem, plan), plan.block_n, shared.stages, plan.min_chunk,
-        plan.max_splits, may_split, shared.levels, shared.fan_in, min(rows, 8192 // (shared.fan_in * plan.block_dv)),
+        problem.group, plan.block_m, _row_tiles(problem, plan), plan.block_n, shared.stages, shared.resident,
+        plan.min_chunk, plan.max_splits, may_split, shared.levels, shared.fan_in,
+        min(rows, 8192 // (shared.fan_in * plan.block_dv)),
         problem.fp8, problem.range_layout is not None, problem.softcap > 0.0, problem.has_sinks, lse,
     )  # fmt: skip
+
+
+def decode_options(config: DecodeConfig) -> dict:
+    """What the compiler is told beside the configuration."""
+    # Left alone ptxas takes what it likes. A few registers parked in memory cost less than one program less on each SM.
+    registers = min(65536 // (THREADS * config.resident) // 8 * 8, 255)
+    return {"maxnreg": registers}
 
 
 def hopper_decode_launch(
@@ -106,7 +128,7 @@ def hopper_decode_launch(
     config = make_decode_config(problem, plan, _step(key), _step(value), chunks > 1, has_lse)
     heads = problem.batch_size * problem.num_kv_heads
     units = heads * config.row_tiles
-    each = sharing(problem, plan).chunks_each(chunks, units, config.rows)
+    each = sharing(problem, plan).chunks_each(chunks, units)
     num_splits = -(-chunks // each)
     num_lines = tree_nodes(num_splits, config.fan_in)
     partial = heads * num_lines * problem.num_queries * problem.group * (plan.block_dv + 2) if chunks > 1 else 0
@@ -121,6 +143,7 @@ def hopper_decode_launch(
             each, num_lines, *score_factors(problem)[:2],
         ),
         (config,),
+        decode_options(config),
     )  # fmt: skip
 
 

@@ -28,10 +28,6 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
     column = gl.expand_dims(column, 1)
     keys = n + key + time * KEYS
     there = keys < n_end
-    if C.range:
-        if holes != 0:
-            word = gl.load(bitmap + (keys >> 5), mask=there, other=0)
-            there = there & (((word >> (keys & 31)) & 1) == 1)
     if STEP > 0:
         at = gl.expand_dims(key * STEP, 2) + column + gl.expand_dims(time * (KEYS * STEP), 2)
         at = base + n.to(gl.int64) * STEP + at
@@ -40,10 +36,19 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
         step = stride.to(gl.int64)
         at = gl.expand_dims(key.to(gl.int64) * step * VEC, 2) + column
         at = base + n.to(gl.int64) * step * VEC + at + gl.expand_dims(time * (step * (KEYS * VEC)), 2)
-    mask = gl.expand_dims(there, 2) & (column < SIZE)
     # Reshaping forgets that rows are whole pieces of 16 bytes.
     at = gl.max_contiguous(gl.multiple_of(at.reshape([BN, BLOCK]), [1, 16]), [1, VEC])
-    copy_async(smem, at, mask=gl.max_constancy(mask.reshape([BN, BLOCK]), [1, VEC]))
+    mask = gl.expand_dims(there, 2) & (column < SIZE)
+    # Two copies, so that the one without holes has no mask in registers.
+    if C.range:
+        if holes != 0:
+            word = gl.load(bitmap + (keys >> 5), mask=there, other=0)
+            exist = gl.expand_dims(((word >> (keys & 31)) & 1) == 1, 2) & mask
+            copy_async(smem, at, mask=gl.max_constancy(exist.reshape([BN, BLOCK]), [1, VEC]))
+        else:
+            copy_async(smem, at, mask=gl.max_constancy(mask.reshape([BN, BLOCK]), [1, VEC]))
+    else:
+        copy_async(smem, at, mask=gl.max_constancy(mask.reshape([BN, BLOCK]), [1, VEC]))
 
 
 @gluon.jit
@@ -91,11 +96,13 @@ def _visible(s, n, n_end, row_lo, row_hi, bitmap, holes, C: gl.constexpr):
 
 
 @gluon.jit
-def fold_scores(s, acc, m, sums, n, n_end, row_lo, row_hi, bitmap, holes, score_scale, unit, C: gl.constexpr):
+def fold_scores(s, acc, m, sums, n, n_end, rows_see, bitmap, holes, score_scale, unit, C: gl.constexpr):
     """Fold a block's scores s [N, R] into (m [R], sums [N, R]); returns the probabilities and acc [DV, R] shrunk."""
     if C.softcap:
         s = tanh(s * score_scale)
-    s = _visible(s, n, n_end, row_lo, row_hi, bitmap, holes, C)
+    row_lo, row_hi, all_lo, all_hi = rows_see
+    if (n < all_lo) | (n + s.shape[0] > gl.minimum(n_end, all_hi)) | (holes != 0):
+        s = _visible(s, n, n_end, row_lo, row_hi, bitmap, holes, C)
     m_new = gl.maximum(m, gl.max(s, axis=0) * unit)
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
     m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)

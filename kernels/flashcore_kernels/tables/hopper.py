@@ -43,18 +43,20 @@ def hopper_configuration(head_dim: int, value_dim: int, num_queries: int, plain:
 # The reasons are us on an H200 with Triton 3.6, inside CUDA graphs, for 32 query heads on 8 KV heads if none are named.
 DECODE_ROWS = (
     HopperDecodeRow(
-        16, 64, 32, 128, ((1, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 20.8; 64 keys in 2 stages 20.7, in 4 24.5"
+        16, 64, 32, 128, ((1, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 20.5; 64 keys in 2 stages 20.7, in 4 24.5"
     ),
     HopperDecodeRow(
-        16, 128, 32, 64, ((2, 3), (1, 4)), 3, 128, 128,
-        "B1 S8192, B16 S2048: 12.5, 35.6, with 3 stages 12.6; B64 S4096 253 with 2 stages, 244 with 1",
+        16, 128, 16, 64, ((2, 3), (1, 4)), 3, 128, 128,
+        "B1 S8192, B16 S2048 12.5, 36.4, of 128 keys 12.5, 40.4; B64 S4096 253 with 2 stages, 245 with 1; B4 S8192 of "
+        "32:1 heads 13.4, with 32 rows 15.6",
     ),
     HopperDecodeRow(16, 256, 16, 64, ((1, 2),), 1, 128, 128, "76 KiB: two programs an SM; with 2 levels 3.7 spills"),
     HopperDecodeRow(
-        8, 64, 32, 64, ((2, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 14.8; 128 keys in 1 stage 18.1, 4 stages 16.4"
+        8, 64, 32, 128, ((1, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 13.4; of 64 keys 14.3; chunks of 512 keys 13.4"
     ),
     HopperDecodeRow(
-        8, 128, 32, 64, ((2, 4),), 2, 128, 128, "B16 S2048, B64 S4096 22.9, 137; 128 keys in 1 stage 25.5, 145"
+        8, 128, 16, 64, ((2, 4),), 3, 128, 256,
+        "B16 S2048, B64 S4096 22.9, 137; 128 keys in 1 stage 26.4, 145; B1 S32768 23.5, with 128 chunks 28.6",
     ),
     HopperDecodeRow(8, 256, 16, 64, ((1, 2),), 1, 128, 128, "no registers for more levels"),
 )  # fmt: skip
