@@ -96,7 +96,7 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     if C.softcap:
         s = tanh(s * score_scale)
     if edge:
-        s = hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C.range_layout)
+        s = hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C)
     p, m, alpha = exponents(s, m, unit)
     if not C.ahead:
         p = gl.exp2(p)
@@ -177,7 +177,7 @@ def _first_exponents(s, tile, unit_cap, num_keys, C: gl.constexpr):
     if C.softcap:
         s = tanh(s * score_scale)
     if (left_edge > 0) | (right_edge == 0):
-        s = hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, C.range_layout)
+        s = hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, C)
     m = gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT)
     return exponents(s, m, unit)
 

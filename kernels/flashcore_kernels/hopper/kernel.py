@@ -38,6 +38,7 @@ class Config:
         softcap, sinks, lse: whether there are any.
         query_slots: tiles of Q in shared memory. The output leaves through its queries' slot.
         ahead: a block's exponentials run beside the next block's scores, not beside the product with V before them.
+        short_masks: columns are compared as constants, which takes half of the instructions of a block at an edge.
         consumer_registers, producer_registers: of a thread.
     """
 
@@ -54,6 +55,7 @@ class Config:
     lse: bool
     query_slots: int
     ahead: bool
+    short_masks: bool
     consumer_registers: int
     producer_registers: int
 

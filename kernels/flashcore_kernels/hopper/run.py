@@ -44,7 +44,7 @@ def make_config(problem: Problem, plan: Plan, lse: bool) -> Config:
     return Config(
         *row.head_dim, *row.value_dim, row.block_n, row.consumers, row.stages,
         (None, "sequence", "rows").index(problem.range_layout), problem.softcap > 0.0, problem.has_sinks, lse,
-        row.query_slots, row.ahead, row.consumer_registers, row.producer_registers,
+        row.query_slots, row.ahead, row.short_masks, row.consumer_registers, row.producer_registers,
     )  # fmt: skip
 
 
