@@ -166,8 +166,9 @@ def uses_interface(model_class: type) -> bool:
 
     Read from the source of the file that defines the class, as Transformers itself does: a file with attention classes
     of its own that never asks the registry runs its own attention whatever the name says, and so does one that chooses
-    among classes in a table by the name. A file without attention classes (composite models) says nothing, and the
-    models inside are asked for themselves.
+    among classes in a table by the name, but for the classes beside it that say they take any backend and
+    FlashAttention (DeepSeek-OCR 2's text model). A file without attention classes (composite models) says nothing, and
+    the models inside are asked for themselves.
     """
     module = sys.modules.get(model_class.__module__)
     try:
@@ -175,7 +176,8 @@ def uses_interface(model_class: type) -> bool:
     except (OSError, TypeError):
         return False
     if re.search(r"_CLASSES\[\s*config\._attn_implementation", source):
-        return False
+        names = ("_supports_attention_backend", "_supports_flash_attn")
+        return "ALL_ATTENTION_FUNCTIONS" in source and all(getattr(model_class, name, False) for name in names)
     has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
     return not has_attention or "ALL_ATTENTION_FUNCTIONS" in source
 

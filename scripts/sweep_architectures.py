@@ -145,12 +145,13 @@ def run(args: argparse.Namespace, todo: list, options: list[str], env: dict, tim
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(root), str(root / "kernels")])
     full = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     full.pop("TRITON_INTERPRET", None)
+    envs = [full | env | gpu for gpu in gpus(args.device)]
     console = Console()
     columns = (TextColumn("{task.description:50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(todo))
         for entry, row in sweep(
-            todo, command, full | env, args.jobs, timeout, deadline,
+            todo, command, envs, args.jobs, timeout, deadline,
             lambda entry: progress.update(task, description=entry.name),
         ):  # fmt: skip
             keep(entry, row)
@@ -158,6 +159,16 @@ def run(args: argparse.Namespace, todo: list, options: list[str], env: dict, tim
             if not console.is_terminal or row["status"] == "wrong":
                 line = f"{row['status']:11} {entry.name} {row['reason'][:150]}"
                 console.print(line, markup=False, highlight=False)
+
+
+def gpus(device: str) -> list[dict[str, str]]:
+    """An environment for each visible GPU; a single empty one on the CPU."""
+    if device == "cpu":
+        return [{}]
+    import torch
+
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")]
 
 
 def directories(families: list[str]) -> set[str]:

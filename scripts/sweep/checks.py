@@ -1,9 +1,11 @@
 """One class beside eager: built twice with the same weights, run in every way that it takes, compared."""
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from flashcore_kernels import path_counts
@@ -13,17 +15,39 @@ from flashcore_hf import backend, compat
 
 from .classes import Entry, load_class
 from .configs import tiny_config
-from .inputs import padding, parameters_of, recipes, token_ids
+from .inputs import image_prompts, padding, parameters_of
 from .overrides import OVERRIDES
-from .running import accepted_inputs, build, largest_error, masked, rms_error, run, short, switch_on, tensors, to_half
+from .parts import inside
+from .running import (
+    accepted_inputs,
+    build,
+    converted,
+    largest_error,
+    masked,
+    rms_error,
+    run,
+    short,
+    switch_on,
+    tensors,
+    to_half,
+)
 
 TOLERANCE = 2e-5  # of the largest output, fp32
 NEW_TOKENS = 32
 CONTROL = 100 * TOLERANCE  # a scale that is wrong by half must show at least this much
+RECIPES = 4  # inputs that are tried for one on which it shows
 
 
 class Refused(Exception):
     """flashcore said no; the message is its own."""
+
+
+class Verdict(Exception):
+    """A row's status and reason, before anything could be compared."""
+
+    def __init__(self, status: str, reason: str):
+        super().__init__(reason)
+        self.status, self.reason = status, reason
 
 
 class Watch:
@@ -65,31 +89,16 @@ def sweep_class(entry: Entry, device: str, dtypes: list[str]) -> dict:
     row = {"class": entry.name, "module": entry.module.removeprefix("transformers.models."), "model_type": None}
     row["supports_backend"] = entry.supports_backend
     watch = install_watch()
-    watch.masks.clear()
-    path_counts.clear()
+    forget(watch)
     try:
         model_class = load_class(entry)
         row["model_type"] = getattr(model_class.config_class, "model_type", "") or entry.module.split(".")[2]
-        config = tiny_config(model_class.config_class, entry.name)
-        torch.manual_seed(0)
-        eager = build(model_class, config, "eager")
+        eager, model, kind, inputs, config = subject(model_class, row, watch)
+    except Verdict as verdict:
+        return row | {"status": verdict.status, "reason": verdict.reason}
     except Exception as error:  # noqa: BLE001 - whatever a class raises is why it cannot be built
         return row | {"status": "unbuildable", "reason": short(error)}
-    try:
-        model = build(model_class, config, "flashcore")
-    except Exception as error:  # noqa: BLE001
-        return row | {"status": "refused" if is_refusal(error) else "wrong", "reason": short(error)}
-    switch_on(eager)
-    try:
-        model.load_state_dict(eager.state_dict())
-    except RuntimeError as error:
-        return row | {"status": "unbuildable", "reason": short(error)}
-    # On the CPU, where an index out of range is an exception; on a GPU it would be the end of the process.
-    kind, inputs, reason = accepted_inputs(eager, config)
-    if inputs is None:
-        return row | {"status": "unbuildable", "reason": f"no input was found that its forward takes: {reason}"}
-    eager, model = eager.to(device), model.to(device)
-    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    eager, model, inputs = eager.to(device), model.to(device), converted(inputs, device)
     row["inputs"] = {name: list(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     try:
         checks, verdicts = {}, []
@@ -114,6 +123,98 @@ def sweep_class(entry: Entry, device: str, dtypes: list[str]) -> dict:
     elif reason and len(dtypes) > 1:
         reason = f"{dtype}: {reason}"
     return row | {"status": status, "reason": reason}
+
+
+def subject(model_class: type, row: dict, watch: Watch) -> tuple:
+    """(eager, flashcore's, kind, inputs, config) of a class by itself, or inside a model that has it as a part.
+
+    Raises: Verdict: it cannot be built, has no input, or is refused.
+    """
+    try:
+        return alone(model_class, watch)
+    except Verdict as verdict:
+        if verdict.status != "unbuildable":
+            raise
+        found = _within(model_class, row, watch)
+        if found is None:
+            raise
+        return found
+
+
+def _within(model_class: type, row: dict, watch: Watch) -> tuple | None:
+    """What `subject` returns, of the class inside the first whole that calls it with something that is felt."""
+    best, whole = None, None
+    for eager, path, call, config in islice(inside(model_class), RECIPES):
+        if whole is None or whole[0] is not eager:
+            whole = eager, counterpart(type(eager), config, eager)
+        part, model = (each.get_submodule(path) for each in whole)
+        felt = control_error(model, call, watch)
+        if best is None or felt > best[0]:
+            best = felt, part, model, "other", call, config
+            row["inside"] = f"{type(eager).__name__}.{path}"
+        if felt >= CONTROL:
+            break
+    forget(watch)
+    return best and best[1:]
+
+
+def alone(model_class: type, watch: Watch) -> tuple:
+    """What `subject` returns, of the class by itself."""
+    left_out = OVERRIDES.get(model_class.__name__, {}).get("left_out")
+    if left_out is not None:
+        raise Verdict("unbuildable", left_out)
+    try:
+        config = tiny_config(model_class.config_class, model_class.__name__)
+        torch.manual_seed(0)
+        eager = build(model_class, config, "eager")
+    except Exception as error:  # noqa: BLE001
+        raise Verdict("unbuildable", short(error)) from error
+    model = counterpart(model_class, config, eager)
+    # On the CPU, where an index out of range is an exception; on a GPU it would be the end of the process.
+    refused, best = [], None
+    for kind, inputs in islice(accepted_inputs(eager, config, refused), RECIPES):
+        felt = control_error(model, inputs, watch)
+        if best is None or felt > best[0]:
+            best = felt, kind, inputs
+        if felt >= CONTROL:
+            break  # inputs on which attention matters, or the comparison would prove little
+    forget(watch)
+    if best is None:
+        if model_class.forward is torch.nn.Module.forward:
+            raise Verdict("unbuildable", "it has no forward")
+        why = refused[0] if refused else "none of its parameters is known"
+        raise Verdict("unbuildable", f"no input was found that its forward takes: {why}")
+    return eager, model, *best[1:], config
+
+
+def forget(watch: Watch) -> None:
+    """Counts begin anew."""
+    watch.masks.clear()
+    path_counts.clear()
+
+
+def control_error(model, inputs: dict, watch: Watch) -> float:
+    """How far outputs move when the softmax scale is wrong by half; infinite where the model cannot run."""
+    try:
+        right = tensors(run(model, inputs))
+        with wrong_scale(watch):
+            return largest_error(right, tensors(run(model, inputs)))
+    except Exception:  # noqa: BLE001 - the checks say what it was
+        return math.inf
+
+
+def counterpart(model_class: type, config, eager):
+    """The same model on flashcore, with the same weights."""
+    try:
+        model = build(model_class, config, "flashcore")
+    except Exception as error:  # noqa: BLE001
+        raise Verdict("refused" if is_refusal(error) else "wrong", short(error)) from error
+    switch_on(eager)
+    try:
+        model.load_state_dict(eager.state_dict())
+    except RuntimeError as error:
+        raise Verdict("unbuildable", short(error)) from error
+    return model
 
 
 def paths(watch: Watch) -> dict[str, int]:
@@ -156,7 +257,8 @@ class Comparison:
             self.steps("decode", inputs, takes, [9, 1, 1, 1, 1])
         if "position_ids" in takes and not encoder_decoder:
             positions = torch.cat([torch.arange(6), torch.arange(4), torch.arange(3)])[None].to(self.device)
-            packed = {name: value[:1] for name, value in inputs.items() if name != "attention_mask"}
+            packed = {name: value[:1] if isinstance(value, torch.Tensor) else value
+                      for name, value in inputs.items() if name != "attention_mask"}  # fmt: skip
             self.forward("packed", {**packed, "position_ids": positions}, None, use_cache=False)
         self.images(inputs, takes, config)
         if hasattr(self.model, "generate") and getattr(self.model, "can_generate", lambda: False)():
@@ -246,13 +348,9 @@ class Comparison:
 
     def control(self, inputs: dict) -> None:
         """A scale that is wrong by half must show, or the comparison proves nothing."""
-        try:
-            right = tensors(run(self.model, inputs))
-            with wrong_scale(self.watch):
-                error = largest_error(right, tensors(run(self.model, inputs)))
-        except Exception:  # noqa: BLE001 - the checks say what it was
-            return
-        self.checks["control"] = float(f"{error:.1e}")
+        error = control_error(self.model, inputs, self.watch)
+        if math.isfinite(error):
+            self.checks["control"] = float(f"{error:.1e}")
 
     def steps(self, name: str, inputs: dict, takes: dict, lengths: list[int]) -> None:
         """Prefill in pieces, or decode given tokens one at a time, on the cache that the model makes itself."""
@@ -280,23 +378,9 @@ class Comparison:
 
     def images(self, inputs: dict, takes: dict, config) -> None:
         """An image among the tokens, where the model says how many tokens it makes of it."""
-        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        if token is None or "pixel_values" not in takes or not hasattr(self.eager, "get_image_features"):
-            return
-        for _, more in recipes(self.eager, config):
-            if "pixel_values" not in more or "input_ids" in more:
-                continue
-            more = {name: value.to(self.device) for name, value in more.items()}
+        for ask in image_prompts(self.eager, config):
+            ask = converted(ask, self.device)
             try:
-                with torch.no_grad():
-                    features = tensors(self.eager.get_image_features(**more))
-                count = max(t.shape[:-1].numel() for t in features)
-                ids = torch.cat([token_ids(1, 4), torch.full((1, count), token), token_ids(1, 5, seed=7)], 1)
-                ids = ids.to(self.device)
-                ask = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
-                for name in ("token_type_ids", "mm_token_type_ids"):
-                    if name in takes:
-                        ask[name] = (ids == token).long()
                 run(self.eager, ask)
             except Exception as error:  # noqa: BLE001 - the next shape may do
                 self.checks["image"] = f"not for eager: {short(error)[:120]}"
@@ -328,7 +412,12 @@ class Comparison:
             return
         same = expected.sequences.shape == got.sequences.shape and torch.equal(expected.sequences, got.sequences)
         self.checks[name] = same
-        if not same:
+        if same:
+            return
+        sdpa = self.sdpa_answer(call)
+        if sdpa is not None and torch.equal(sdpa.sequences, got.sequences):
+            self.unstable.append(f"{name}: eager's tokens and sdpa's differ, and flashcore's are sdpa's")
+        else:
             self.explain_tokens(name, expected, got)
 
     def explain_tokens(self, name: str, expected, got) -> None:

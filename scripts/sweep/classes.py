@@ -15,6 +15,8 @@ _HEADS = re.compile(
     r"ImageTextRetrieval|ImageAndTextRetrieval|Classification|Regression|QuestionAnsweringSimple|"
     r"TimeSeriesClassification|Pretraining|MaskGeneration|TextRecognition))$"
 )
+# Nothing is ever made of these; some are old names.
+_ABSTRACT = re.compile(r"Pre[Tt]rained\w*Model")
 # Their base model is inside them.
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -72,7 +74,7 @@ def all_entries() -> tuple[list[Entry], dict[str, str]]:
         for name, member in vars(module).items():
             if not (isinstance(member, type) and issubclass(member, PreTrainedModel)):
                 continue
-            if member.__module__ != module_name or _HEADS.search(name) or name in covered:
+            if member.__module__ != module_name or _HEADS.search(name) or _ABSTRACT.search(name) or name in covered:
                 continue
             causal = name.endswith("ForCausalLM")
             backend = bool(getattr(member, "_supports_attention_backend", False))

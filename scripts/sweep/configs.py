@@ -21,7 +21,8 @@ _WIDTH = re.compile(
     r"(^|_)(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_dim|embedding_size|projection_dim|proj_dim|"
     r"out_hidden_size|output_dim|word_embed_proj_dim|projection_size|model_dim|dim_model|attention_hidden_size|"
     r"input_feat_size|lru_width|hidden_size_global|encoder_dim|decoder_dim|projector_hidden_size|vit_dim|"
-    r"projector_input_dim|projector_output_dim|attention_dim|output_proj_dims|cross_hidden_size)$|^dim$"
+    r"projector_input_dim|projector_output_dim|adapter_input_size|adapter_in_dim|adapter_out_dim|condition_dim|"
+    r"contrastive_hidden_size|encoder_hidden_dim|attention_dim|output_proj_dims|cross_hidden_size)$|^dim$"
 )
 _INNER = re.compile(
     r"(^|_)(intermediate_size|ffn_dim|d_ff|mlp_dim|ffn_hidden_size|n_inner|dff|intermediate_size_mlp|"
@@ -48,17 +49,21 @@ _SMALL = {
     "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "index_n_heads": 2,
     "index_head_dim": 16, "index_topk": 4, "index_block_size": 4, "index_topk_blocks": 2, "index_kpool": 2,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
+    "num_frames": 4,
     "altup_num_inputs": 2, "laurel_rank": 8, "zero_expert_num": 2, "image_size": 32, "pretrain_image_size": 32,
     "patch_size": 8, "num_mel_bins": 16, "n_mel_bins": 16, "mel_dim": 16, "max_source_positions": 20,
     "codebook_size": 64, "num_codebooks": 4, "max_window_layers": 1, "no_rope_layer_interval": 2,
     "conv_depthwise_kernel_size": 5, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
     "subsampling_conv_channels": 16, "fpn_hidden_size": 64, "num_query_tokens": 4, "num_queries": 8,
-    "type_vocab_size": 2,
+    "type_vocab_size": 2, "base_channels": 32, "resolution": 32, "num_filters": 8, "upsample_groups": 16,
+    "vector_quantization_hidden_dimension": 16, "codebook_dim": 16, "encoder_hash_byte_group_vocab": 500,
     "embedding_rank": 16, "gated_norm_rank": 8, "hc_lowrank": 16, "o_lora_rank": 16, "o_groups": 2,
     "router_hidden_size": 16, "mamba_ngroups": 1, "adapter_rank": 8, "pooler_output_size": 64,
     "global_pointer_head_size": 16, "layer_group_size": 2, "num_image_tokens": 16, "downsample_hidden_size": 64,
     "xvector_output_dim": 32, "classifier_proj_size": 32, "num_position_embeddings": 64, "share_expert_dim": 32,
 }  # fmt: skip
+_STAGES = ("depths", "num_heads", "num_attention_heads", "embed_dim_per_stage", "blocks_per_stage")
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 _KEPT = ("num_feat_extract_layers",)
 # Fields whose default, None, is no model that works.
 _UNSET = {"head_dim": HEAD_DIM, "num_experts_per_tok": 2, "n_routed_experts": 4, "v_head_dim": 12}
@@ -133,13 +138,15 @@ class _TokenIds:
 def _shrunk(config: PretrainedConfig, width: int, token_ids: _TokenIds) -> dict:
     """What to pass to the config's class for a small one: changed fields alone, so that derived ones are derived."""
     fields = _fields(config)
+    # Models in stages have lists of widths and heads that fit one another: they are small enough by their depths.
+    staged = any(isinstance(fields.get(name), (list, tuple)) for name in _STAGES)
     heads, kv_heads = head_counts(*_head_fields(fields))
     if width % heads:
         heads, kv_heads = 4, min(kv_heads, 4)
     changes = {}
     for name, value in fields.items():
         if isinstance(value, PretrainedConfig):
-            inner = value.__class__(**_shrunk(value, width, token_ids))
+            inner = value.__class__(**_with_levels({**_chosen(value), **_shrunk(value, width, token_ids)}))
             changes[name] = {**inner.to_dict(), "model_type": inner.model_type}
         elif name in _INITIALISERS and isinstance(value, float):
             changes[name] = math.sqrt(2 / width)
@@ -147,9 +154,14 @@ def _shrunk(config: PretrainedConfig, width: int, token_ids: _TokenIds) -> dict:
             changes[name] = 0.0
         elif value is None and name in _UNSET:
             changes[name] = _UNSET[name]
+        elif isinstance(value, (list, tuple)) and value and name.endswith("_in_channels") and not staged:
+            if all(each == fields.get("d_model", fields.get("hidden_size")) for each in value):
+                changes[name] = [width] * len(value)
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
         else:
+            if staged and "proj" not in name and (_WIDTH.search(name) or _HEADS.search(name) or _LAYERS.search(name)):
+                continue
             small = _small(name, value, width, heads, kv_heads, token_ids)
             if small is not None and small != value:
                 changes[name] = small
@@ -159,6 +171,33 @@ def _shrunk(config: PretrainedConfig, width: int, token_ids: _TokenIds) -> dict:
     override = OVERRIDES.get(config.model_type, {})
     changes |= _ropes(fields, changes.get("head_dim") or width // heads, override.get("mrope", False))
     return _merge({**override.get("before", {}), **changes}, override.get("config", {}))
+
+
+def _chosen(config: PretrainedConfig) -> dict:
+    """What the whole model chose for its part beyond the part's own defaults, such as a backbone's name and levels."""
+    try:
+        default = config.__class__(**OVERRIDES.get(config.model_type, {}).get("before", {}))
+    except Exception:  # noqa: BLE001 - a part that only the whole can make
+        return {}
+    own = _fields(default)
+    chosen = {
+        name: value for name, value in _fields(config).items()
+        if not isinstance(value, PretrainedConfig) and (name not in own or own[name] != value)
+        and name not in ("stage_names", "transformers_version", "model_type")
+    }  # fmt: skip
+    levels = getattr(config, "out_indices", None)
+    if levels is not None and levels != getattr(default, "out_indices", None):
+        chosen["out_indices"] = list(levels)
+    return chosen
+
+
+def _with_levels(changes: dict) -> dict:
+    """A backbone of identical layers whose features are taken at some of them: one layer for each."""
+    name = next((name for name in _DEPTHS if name in changes), None)
+    levels = changes.get("out_indices")
+    if name is None or not levels or max(levels) <= changes[name]:
+        return changes
+    return {**changes, name: len(levels), "out_indices": list(range(1, len(levels) + 1))}
 
 
 def _small(name: str, value: int, width: int, heads: int, kv_heads: int, token_ids: _TokenIds) -> int | None:
@@ -197,9 +236,7 @@ def _small(name: str, value: int, width: int, heads: int, kv_heads: int, token_i
 
 def _layer_lists(fields: dict, changes: dict) -> dict:
     """Lists with an entry a layer keep one layer of each kind, at least two layers."""
-    depth_name = next(
-        (n for n in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth") if n in fields), None
-    )
+    depth_name = next((name for name in _DEPTHS if name in fields), None)
     depth = fields.get(depth_name)
     lists = {
         name: value for name, value in fields.items()

@@ -1,7 +1,7 @@
 """What the patterns of configs.py do not get right, by model_type or class name, with the reason where it is not plain.
 
 `before`: keywords of the default configuration, where that cannot be made without; `config`: keywords of the small one;
-`mrope`: whether rotary sections must be made; `inputs`: a function from the config to the inputs of a forward;
+`mrope`: whether rotary sections must be made; `left_out`: why a class is not checked by design;
 `reference_defect`: (version, why) before which eager is not what the model means.
 """
 
@@ -11,6 +11,14 @@ _SHARED_KV = {"config": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
 # The rotary sections' default is that of head_dim 128, in the code instead of the configuration.
 _MROPE = {"mrope": True}
 _MLA_HEAD_DIM = {"config": {"head_dim": 8}}
+_DRAFT = {"left_out": "a draft model: it reads the cache of the model that it drafts for"}
+_SESSION = {"left_out": "it runs on a session that keeps the frames of a video; its parts are checked by themselves"}
+# The default is a vision transformer of full size, which timm builds by name.
+_TIMM_VIT = {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336",
+                               "model_args": {"embed_dim": 64, "num_heads": 4, "img_size": [28, 28], "depth": 2,
+                                              "global_pool": "", "use_post_transformer_norm": False,
+                                              "init_values": 0.1, "ref_feat_shape": [2, 2]}}}  # fmt: skip
+_CODES = range(110, 142)  # token ids of an image's codes
 
 OVERRIDES: dict[str, dict] = {
     **{name: _MROPE for name in (
@@ -56,8 +64,8 @@ OVERRIDES: dict[str, dict] = {
                               "hidden_size": 64, "trigram_input": False, "use_bottleneck": False}},
     "gemma4_assistant": {"before": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
                                              "vocab_size_per_layer_input": 0}}},
-    "sapiens2": {"config": {"image_size": 32}},
-    "efficientloftr": {"config": {"hidden_size": 256}},
+    "sapiens2": {"config": {"image_size": 32, "num_key_value_heads_per_layer": [4, 2]}},
+    "efficientloftr": {"config": {"hidden_size": 256, "num_attention_heads": 8}},
     "lw_detr_vit": {"config": {"image_size": 64, "num_windows": 4}},
     "dbrx": {"config": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
                         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}}},
@@ -65,6 +73,55 @@ OVERRIDES: dict[str, dict] = {
     "csm_depth_decoder_model": {"config": {"num_codebooks": 32, "max_position_embeddings": 33}},
     "xmod": {"config": {"default_language": "en_XX"}},
     "nemotron": {"config": {"num_key_value_heads": 2}},
+    "Gemma4AssistantForCausalLM": _DRAFT,
+    "Gemma4UnifiedAssistantForCausalLM": _DRAFT,
+    "MuseGlimmerAssistantModel": _DRAFT,
+    "Sam2VideoModel": _SESSION,
+    "Sam3VideoModel": _SESSION,
+    "Sam3TrackerVideoModel": _SESSION,
+    "EdgeTamVideoModel": _SESSION,
+    "blip-2": {"config": {"image_token_index": 150}},
+    "instructblip": {"config": {"image_token_index": 150}},
+    "instructblipvideo": {"config": {"video_token_index": 150}},
+    "BridgeTowerForContrastiveLearning": {"config": {"contrastive_hidden_size": 64, "logit_scale_init_value": 2.6}},
+    "chameleon": {"config": {
+        "vq_config": {"num_embeddings": len(_CODES)},
+        "vocabulary_map": {"<image>": 101} | {
+            "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z": token
+            for code, token in enumerate(_CODES)}}},
+    "emu3": {"config": {
+        "vq_config": {"codebook_size": len(_CODES)},
+        "vocabulary_map": {"<image>": 101, "<|extra_200|>": 102} | {
+            f"<|visual token {code:06d}|>": token for code, token in enumerate(_CODES)}}},
+    "diffusion_gemma_text": {"config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "diffusion_gemma": {"config": {"canvas_length": 8}},
+    "deepseek_ocr2_text": {"config": {"mlp_layer_types": ["dense", "sparse"], "n_group": 1, "topk_group": 1}},
+    "dpt": {"config": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}},
+    "clipseg": {"config": {"extract_layers": [0, 1]}},
+    "clap_audio_model": {"config": {"num_mel_bins": 64}},
+    "ernie4_5_vl_moe_text": _MROPE,
+    "step3p5": {"config": {"sliding_window": 6}},
+    "esmc": {"config": {"vocab_size": 160}},
+    "rt_detr_resnet": {"config": {"depths": [1, 1, 1, 1]}},
+    "resnet": {"config": {"depths": [1, 1, 1, 1]}},
+    "fun_asr_nano": {"config": {"adaptor_config": {"intermediate_size": 16}}},
+    "molmo2_adapter": {"config": {"vision_feature_layer": [1, 0]}},
+    "molmo2_vision": {"config": {"image_size": [32, 32], "num_position_embeddings": 16}},
+    "pix2struct_text_model": {"config": {"initializer_range": 0.18}},
+    "qwen3_omni_moe_talker_text": {"config": {"shared_expert_intermediate_size": 32}},
+    "Blip2TextModelWithProjection": {"config": {"qformer_config": {"use_qformer_text_input": True}}},
+    # A mask head's channels, a width and a channel a head, come in groups of eight.
+    **{name: {"config": {"encoder_attention_heads": 8, "decoder_attention_heads": 8}}
+       for name in ("DetrForSegmentation", "ConditionalDetrForSegmentation")},
+    "perception_lm": {"config": _TIMM_VIT},
+    "pe_video_encoder": {"config": _TIMM_VIT},
+    "hunyuan_vl_text": _MROPE,
+    "granite4_vision": {"config": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"}},
+    "moonshine_streaming": {"config": {"num_key_value_heads": 4}},
+    "openai_privacy_filter": {"config": {"num_key_value_heads": 1}},
+    "align_vision_model": {"config": {"width_coefficient": 0.2, "depth_coefficient": 0.4}},
+    "llama4_vision_model": {"config": {"intermediate_size": 256}},
+    "mllama_vision_model": {"config": {"intermediate_layers_indices": [0, 1]}},
     "qwen4_exp_text": {"config": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
                                   "indexer_budget": 4, "indexer_compress_ratio": 1}},
 }  # fmt: skip

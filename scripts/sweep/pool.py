@@ -70,14 +70,14 @@ class _Worker:
 
 
 def sweep(
-    entries: list[Entry], command: list[str], env: dict[str, str], jobs: int, timeout: float, deadline: float,
+    entries: list[Entry], command: list[str], envs: list[dict[str, str]], jobs: int, timeout: float, deadline: float,
     on_start: Callable[[Entry], None] = lambda entry: None,
 ) -> Iterator[tuple[Entry, dict]]:  # fmt: skip
     """Yield (entry, row) as they are finished, in any order.
 
     Args:
         command: starts a worker (see `work`).
-        env: of the workers.
+        envs: of the workers, in turn: one for each GPU.
         jobs: processes at a time.
         deadline: of time.monotonic(), after which no class is begun.
         timeout: seconds for one class; one that takes longer, or kills its worker, is "unbuildable" with that reason.
@@ -88,7 +88,7 @@ def sweep(
     done: queue.SimpleQueue[tuple[Entry, dict] | None] = queue.SimpleQueue()
     again: set[Entry] = set()
 
-    def serve() -> None:
+    def serve(env: dict[str, str]) -> None:
         worker = None
         try:
             while True:
@@ -129,7 +129,10 @@ def sweep(
                 worker.end()
             done.put(None)
 
-    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(jobs, len(entries)))]
+    threads = [
+        threading.Thread(target=serve, args=(envs[number % len(envs)],), daemon=True)
+        for number in range(min(jobs, len(entries)))
+    ]
     for thread in threads:
         thread.start()
     running = len(threads)

@@ -2,8 +2,10 @@
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import GenerationConfig
 
 from .inputs import parameters_of, recipes
@@ -27,27 +29,33 @@ def build(model_class: type, config, implementation: str):
 
 @torch.no_grad()
 def switch_on(model: torch.nn.Module) -> None:
-    """Gates that start at zero would hide what attention does."""
+    """Gates that start at zero, and projections that start tiny, would hide what attention does."""
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.numel() and not name.endswith("bias") and parameter.abs().max() < 1e-3:
-            parameter.fill_(0.5)
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator) if parameter.dim() > 1 else 0.5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.numel() > 1:
+            scale = module.in_features**-0.5
+            if 0 < (std := module.weight.std()) < scale / 2:
+                module.weight.mul_(scale / std)
 
 
-def accepted_inputs(eager, config):
-    """(kind, inputs, None) of the first recipe that eager takes, or (None, None, why not)."""
-    reason = None  # of the first recipe, which is the likeliest
+def accepted_inputs(eager, config, refused: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """(kind, inputs) of each recipe that eager takes; why it does not take the others goes to `refused`."""
+    refused = [] if refused is None else refused
     for kind, inputs in recipes(eager, config):
         takes = parameters_of(eager)
         inputs = {name: value for name, value in inputs.items() if name in takes}
         try:
             outputs = tensors(run(eager, inputs))
         except Exception as error:  # noqa: BLE001 - the next recipe may do
-            reason = reason or short(error)
+            refused.append(short(error))
             continue
         if outputs and all(output.isfinite().all() for output in outputs):
-            return kind, inputs, None
-        reason = reason or ("eager's own outputs are not finite" if outputs else "there is no floating-point output")
-    return None, None, reason or "none of its parameters is known"
+            yield kind, inputs
+        else:
+            refused.append("eager's own outputs are not finite" if outputs else "there is no floating-point output")
 
 
 @torch.no_grad()
@@ -55,11 +63,17 @@ def run(model, inputs: dict, **more):
     """One forward; what it draws at random is the same each time."""
     torch.manual_seed(0)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-    return model(**{**inputs, **more})
+    return model(**{**converted(inputs, dtype), **more})
+
+
+def converted(inputs: dict, to: torch.dtype | str) -> dict:
+    """Inputs, and tensors in lists of theirs, on a device; or in a dtype, where they are floating-point."""
+
+    def move(value):
+        keep = isinstance(to, torch.dtype) and not (isinstance(value, torch.Tensor) and value.is_floating_point())
+        return value if keep or not isinstance(value, torch.Tensor) else value.to(to)
+
+    return tree_map(move, inputs)
 
 
 def tensors(output) -> list[torch.Tensor]:
