@@ -89,6 +89,8 @@ def flashcore_attention(
     elif attention_mask is None:
         causal, window = _is_causal(module, is_causal), sliding_window
         _check_without_mask(query, key, causal)
+        if not causal and query.shape[2] != key.shape[2]:
+            window = None  # a canvas on a cache that is cut to the window already sees all of it (DiffusionGemma)
     elif attention_mask.dim() == 2:
         key_range = _padding_range(attention_mask, query, key, _is_causal(module, is_causal), sliding_window)
     elif attention_mask.dtype == torch.int32:

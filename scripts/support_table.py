@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTROL = 2e-3  # what a scale that is wrong by half should show, as in sweep/checks.py
 ORDER = ("wrong", "refused", "unstable", "match", "unbuildable")
 CELL = {
     "match": "yes",
@@ -66,6 +67,38 @@ def status(rows: list[dict]) -> str:
     return ""
 
 
+def is_weak(row: dict) -> bool:
+    """Whether a match says little: a softmax scale that is wrong by half hardly showed."""
+    control = row.get("checks", {}).get("float32", {}).get("control")
+    return row["status"] == "match" and called(row) and (control is None or control < CONTROL)
+
+
+def called(row: dict) -> bool:
+    """Whether any attention was."""
+    return any((row.get("paths") or {}).values())
+
+
+def cell(rows: list[dict]) -> str:
+    """What the table says of several classes."""
+    if status(rows) != "match":
+        return CELL[status(rows)] if rows else ""
+    matching = [row for row in rows if row["status"] == "match"]
+    if not any(map(called, matching)):
+        return "no attention"
+    return "little felt" if all(is_weak(row) or not called(row) for row in matching) else CELL["match"]
+
+
+def weakly(records: list[dict]) -> list[str]:
+    """Matching rows that say little: those that call no attention, and those that feel it little."""
+    rows = [row for record in records for row in record["rows"] if row["status"] == "match"]
+    without = sorted({row["class"] for row in rows if not called(row)})
+    little = sorted({row["class"] for row in rows if is_weak(row)})
+    return [
+        f"- No attention of the interface is called on the inputs that were found: {', '.join(without) or 'none'}.",
+        f"- The control moves the outputs by less than {CONTROL:g}: {', '.join(little) or 'none'}.",
+    ]
+
+
 def table(records: list[dict], names: list[str], select) -> list[str]:
     """A line for each name; `select(row)` is the name that a row belongs to, or None."""
     lines = ["| | " + " | ".join(label(r) for r in records) + " | masks | compared with eager |"]
@@ -73,7 +106,7 @@ def table(records: list[dict], names: list[str], select) -> list[str]:
     for name in names:
         found = [[row for row in record["rows"] if select(row) == name] for record in records]
         every = [row for rows in found for row in rows]
-        cells = [CELL[status(rows)] if rows else "" for rows in found]
+        cells = [cell(rows) for rows in found]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {masks(every)} | {checks(every)} |")
     return lines
 
@@ -131,7 +164,10 @@ def build(records: list[dict]) -> str:
         "padding, padded on the left and on the right, prefill in pieces, decoding token by token, packed rows,",
         "an image among the tokens, and 32 greedy tokens with dynamic and with static caches. In fp32 the largest",
         "error may be 2e-5 of the largest logit, and tokens must be equal; bf16 is measured against fp32, beside",
-        'eager in bf16. "yes" is all of that, in every way that eager runs.',
+        'eager in bf16. "yes" is all of that, in every way that eager runs; "little felt" is that where a softmax',
+        f"scale that is wrong by half moves the outputs by less than {CONTROL:g}, which proves little; and",
+        '"no attention" where none of the interface is called. Classes that only a whole model can build or feed',
+        "are compared inside it, on what it calls them with.",
         "",
         "| Transformers | device | dtypes | match | refused | unstable | wrong | not checked | date |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -157,6 +193,7 @@ def build(records: list[dict]) -> str:
         *why(records, "refused"),
     ]
     lines += ["", "## Where the reference is not one", "", *why(records, "unstable")]
+    lines += ["", "## Matches that prove little", "", *weakly(records)]
     wrong = why(records, "wrong")
     if wrong:
         lines += ["", "## Wrong", "", *wrong]
@@ -173,7 +210,7 @@ def build(records: list[dict]) -> str:
         "",
         "## Not checked",
         "",
-        "No small model or no input could be made, for instance because a package is missing.",
+        "No small model or no input could be made, or the class is checked by its parts alone.",
         "",
     ]
     lines += ["<details>", "", *why(records, "unbuildable"), "", "</details>", ""]

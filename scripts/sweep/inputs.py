@@ -53,6 +53,8 @@ def _by_parameter(model, config, takes: dict) -> Iterator[tuple[str, dict]]:
         if name in takes:
             yield "other", {name: noise(2, LENGTH, width), **decoder}
             yield "other", {name: noise(2, LENGTH, width), "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64)}
+            if (given := first_field(config, "input_size")) is not None:
+                yield "other", {name: noise(2, LENGTH, given)}
 
 
 def image_prompts(model, config) -> Iterator[dict[str, torch.Tensor]]:

@@ -150,6 +150,17 @@ class TestTheFunctionAlone:
         flashcore_attention(self.module, *self.tensors(3, 7), None, is_causal=False)
         flashcore_attention(self.module, *self.tensors(1, 7), None)
 
+    def test_a_canvas_sees_all_of_a_cut_cache(self):
+        """DiffusionGemma's decoder: no mask, the window named, and the cache already cut to it."""
+        query, key, value = self.tensors(3, 7)
+        got, _ = flashcore_attention(self.module, query, key, value, None, is_causal=False, sliding_window=2)
+        want, _ = flashcore_attention(self.module, query, key, value, None, is_causal=False)
+        torch.testing.assert_close(got, want)
+        alone = (query, key[:, :, 4:], value[:, :, 4:])
+        windowed, _ = flashcore_attention(self.module, *alone, None, is_causal=False, sliding_window=2)
+        full, _ = flashcore_attention(self.module, *alone, None, is_causal=False)
+        assert not torch.allclose(windowed, full)
+
     def test_module_says_causal_unless_the_call_does(self):
         module = torch.nn.Module()
         module.is_causal = False
