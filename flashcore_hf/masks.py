@@ -33,8 +33,8 @@ KEY_RANGE_MODELS = frozenset(
 # Models that add the mask to scores, or terms to the mask, in code of their own, and so need eager's additive one.
 ADDITIVE_MASK_MODELS = frozenset({"bigbird_pegasus", "deepseek_v4", "informer"})
 
-# Models whose masks have the wrong length (up to 5.22; Informer's between its layers) and only work because eager leaves
-# out what hides nothing; None then means that everything is seen (see attention._NOT_CAUSAL).
+# Models whose masks have the wrong length (up to 5.22; Informer's between its layers) and only work because eager
+# leaves out what hides nothing; None then means that everything is seen (see attention._NOT_CAUSAL).
 MAYBE_NO_MASK_MODELS = frozenset({"bridgetower", "bridgetower_text_model", "informer"})
 
 

@@ -15,8 +15,8 @@ _HEADS = re.compile(
     r"ImageTextRetrieval|ImageAndTextRetrieval|Classification|Regression|QuestionAnsweringSimple|"
     r"TimeSeriesClassification|Pretraining|MaskGeneration|TextRecognition))$"
 )
-# Nothing is ever made of these; some are old names.
-_ABSTRACT = re.compile(r"Pre[Tt]rained\w*Model")
+# Nothing is ever made of these; some are old names. (Vision towers may end in PretrainedModel.)
+_ABSTRACT = re.compile(r"PreTrainedModel|^(PretrainedBart|BartPretrained)Model$")
 # Their base model is inside them.
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration")
 
