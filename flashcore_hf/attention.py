@@ -18,7 +18,7 @@ _NOT_OURS = frozenset(
 )
 
 # Files whose layers are, or by default seem, causal where no mask means that everything is seen; eager does not ask.
-_NOT_CAUSAL = frozenset({"modeling_bridgetower", "modeling_chinese_clip"})
+_NOT_CAUSAL = frozenset({"modeling_bridgetower", "modeling_chinese_clip", "modeling_kosmos2"})
 
 
 def flashcore_attention(

@@ -4,6 +4,9 @@ Transformers describes a mask by a function of (batch, head, query, key) made of
 the parts that we know amount to; anything else becomes the dense bool mask that `sdpa` would get, always right.
 """
 
+import functools
+import inspect
+import sys
 from typing import NamedTuple
 
 import torch
@@ -91,9 +94,15 @@ def flashcore_mask(**kwargs) -> torch.Tensor:
     whole = {**kwargs, "allow_is_causal_skip": False}
     if model_type not in MAYBE_NO_MASK_MODELS:
         whole["allow_is_bidirectional_skip"] = False
-    if model_type in ADDITIVE_MASK_MODELS:
+    if model_type in ADDITIVE_MASK_MODELS or (model_type == "gemma4_audio" and _gemma4_audio_adds()):
         return masking_utils.eager_mask(**whole)
     return masking_utils.sdpa_mask(**whole)
+
+
+@functools.cache
+def _gemma4_audio_adds() -> bool:
+    """Whether this Transformers' Gemma 4 hears with an additive mask; 5.17 still negates a bool one."""
+    return "finfo(mask_4d.dtype)" in inspect.getsource(sys.modules["transformers.models.gemma4.modeling_gemma4"])
 
 
 def takes_key_range(config) -> bool:

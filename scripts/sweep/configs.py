@@ -152,6 +152,8 @@ def _shrunk(config: PretrainedConfig, width: int, token_ids: _TokenIds) -> dict:
             changes[name] = math.sqrt(2 / width)
         elif re.search(r"dropout|drop_rate|layerdrop|drop_path", name) and isinstance(value, float):
             changes[name] = 0.0
+        elif re.search(r"layer_?scale", name) and isinstance(value, float) and value <= 0.01:
+            changes[name] = 0.5  # or the layers would say next to nothing
         elif value is None and name in _UNSET:
             changes[name] = _UNSET[name]
         elif isinstance(value, (list, tuple)) and value and name.endswith("_in_channels") and not staged:

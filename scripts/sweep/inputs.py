@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .configs import VOCABULARY
 from .special import BATCH, LENGTH, NEEDED, SPECIAL, first_field, noise, padding, token_ids
 
 DECODER_LENGTH, ENCODER_LENGTH = 7, 11
@@ -100,6 +101,9 @@ def _text(takes: dict, config) -> dict[str, torch.Tensor] | None:
     if "input_ids" not in takes:
         return None
     inputs = {"input_ids": token_ids()}
+    eos = getattr(config, "eos_token_id", None)
+    if "past_key_values" not in takes and isinstance(eos, int) and eos < VOCABULARY:
+        inputs["input_ids"][:, LENGTH - 5] = eos  # some pool there; it is no padding on either side
     if "attention_mask" in takes:
         inputs["attention_mask"] = padding(None)
     if "decoder_input_ids" in takes:
@@ -228,7 +232,7 @@ def _audio(takes: dict, config) -> dict[str, list[dict[str, torch.Tensor]]]:
         found["mel"] = [{"audio_mel": noise(2, 64, width), "audio_mel_mask": seen} for width in (mel, 128)]
     if "input_values" in takes:
         channels, side, _ = _image_sizes(config)
-        shapes = [(2, 4000), (2, 1, 4000), (2, 1, 9600), (2, side, mel), (2, frames, mel), (2, channels, side, side),
+        shapes = [(2, 4000), (2, 1, 4000), (2, 1, 19200), (2, side, mel), (2, frames, mel), (2, channels, side, side),
                   (2, 9600), (2, first_field(config, "max_length") or 64, mel)]  # fmt: skip
         found["values"] = [{"input_values": noise(*shape)} for shape in shapes]
     if "audio_codes" in takes:

@@ -34,6 +34,9 @@ def switch_on(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() and not name.endswith("bias") and parameter.abs().max() < 1e-3:
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator) if parameter.dim() > 1 else 0.5)
+    for name, buffer in model.named_buffers():  # code books that only training fills
+        if "embed" in name and buffer.dim() > 1 and buffer.is_floating_point() and not buffer.any():
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight.numel() > 1:
             scale = module.in_features**-0.5
