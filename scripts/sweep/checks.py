@@ -14,7 +14,7 @@ import flashcore_hf  # noqa: F401
 from flashcore_hf import backend, compat
 
 from .classes import Entry, load_class
-from .configs import tiny_config
+from .configs import parts_of, tiny_config
 from .inputs import image_prompts, padding, parameters_of
 from .overrides import OVERRIDES
 from .parts import inside
@@ -169,8 +169,7 @@ def alone(model_class: type, watch: Watch) -> tuple:
         raise Verdict("unbuildable", left_out)
     try:
         config = tiny_config(model_class.config_class, model_class.__name__)
-        torch.manual_seed(0)
-        eager = build(model_class, config, "eager")
+        eager, config = _built(model_class, config)
     except Exception as error:  # noqa: BLE001
         raise Verdict("unbuildable", short(error)) from error
     model = counterpart(model_class, config, eager)
@@ -205,6 +204,20 @@ def control_error(model, inputs: dict, watch: Watch) -> float:
             return largest_error(right, tensors(run(model, inputs)))
     except Exception:  # noqa: BLE001 - the checks say what it was
         return math.inf
+
+
+def _built(model_class: type, config) -> tuple:
+    """(eager model, config): of a part of the config where the class names the whole's for its own."""
+    torch.manual_seed(0)
+    try:
+        return build(model_class, config, "eager"), config
+    except AttributeError:
+        for part in parts_of(config):
+            try:
+                return build(model_class, part, "eager"), part
+            except Exception:  # noqa: BLE001 - not this part, then
+                continue
+        raise
 
 
 def counterpart(model_class: type, config, eager):

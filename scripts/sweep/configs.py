@@ -93,6 +93,12 @@ def tiny_config(config_class: type, class_name: str = "") -> PretrainedConfig:
     return config_class(**_merge(changes, OVERRIDES.get(class_name, {}).get("config", {})))
 
 
+def parts_of(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The configs inside a config, at any depth."""
+    inner = [value for value in _fields(config).values() if isinstance(value, PretrainedConfig)]
+    return inner + [part for config in inner for part in parts_of(config)]
+
+
 def _merge(changes: dict, more: dict) -> dict:
     out = dict(changes)
     for key, value in more.items():
@@ -148,6 +154,8 @@ def _shrunk(config: PretrainedConfig, width: int, token_ids: _TokenIds) -> dict:
         if isinstance(value, PretrainedConfig):
             inner = value.__class__(**_with_levels({**_chosen(value), **_shrunk(value, width, token_ids)}))
             changes[name] = {**inner.to_dict(), "model_type": inner.model_type}
+            for general in ("_name_or_path", "output_attentions"):  # DBRX's parts take nothing that they do not know
+                changes[name].pop(general, None)
         elif name in _INITIALISERS and isinstance(value, float):
             changes[name] = math.sqrt(2 / width)
         elif re.search(r"dropout|drop_rate|layerdrop|drop_path", name) and isinstance(value, float):

@@ -185,6 +185,9 @@ def _pixels(takes: dict, config) -> dict[str, list[dict[str, torch.Tensor]]]:
             {"pixel_values": noise(2, 2, channels, side, side)},
             {"pixel_values": noise(2, side // patch * (side // patch), channels * patch * patch)},
         ]
+        size = getattr(config, "image_size", None)
+        if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] != size[1]:
+            found["images"].insert(0, {"pixel_values": noise(2, channels, *size)})
         if "aspect_ratio_ids" in takes:
             found["images"].insert(0, {
                 "pixel_values": noise(2, 1, 4, channels, side, side),
@@ -215,7 +218,7 @@ def _audio(takes: dict, config) -> dict[str, list[dict[str, torch.Tensor]]]:
     if "input_features" in takes:
         shapes = [(2, mel, frames), (2, frames, mel), (2, 80, 3000), (2, 3000, 80), (2, mel, 3000), (2, 1, 64, mel),
                   (2, 64, 128), (2, 64, 80), (2, 400, mel), (2, 7 * mel, frames), (2, frames, 7 * mel),
-                  (2, 128, 400)]  # fmt: skip
+                  (2, 128, 400), (2, 32, 64), (2, 32, 160)]  # fmt: skip
         found["features"] = [{"input_features": noise(*shape)} for shape in shapes]
         for name in ("attention_mask", "input_features_mask", "feature_attention_mask", "mask"):
             if name in takes:

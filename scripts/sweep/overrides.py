@@ -14,10 +14,15 @@ _MLA_HEAD_DIM = {"config": {"head_dim": 8}}
 _DRAFT = {"left_out": "a draft model: it reads the cache of the model that it drafts for"}
 _SESSION = {"left_out": "it runs on a session that keeps the frames of a video; its parts are checked by themselves"}
 # The default is a vision transformer of full size, which timm builds by name.
-_TIMM_VIT = {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336",
-                               "model_args": {"embed_dim": 64, "num_heads": 4, "img_size": [28, 28], "depth": 2,
+_TIMM_VIT = {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_pe_core_base_patch16_224",
+                               "model_args": {"embed_dim": 64, "num_heads": 4, "img_size": [32, 32], "depth": 2,
                                               "global_pool": "", "use_post_transformer_norm": False,
                                               "init_values": 0.1, "ref_feat_shape": [2, 2]}}}  # fmt: skip
+# Older defaults look for it on the Hub.
+_REPVIT = {"model_type": "timm_wrapper", "architecture": "repvit_m1.dist_in1k",
+           "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}}  # fmt: skip
+_MUSICGEN = {"before": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"},
+                        "decoder": {"model_type": "musicgen_decoder"}}}  # fmt: skip
 _CODES = range(110, 142)  # token ids of an image's codes
 
 OVERRIDES: dict[str, dict] = {
@@ -94,7 +99,9 @@ OVERRIDES: dict[str, dict] = {
         "vocabulary_map": {"<image>": 101, "<|extra_200|>": 102} | {
             f"<|visual token {code:06d}|>": token for code, token in enumerate(_CODES)}}},
     "diffusion_gemma_text": {"config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
-    "diffusion_gemma": {"config": {"canvas_length": 8}},
+    "diffusion_gemma": {"before": {"vision_config": {"model_type": "gemma4_vision"}}, "config": {"canvas_length": 8}},
+    "musicgen": _MUSICGEN,
+    "musicgen_melody": {"before": {**_MUSICGEN["before"], "decoder": {"model_type": "musicgen_melody_decoder"}}},
     "deepseek_ocr2_text": {"config": {"mlp_layer_types": ["dense", "sparse"], "n_group": 1, "topk_group": 1}},
     "dpt": {"config": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}},
     "clipseg": {"config": {"extract_layers": [0, 1]}},
@@ -102,10 +109,10 @@ OVERRIDES: dict[str, dict] = {
     # Height and width take turns, so theirs are of one length.
     "ernie4_5_vl_moe_text": {"config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                                             "mrope_section": [3, 3, 2]}}},
-    "edgetam_vision_model": {"config": {"backbone_config": {
-        "model_type": "timm_wrapper", "architecture": "repvit_m1.dist_in1k",
-        "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}},
-        "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]}},
+    "edgetam": {"before": {"vision_config": {"backbone_config": _REPVIT}}},
+    "edgetam_vision_model": {"before": {"backbone_config": _REPVIT},
+                             "config": {"backbone_config": _REPVIT,
+                                        "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]}},
     "edgetam_prompt_encoder": {"config": {"patch_size": 16}},
     "sam3_tracker": {"config": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}}},
     "sam2_vision_model": {"config": {"backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]}},
