@@ -164,6 +164,8 @@ def _shrunk(config: PretrainedConfig, width: int, token_ids: _TokenIds) -> dict:
             changes[name] = 0.5  # or the layers would say next to nothing
         elif value is None and name in _UNSET:
             changes[name] = _UNSET[name]
+        elif name == "image_size" and isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
+            changes[name] = [_SMALL[name]] * 2
         elif isinstance(value, (list, tuple)) and value and name.endswith("_in_channels") and not staged:
             if all(each == fields.get("d_model", fields.get("hidden_size")) for each in value):
                 changes[name] = [width] * len(value)
