@@ -18,7 +18,6 @@ _TIMM_VIT = {"vision_config": {"model_type": "timm_wrapper", "architecture": "vi
                                "model_args": {"embed_dim": 64, "num_heads": 4, "img_size": [32, 32], "depth": 2,
                                               "global_pool": "", "use_post_transformer_norm": False,
                                               "init_values": 0.1, "ref_feat_shape": [2, 2]}}}  # fmt: skip
-# Older defaults look for it on the Hub.
 _REPVIT = {"model_type": "timm_wrapper", "architecture": "repvit_m1.dist_in1k",
            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}}  # fmt: skip
 _MUSICGEN = {"before": {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"},
@@ -109,9 +108,7 @@ OVERRIDES: dict[str, dict] = {
     # Height and width take turns, so theirs are of one length.
     "ernie4_5_vl_moe_text": {"config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                                             "mrope_section": [3, 3, 2]}}},
-    "edgetam": {"before": {"vision_config": {"backbone_config": _REPVIT}}},
-    "edgetam_vision_model": {"before": {"backbone_config": _REPVIT},
-                             "config": {"backbone_config": _REPVIT,
+    "edgetam_vision_model": {"config": {"backbone_config": _REPVIT,
                                         "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]}},
     "edgetam_prompt_encoder": {"config": {"patch_size": 16}},
     "sam3_tracker": {"config": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}}},
