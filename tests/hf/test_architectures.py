@@ -68,6 +68,7 @@ KINDS = {
     "shared keys and values": ("Gemma4ForCausalLM", everything),
     "linear attention beside": ("Qwen3NextForCausalLM", everything),
     "state space beside": ("FalconH1ForCausalLM", everything),
+    "queries chosen, and a mask that is added to, or none": ("InformerModel", causal),
     "no mask, and not causal whatever the layer says": ("BridgeTowerModel", causal),
 }
 
@@ -113,8 +114,9 @@ def pair(class_name: str, **changes):
         pytest.skip(f"refused by Transformers {transformers.__version__}'s source: {class_name}")
     switch_on(eager)
     model.load_state_dict(eager.state_dict())
-    kind, inputs, reason = accepted_inputs(eager, config)
-    assert inputs is not None, reason
+    refused = []
+    kind, inputs = next(accepted_inputs(eager, config, refused), (None, None))
+    assert inputs is not None, refused
     return eager, model, kind, inputs
 
 
