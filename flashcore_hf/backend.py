@@ -195,7 +195,23 @@ def _drops_mask(model_class: type) -> bool:
     return False
 
 
+def _causal_in_eager_alone(model_class: type) -> bool:
+    """The Decision Transformer before 5.4: `eager` adds what is causal to the padding mask that it is given."""
+    source = getsource(sys.modules[model_class.__module__])
+    return (
+        model_class.__name__.startswith("DecisionTransformer")
+        and "module.bias[" in source
+        and "create_causal_mask" not in source
+    )
+
+
 def _refuse_without_interface(model_class: type) -> None:
+    if _causal_in_eager_alone(model_class):
+        raise ValueError(
+            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which in this Transformers is causal '
+            "under eager alone once it is given a mask. Supported is this model in Transformers 5.4 and newer. Load it "
+            'with attn_implementation="eager".'
+        )
     if _drops_mask(model_class):
         raise ValueError(
             f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which in this Transformers forgets '

@@ -222,6 +222,16 @@ class TestRefused:
         assert model.config.text_config._attn_implementation == "flashcore"
         assert model.config.vision_config._attn_implementation != "flashcore"
 
+    def test_what_is_causal_under_eager_alone(self):
+        """The Decision Transformer up to 5.0, once it is given a mask; later ones run."""
+        model_class = transformers.DecisionTransformerModel
+        config = tiny_config(model_class.config_class)
+        if compat.VERSION <= (5, 0):
+            with pytest.raises(ValueError, match="causal under eager alone.*5.4 and newer.*eager"):
+                model_class._from_config(config, attn_implementation="flashcore")
+        elif compat.VERSION >= (5, 4):
+            model_class._from_config(config, attn_implementation="flashcore")
+
     @pytest.mark.parametrize("class_name", ["SiglipTextModel", "PixtralVisionModel"])
     def test_where_a_flash_name_loses_the_mask(self, class_name):
         """SigLIP's text model forgot padding in silence up to 4.57, Pixtral's tower mixed images from 5.0 to 5.17."""
