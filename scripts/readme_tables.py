@@ -88,7 +88,8 @@ def benchmark_lines(name: str, columns: dict[str, str], wanted: str = "") -> lis
     out = [f"| {unit} | {' | '.join(shown.values())} |", "|---" + "|---:" * len(shown) + "|"]
     for row in rows:
         figures = (f"{row[key]:.1f}" if isinstance(row.get(key), int | float) else "" for key in shown)
-        out.append(f"| {row['case'].partition(' ')[2]} | {' | '.join(figures)} |")
+        older = f" (commit {row['commit']})" if "commit" in row else ""
+        out.append(f"| {row['case'].partition(' ')[2]}{older} | {' | '.join(figures)} |")
     return [*out, "", f"{where(record)}"]
 
 

@@ -187,6 +187,7 @@ class TestBlockSizes:
             assert (chosen[fp8].block_m, chosen[fp8].block_n, chosen[fp8].num_warps) == row[3:6]
         assert chosen[True].block_n != chosen[False].block_n
         assert configuration("flashcore_forward", 89, torch.float16, 64, fp8=True).bits == 16
+        assert configuration("flashcore_forward", 90, torch.float32, 64, fp8=True).bits == 32
 
 
 class TestTables:

@@ -19,7 +19,7 @@ def configuration(
 
     `gaps`: keys between the first and the last that a tile sees may be seen by none of its rows (dense masks, a key
     range for each query). Such calls need registers for the mask, and have smaller tiles. `fp8`: keys and values are in
-    e4m3; a row of 8 bits serves them in a table that has some, one of the queries' size in others.
+    e4m3; beside 16-bit queries a row of 8 bits serves them where there is one, else one of the queries' size does.
 
     Raises:
         LookupError: no row fits, which a test excludes for everything that `plan` accepts.
@@ -27,7 +27,7 @@ def configuration(
     listed = [known for known in sorted(TABLES) if known <= arch]
     rows = TABLES[listed[-1] if listed else 80]
     bits = dtype.itemsize * 8
-    for size in (8, bits) if fp8 else (bits,):
+    for size in (8, bits) if fp8 and bits == 16 else (bits,):
         for row in rows:
             if row.kernel == kernel and row.bits == size and row.gaps == gaps and head_dim <= row.head_dim:
                 return row
