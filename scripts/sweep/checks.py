@@ -118,6 +118,9 @@ def sweep_class(entry: Entry, device: str, dtypes: list[str]) -> dict:
         verdicts = [(dtype, "unstable" if verdict == "wrong" else verdict, f"{why}; {defect[1]}")
                     for dtype, verdict, why in verdicts]  # fmt: skip
     dtype, status, reason = min(verdicts, key=lambda verdict: order.index(verdict[1]))
+    ran = next(iter(checks.values())).get("forward")
+    if status == "match" and isinstance(ran, str):
+        return row | {"status": "unbuildable", "reason": ran}
     if status == "match" and not watch.masks:
         reason = "no attention was called on these inputs"
     elif reason and len(dtypes) > 1:
