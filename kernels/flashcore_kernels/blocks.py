@@ -21,6 +21,8 @@ BITMAP = tl.constexpr(6)
 
 # Further than any two keys are apart, and small enough that sums of two stay in int32.
 FAR = tl.constexpr(1 << 29)
+# Scores from here on are so coarse that another rounding of them does not count.
+FAR_SCORE = tl.constexpr(1048576.0)
 
 
 @triton.jit
@@ -197,7 +199,12 @@ def attend_block(
     m_new = tl.maximum(m, tl.max(s, axis=1) * unit)  # [M]
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = power_of_2(tl.fma(s, unit + tl.zeros_like(s), tl.zeros_like(s) - m_finite[:, None]), EXACT)  # [M, N]
+    x = tl.fma(s, unit + tl.zeros_like(s), tl.zeros_like(s) - m_finite[:, None])  # [M, N]
+    if EXACT:
+        # From 2 ** 31 on what m lost by rounding over- or underflows the exponential. There, products rounded as m was.
+        rounded = tl.fma(s * unit, one + tl.zeros_like(s), tl.zeros_like(s) - m_finite[:, None])
+        x = tl.where((tl.abs(m_finite) > FAR_SCORE)[:, None], rounded, x)
+    p = power_of_2(x, EXACT)  # [M, N]
     alpha = power_of_2(m - m_finite, EXACT)  # [M]
     l = l * alpha + tl.sum(p, axis=1)
     if EXACT:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flashcore_kernels import make_key_range, path_counts
+from flashcore_kernels import attention, make_key_range, path_counts
 
 from .reference import DTYPES, FEATURES, PAIRS, assert_right, build, check
 
@@ -97,6 +97,27 @@ def test_scale(scale, num_queries, device):
     call = build({"causal"}, num_queries, 65, device=device)
     call.arguments["scale"] = scale
     check(call)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**10, 2.0**40, 2.0**66])
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_scores_without_measure(num_queries, magnitude, device):
+    """fp32 scores whose rounding alone is larger than exp2's range: the largest takes it all."""
+    generator = torch.Generator().manual_seed(0)
+    # 12 bits times 7 bits: each score is exact, and not one of their products with scale * log2(e) is.
+    factor = torch.randint(2048, 4096, (2, 4, num_queries), generator=generator) / 2048 * magnitude
+    query, key = torch.zeros(2, 4, num_queries, 16), torch.zeros(2, 2, 70, 16)
+    query[..., 3] = factor
+    key[..., 3] = torch.stack([torch.randperm(70, generator=generator) for _ in range(4)]).view(2, 2, 70)
+    value = torch.randn(2, 2, 70, 16, generator=generator)
+    largest = key[..., 3].argmax(-1)[..., None, None].expand(2, 2, 1, 16)
+    want = value.gather(2, largest).repeat_interleave(2, 1).expand(2, 4, num_queries, 16)
+    out = attention(query.to(device), key.to(device), value.to(device), scale=0.3)
+    torch.testing.assert_close(out.cpu(), want, atol=1e-5, rtol=0)
+    # The control: what one fma leaves of the largest score less its own rounded product, which is to be 0.
+    unit = torch.tensor(0.3 * 1.4426950408889634)
+    left = (factor * 69).double() * unit.double() - (factor * 69 * unit).double()
+    assert (left.abs() > 128).any() == (magnitude > 2.0**31)
 
 
 @pytest.mark.parametrize("window", [1, 3, (0, 0), (4, 0), (0, 4), (3, 5), (-1, 2), (2, -1), (10**6, 10**6)], ids=str)
