@@ -122,16 +122,20 @@ def flashcore_attention(
             "load this model with attn_implementation='eager'"
         )
     path_counts["torch"] += 1
-    arguments = (key_range, mask, causal, window, scaling, softcap, sinks, key_scale, value_scale)
     if output_attentions:
         note_fallback("output_attentions=True asks for the weights, which the kernels never form")
-        names = "key_range mask is_causal window scale softcap sinks key_scale value_scale".split()
-        output, weights = naive_attention(query, key, value, return_weights=True, **dict(zip(names, arguments)))
+        output, weights = naive_attention(
+            query, key, value, key_range=key_range, mask=mask, is_causal=causal, window=window, scale=scaling,
+            softcap=softcap, sinks=sinks, key_scale=key_scale, value_scale=value_scale, return_weights=True,
+        )  # fmt: skip
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype)
     note_fallback("dropout is asked for, which the kernels do not have")
+    problem = check_problem(
+        query, key, value, key_range, mask, causal, window, scaling, softcap, sinks, key_scale, value_scale
+    )
     output, _ = torch_attention(
-        check_problem(query, key, value, *arguments), query, key, value, key_range, mask, sinks, dropout=dropout,
-        key_scale=key_scale, value_scale=value_scale,
+        problem, query, key, value, key_range, mask, sinks, dropout=dropout, key_scale=key_scale,
+        value_scale=value_scale,
     )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
 

@@ -11,8 +11,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sweep import CONTROL
+
 ROOT = Path(__file__).resolve().parents[1]
-CONTROL = 2e-3  # what a scale that is wrong by half should show, as in sweep/checks.py
 ORDER = ("wrong", "refused", "unstable", "match", "unbuildable")
 CELL = {
     "match": "yes",

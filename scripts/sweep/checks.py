@@ -2,86 +2,37 @@
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
 
 import torch
-from flashcore_kernels import path_counts
 
 import flashcore_hf  # noqa: F401
-from flashcore_hf import backend, compat
+from flashcore_hf import compat
 
+from . import TOLERANCE
 from .classes import Entry, load_class
-from .configs import parts_of, tiny_config
 from .inputs import image_prompts, padding, parameters_of
 from .overrides import OVERRIDES
-from .parts import inside
 from .running import (
-    accepted_inputs,
     build,
     converted,
+    is_refusal,
     largest_error,
     masked,
     rms_error,
     run,
     short,
-    switch_on,
     tensors,
     to_half,
 )
+from .subject import Verdict, subject
+from .watch import Watch, control_error, forget, install_watch, paths
 
-TOLERANCE = 2e-5  # of the largest output, fp32
 NEW_TOKENS = 32
-CONTROL = 100 * TOLERANCE  # a scale that is wrong by half must show at least this much
-RECIPES = 4  # inputs that are tried for one on which it shows
 
 
 class Refused(Exception):
     """flashcore said no; the message is its own."""
-
-
-class Verdict(Exception):
-    """A row's status and reason, before anything could be compared."""
-
-    def __init__(self, status: str, reason: str):
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
-class Watch:
-    """Stands in the registry before the attention function: counts masks by kind, and can make the scale wrong."""
-
-    def __init__(self, function):
-        self.function = function
-        self.masks: Counter[str] = Counter()
-        self.scale = 1.0
-
-    def __call__(self, module, query, key, value, attention_mask=None, **kwargs):
-        kind = "no_mask"
-        if kwargs.get("cu_seq_lens_q") is not None:
-            kind = "key_range"
-        elif attention_mask is not None:
-            is_range = attention_mask.dtype == torch.int32 or attention_mask.dim() == 2
-            kind = "key_range" if is_range else "dense_mask"
-        self.masks[kind] += 1
-        if self.scale != 1.0:
-            kwargs["scaling"] = (kwargs.get("scaling") or query.shape[-1] ** -0.5) * self.scale
-        return self.function(module, query, key, value, attention_mask, **kwargs)
-
-
-def install_watch() -> Watch:
-    """Put a Watch before flashcore's attention function."""
-    registry = compat.attention_registry()
-    if not isinstance(registry[backend.NAME], Watch):
-        registry[backend.NAME] = Watch(registry[backend.NAME])
-    return registry[backend.NAME]
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether it is flashcore that raised, with a sentence of its own."""
-    return isinstance(error, (ValueError, NotImplementedError)) and "flashcore" in str(error)
 
 
 def sweep_class(entry: Entry, device: str, dtypes: list[str]) -> dict:
@@ -126,121 +77,6 @@ def sweep_class(entry: Entry, device: str, dtypes: list[str]) -> dict:
     elif reason and len(dtypes) > 1:
         reason = f"{dtype}: {reason}"
     return row | {"status": status, "reason": reason}
-
-
-def subject(model_class: type, row: dict, watch: Watch) -> tuple:
-    """(eager, flashcore's, kind, inputs, config) of a class by itself, or inside a model that has it as a part.
-
-    Raises: Verdict: it cannot be built, has no input, or is refused.
-    """
-    try:
-        return alone(model_class, watch)
-    except Verdict as verdict:
-        if verdict.status != "unbuildable":
-            raise
-        found = _within(model_class, row, watch)
-        if found is None:
-            raise
-        return found
-
-
-def _within(model_class: type, row: dict, watch: Watch) -> tuple | None:
-    """What `subject` returns, of the class inside the first whole that calls it with something that is felt."""
-    best, whole = None, None
-    for eager, path, call, config in islice(inside(model_class), RECIPES):
-        if whole is None or whole[0] is not eager:
-            whole = eager, counterpart(type(eager), config, eager)
-        part, model = (each.get_submodule(path) for each in whole)
-        try:
-            run(part, call)
-        except Exception:  # noqa: BLE001 - it needs what the call left out, a cache for instance
-            continue
-        felt = control_error(model, call, watch)
-        if best is None or felt > best[0]:
-            best = felt, part, model, "other", call, config
-            row["inside"] = f"{type(eager).__name__}.{path}"
-        if felt >= CONTROL:
-            break
-    forget(watch)
-    return best and best[1:]
-
-
-def alone(model_class: type, watch: Watch) -> tuple:
-    """What `subject` returns, of the class by itself."""
-    left_out = OVERRIDES.get(model_class.__name__, {}).get("left_out")
-    if left_out is not None:
-        raise Verdict("unbuildable", left_out)
-    try:
-        config = tiny_config(model_class.config_class, model_class.__name__)
-        eager, config = _built(model_class, config)
-    except Exception as error:  # noqa: BLE001
-        raise Verdict("unbuildable", short(error)) from error
-    model = counterpart(model_class, config, eager)
-    # On the CPU, where an index out of range is an exception; on a GPU it would be the end of the process.
-    refused, best = [], None
-    for kind, inputs in islice(accepted_inputs(eager, config, refused), RECIPES):
-        felt = control_error(model, inputs, watch)
-        if best is None or felt > best[0]:
-            best = felt, kind, inputs
-        if felt >= CONTROL:
-            break  # inputs on which attention matters, or the comparison would prove little
-    forget(watch)
-    if best is None:
-        if model_class.forward is torch.nn.Module.forward:
-            raise Verdict("unbuildable", "it has no forward")
-        why = refused[0] if refused else "none of its parameters is known"
-        raise Verdict("unbuildable", f"no input was found that its forward takes: {why}")
-    return eager, model, *best[1:], config
-
-
-def forget(watch: Watch) -> None:
-    """Counts begin anew."""
-    watch.masks.clear()
-    path_counts.clear()
-
-
-def control_error(model, inputs: dict, watch: Watch) -> float:
-    """How far outputs move when the softmax scale is wrong by half; infinite where the model cannot run."""
-    try:
-        right = tensors(run(model, inputs))
-        with wrong_scale(watch):
-            return largest_error(right, tensors(run(model, inputs)))
-    except Exception:  # noqa: BLE001 - the checks say what it was
-        return math.inf
-
-
-def _built(model_class: type, config) -> tuple:
-    """(eager model, config): of a part of the config where the class names the whole's for its own."""
-    torch.manual_seed(0)
-    try:
-        return build(model_class, config, "eager"), config
-    except AttributeError:
-        for part in parts_of(config):
-            try:
-                return build(model_class, part, "eager"), part
-            except Exception:  # noqa: BLE001 - not this part, then
-                continue
-        raise
-
-
-def counterpart(model_class: type, config, eager):
-    """The same model on flashcore, with the same weights."""
-    try:
-        model = build(model_class, config, "flashcore")
-    except Exception as error:  # noqa: BLE001
-        raise Verdict("refused" if is_refusal(error) else "wrong", short(error)) from error
-    switch_on(eager)
-    try:
-        model.load_state_dict(eager.state_dict())
-    except RuntimeError as error:
-        raise Verdict("unbuildable", short(error)) from error
-    return model
-
-
-def paths(watch: Watch) -> dict[str, int]:
-    """Attention calls by kernel, and by the kind of mask that they came with."""
-    kernels = {name.removeprefix("flashcore_"): count for name, count in sorted(path_counts.items())}
-    return {**kernels, **dict(sorted(watch.masks.items()))}
 
 
 class Comparison:
@@ -508,13 +344,3 @@ class HalfComparison(Comparison):
 
     def tokens(self, name: str, inputs: dict, **options) -> None:
         """Not compared: in 16 bits two right backends choose differently between tokens that are nearly tied."""
-
-
-@contextmanager
-def wrong_scale(watch: Watch):
-    """Attention scores 1.5 times as large as they should be."""
-    watch.scale = 1.5
-    try:
-        yield
-    finally:
-        watch.scale = 1.0

@@ -11,6 +11,11 @@ from transformers import GenerationConfig
 from .inputs import parameters_of, recipes
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether it is flashcore that raised, with a sentence of its own."""
+    return isinstance(error, (ValueError, NotImplementedError)) and "flashcore" in str(error)
+
+
 def short(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]

@@ -16,7 +16,7 @@ from .models import skip_without_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from sweep.checks import CONTROL, TOLERANCE  # noqa: E402
+from sweep import CONTROL, TOLERANCE  # noqa: E402
 from sweep.configs import tiny_config  # noqa: E402
 from sweep.inputs import padding  # noqa: E402
 from sweep.running import accepted_inputs, build, largest_error, run, switch_on, tensors  # noqa: E402
