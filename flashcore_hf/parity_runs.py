@@ -251,18 +251,20 @@ def wrong_scale(model, factor: float = 1.5) -> Iterator[None]:
 
 
 @contextmanager
-def interpreter_pace(keys: int = 256) -> Iterator[None]:
+def interpreter_pace(keys: int = 256, queries: int = 64) -> Iterator[None]:
     """While this holds, Triton's interpreter is quicker and the kernels take at least `keys` keys a block and chunk.
 
-    For the interpreter alone, where a block costs the same Python time whatever its width, and a GPU's blocks of 32
-    keys would make parity last several times as long. What the kernels compute stays the same.
+    For the interpreter alone, where a block costs the same Python time whatever its size, and a GPU's blocks of 32
+    keys would make parity last several times as long. So would its tiles of 32 queries: they have `queries` at least.
+    What the kernels compute stays the same.
     """
     original = kernel_plan.configuration
 
     def widened(*arguments):
         row = original(*arguments)
         # The merge goes over all chunks that there may be.
-        return row._replace(block_n=max(row.block_n, keys), min_chunk=max(row.min_chunk, keys), chunks=4)
+        larger = dict(block_m=max(row.block_m, queries), block_n=max(row.block_n, keys))
+        return row._replace(**larger, min_chunk=max(row.min_chunk, keys), chunks=4)
 
     kernel_plan.configuration = widened
     try:

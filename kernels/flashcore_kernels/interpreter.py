@@ -28,8 +28,8 @@ def quick_interpreter() -> Iterator[None]:
     That is: tracing kernel bodies for coverage; looking for garbage in all of the process; replacing all of
     triton.language by the interpreter's own functions again at each call of one jitted function by another, where the
     launch has done so; asking after each sum of ints whether it overflowed; and finding out for each tile anew what its
-    type is called, there and in NumPy. These are Triton's internals: a version that lacks one of them is left as it is.
-    Not for several threads.
+    type is called, there and in NumPy, what its shape is, and whether it has that of the tile beside it. These are
+    Triton's internals: a version that lacks one of them is left as it is. Not for several threads.
     """
     try:
         import triton.language as tl
@@ -37,12 +37,15 @@ def quick_interpreter() -> Iterator[None]:
 
         run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
         np_dtype, make_tile_type = interpreter._get_np_dtype, tl.block_type.__init__
+        make_tensor = tl.tensor.__init__
         builder = interpreter.interpreter_builder
-        options = builder.options
-        unchecked = dataclasses.replace(options, sanitize_overflow=False)
+        unchecked = dataclasses.replace(builder.options, sanitize_overflow=False)
     except (ImportError, AttributeError, TypeError):
         yield
         return
+    # From Triton 3.5 on; the rest does without.
+    semantic = type(getattr(interpreter, "interpreter_semantic", None))
+    broadcast = getattr(semantic, "broadcast_impl_value", None)
     patched, call = set(), _with_a_large_stack()
 
     def quickly(*args, **kwargs):
@@ -82,15 +85,38 @@ def quick_interpreter() -> Iterator[None]:
         key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
         if key not in tile_types:
             make_tile_type(self, element_ty, shape)
-            tile_types[key] = dict(self.__dict__)
-        self.__dict__ = dict(tile_types[key])
+            tile_types[key] = self.__dict__
+        # The same for all of a kind, so that their shapes are one object.
+        self.__dict__ = tile_types[key]
 
-    interpreter.GridExecutor.__call__, interpreter._patch_lang = quickly, patch_once
-    tl.block_type.__init__ = make_tile_type_once
-    interpreter._get_np_dtype, builder.options = np_dtype_once, unchecked
+    shapes = {}
+
+    def make_tensor_once(self, handle, kind):
+        key = kind.name if kind.is_block() else None
+        if key not in shapes:
+            make_tensor(self, handle, kind)
+            its_own = ("handle", "type", "dtype")
+            shapes[key] = {name: part for name, part in self.__dict__.items() if name not in its_own}
+        self.__dict__ = {**shapes[key], "handle": handle, "type": kind, "dtype": kind.scalar}
+
+    def broadcast_unequal(self, left, right):
+        return (left, right) if left.shape is right.shape else broadcast(self, left, right)
+
+    replacements = [
+        (interpreter.GridExecutor, "__call__", quickly),
+        (interpreter, "_patch_lang", patch_once),
+        (interpreter, "_get_np_dtype", np_dtype_once),
+        (tl.block_type, "__init__", make_tile_type_once),
+        (tl.tensor, "__init__", make_tensor_once),
+        (builder, "options", unchecked),
+    ]
+    if broadcast is not None:
+        replacements.append((semantic, "broadcast_impl_value", broadcast_unequal))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
     try:
         yield
     finally:
-        interpreter.GridExecutor.__call__, interpreter._patch_lang = run, patch
-        interpreter._get_np_dtype, builder.options = np_dtype, options
-        tl.block_type.__init__ = make_tile_type
+        for owner, name, original in originals:
+            setattr(owner, name, original)

@@ -31,7 +31,8 @@ def _kernel(X, Out, N: tl.constexpr):
 def parts() -> tuple:
     return (
         interpreter.GridExecutor.__call__, interpreter._patch_lang, interpreter._get_np_dtype,
-        tl.block_type.__init__, interpreter.interpreter_builder.options,
+        tl.block_type.__init__, tl.tensor.__init__, interpreter.interpreter_builder.options,
+        getattr(type(getattr(interpreter, "interpreter_semantic", None)), "broadcast_impl_value", None),
     )  # fmt: skip
 
 
@@ -67,6 +68,49 @@ def test_numpy_calls_each_type_what_it_did(kind):
     with quick_interpreter():
         for _ in range(2):
             assert [interpreter._get_np_dtype(each) for each in kinds] == before
+
+
+def described(tensor) -> tuple:
+    """All that a kernel may ask a tensor for, but its data."""
+    sizes = [size.value for size in tensor.shape]
+    return sizes, tensor.numel.value, tensor.type, tensor.dtype, str(tensor.type), sorted(tensor.__dict__)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_tensors_are_what_they_were(kind):
+    """Also where others of the same shape or type were made before."""
+    shapes = [], [4], [8], [4, 8], [8, 4], [4, 8]
+
+    def made() -> list:
+        return [described(tl.tensor(None, tl.block_type(kind, shape) if shape else kind)) for shape in shapes]
+
+    before = made()
+    with quick_interpreter():
+        for _ in range(2):
+            assert made() == before
+
+
+@triton.jit
+def _broadcasts(X, Out, N: tl.constexpr, M: tl.constexpr):
+    offs = tl.arange(0, N)
+    x = tl.load(X + offs)
+    square = x[:, None] * x[None, :] + x[None, :] + 1
+    tl.store(Out + offs[:, None] * N + offs[None, :], tl.where(square > 0, square, x[:, None]))
+    if M:
+        tl.store(Out + offs, x + tl.zeros([M], tl.float32))
+
+
+def test_broadcasting_is_as_it_was():
+    x, out = torch.randn(8), torch.empty(8, 8)
+    expected = x[:, None] * x + x + 1
+    with quick_interpreter():
+        _broadcasts[(1,)](x, out, 8, 0)
+        assert torch.equal(out, torch.where(expected > 0, expected, x[:, None].expand(8, 8)))
+        _broadcasts[(1,)](x, out, 8, 8)
+        assert torch.equal(out[0], x)
+        # Shapes that do not go together are refused as before, also once each is known.
+        with pytest.raises(Exception, match="incompatible dimensions"):
+            _broadcasts[(1,)](x, out, 8, 4)
 
 
 def test_a_triton_without_these_parts_is_left_alone(monkeypatch):
