@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from .backend import NAME
 from .cache import FlashCoreCache, _converted, on_new_cache
 from .cache_layer import DevicePosition
+from .masks import takes_key_range
 
 # Inputs that change from step to step. Other tensors of a call may change too, so such calls are not recorded.
 CHANGING = ("input_ids", "attention_mask", "position_ids", "cache_position")
@@ -107,6 +108,25 @@ def unsupported_device(model) -> str | None:
         return "the model is spread over several devices"
     if next(iter(devices)).type != "cuda":
         return f"CUDA graphs need an NVIDIA GPU, and the model is on '{next(iter(devices)).type}'"
+    return None
+
+
+def prompt_of(model) -> ahead.Prompt | None:
+    """What the kernel for a prompt depends on, as the first decoder layer tells; None for a model without KeyRanges.
+
+    A layer that is unlike it compiles its own kernel when it is called, as ever.
+    """
+    if not takes_key_range(model.config.get_text_config(decoder=True)):
+        return None
+    for module in model.modules():
+        # DeepSeek's heads have two sizes.
+        head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+        if isinstance(head_dim, int) and getattr(module, "is_causal", False):
+            return ahead.Prompt(
+                head_dim, getattr(module, "v_head_dim", head_dim), model.dtype,
+                bool(getattr(module, "attn_logit_softcapping", None)),
+                getattr(getattr(module, "sinks", None), "dtype", None),
+            )  # fmt: skip
     return None
 
 
@@ -223,7 +243,7 @@ class GraphedSteps:
         forward.graphed_steps = self
         model.forward = forward
         if self.device_reason is None:
-            ahead.begin(next(model.parameters()).device)
+            ahead.begin(next(model.parameters()).device, prompt_of(model))
         on_new_cache(model, "graphs", self.new_cache)
 
     def __reduce_ex__(self, protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .ahead import prompt_compiles
+from .ahead import prompt_attends
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
 from .prepared import find, prepare, remember
@@ -132,11 +132,11 @@ def attend(
         chosen = plan(with_alignment(problem, query, key, value), device_of(query.device))
         # A step of a generation is like the one before but for its length: the kernel is there, and only a launch left.
         call = _prepared(signature, problem, chosen, tensors, return_lse)
+        if chosen.kernel != "torch":
+            prompt_attends(problem, sinks, query.device, call is not None)
         if call is not None:
             path_counts[chosen.kernel] += 1
             return call(*tensors)
-        if chosen.kernel != "torch":
-            prompt_compiles(problem, sinks, query.device)
     if problem.needs_grad:
         note_fallback(fallback_reason(problem, Device("torch")))
         path_counts["torch"] += 1

@@ -62,6 +62,35 @@ def graphed_pair(model_type: str, **changes):
     return plain, flashcore_hf.graphed(copy.deepcopy(plain))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_moe"])
+def test_the_prompts_kernel_is_compiled_from_the_beginning(model_type, recorded, monkeypatch):
+    """What `graphed` tells of a prompt's kernel is what the prompt asks for."""
+    begun, asked = [], []
+    monkeypatch.setattr(graphs.ahead, "begin", lambda device, prompt: begun.append(prompt))
+    check = op.check_problem
+    monkeypatch.setattr(op, "check_problem", lambda *args: asked.append((check(*args), args[9])) or asked[-1][0])
+    _, model = graphed_pair(model_type)
+    greedy(model, *prompts(2, 20, "left"), 2)
+    problem, sinks = asked[0]
+    assert problem.range_layout == "sequence" and problem.num_queries == 20
+    told = graphs.ahead.Prompt(
+        problem.head_dim,
+        problem.value_dim,
+        problem.dtype,
+        problem.softcap > 0.0,
+        None if sinks is None else sinks.dtype,
+    )
+    assert begun == [told]
+
+
+def test_nothing_is_told_of_a_model_with_dense_masks(recorded, monkeypatch):
+    begun = []
+    monkeypatch.setattr(graphs.ahead, "begin", lambda device, prompt: begun.append(prompt))
+    monkeypatch.setattr(graphs, "takes_key_range", lambda config: False)
+    graphed_pair("llama")
+    assert begun == [None]
+
+
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_tokens(pair, padding, recorded):
     """Several texts in a row, of two batch sizes: a recording each, which later texts use again."""

@@ -1,4 +1,4 @@
-"""What is compiled in the background for a generation's steps: the very kernels that they launch. No GPU is needed."""
+"""What is compiled in the background for a generation: the very kernels that it launches. No GPU is needed."""
 
 import contextlib
 import threading
@@ -22,13 +22,16 @@ def keys(monkeypatch):
     from flashcore_kernels import decode, key_range_kernel, kv_write_kernel
 
     pytest.importorskip("flashcore_kernels.hopper.decode_run")
+    from flashcore_kernels.hopper import run
+
     asked = set()
 
     def only_ask(kernel, programs, arguments, scalars, constants, plan, **options):
         asked.add(launch._key(kernel, arguments, constants, plan))
 
-    for module in (decode, key_range_kernel, kv_write_kernel):
+    for module in (decode, key_range_kernel, kv_write_kernel, run):
         monkeypatch.setattr(module, "launch", only_ask)
+    monkeypatch.setattr(run, "_processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(op, "device_of", lambda device: H200)
@@ -79,11 +82,54 @@ def test_the_kernels_are_those_of_a_step(keys, fp8, features):
     ahead.begin(GPU)
     wait()
     assert len(keys) == 1 and keys < asked, "that of KeyRanges, which all models share"
-    ahead.compile_steps(problem, sinks, H200, fp8)
+    ahead.compile_step(ahead.step_after(problem, fp8), sinks, H200)
     assert keys == asked
     keys.clear()
-    ahead.compile_steps(problem, sinks, H200, not fp8)
-    assert len(keys) == 2 and not keys & asked, "a cache of another dtype has other kernels"
+    ahead.compile_step(ahead.step_after(problem, not fp8), sinks, H200)
+    assert len(keys) == 3 and len(keys & asked) == 1, (
+        "a cache of another dtype has other kernels, but that of KeyRanges"
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2048, 32, 8), (3, 17, 4, 4), (2, 5000, 7, 1)])
+@pytest.mark.parametrize("value_dim, softcap, sinks", [(128, None, None), (192, 30.0, torch.bfloat16)])
+def test_the_prompts_kernel_is_told_by_a_layer(keys, shape, value_dim, softcap, sinks):
+    batch_size, length, num_heads, num_kv_heads = shape
+    sizes = ((num_heads, 192), (num_kv_heads, 192), (num_kv_heads, value_dim))
+    query, key, value = (torch.zeros(batch_size, length, *size, dtype=torch.bfloat16).transpose(1, 2) for size in sizes)
+    key_range = make_key_range(batch_size, length, right=0)
+    logits = None if sinks is None else torch.zeros(num_heads, dtype=sinks)
+    problem = check_problem(query, key, value, key_range, softcap=softcap, sinks=logits)
+    chosen = plan(with_alignment(problem, query, key, value), H200)
+    assert chosen.kernel == "flashcore_hopper"
+    op._launch(
+        chosen, problem, query, key, value, key_range, None, logits, op._empty_outputs(query, value, False)[0], None
+    )
+    asked = set(keys)
+    keys.clear()
+    prompt = ahead.Prompt(192, value_dim, torch.bfloat16, softcap is not None, sinks)
+    ahead.begin(GPU, prompt)
+    wait()
+    assert keys == asked and len(keys) == 1
+    for other in (
+        prompt._replace(dtype=torch.float16), prompt._replace(softcap=not prompt.softcap),
+        prompt._replace(head_dim=64, value_dim=64), prompt._replace(sinks=torch.float32),
+    ):  # fmt: skip
+        keys.clear()
+        ahead.compile_first(other, H200)
+        assert len(keys) == 1 and keys != asked, "another model's prompt has another kernel"
+
+
+@pytest.mark.parametrize("prompt, kind", [
+    (ahead.Prompt(128, 128, torch.float32, False, None), H200),
+    (ahead.Prompt(128, 128, torch.bfloat16, False, None), Device("cuda", 80, triton=(3, 6))),
+])  # fmt: skip
+def test_kernels_of_more_than_that_wait_for_their_prompt(keys, monkeypatch, prompt, kind):
+    ahead.compile_key_range()
+    small = set(keys)
+    keys.clear()
+    ahead.compile_first(prompt, kind)
+    assert keys == small, "Triton is started, and that is all"
 
 
 @pytest.fixture
@@ -93,6 +139,7 @@ def begun(monkeypatch):
     monkeypatch.setattr(ahead, "THREADS_MAY_PARSE", True)
     monkeypatch.setattr(op, "device_of", lambda device: H200)
     monkeypatch.setattr(ahead, "_in_background", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(ahead, "_begun", set())
     return calls
 
 
@@ -104,19 +151,29 @@ def wait():
 
 def test_only_where_steps_follow(begun):
     problem = prompt()
-    ahead.prompt_compiles(problem, None, GPU)
+    ahead.prompt_attends(problem, None, GPU, False)
     with ahead.steps_follow(fp8=True):
         for _ in range(3):
-            ahead.prompt_compiles(problem, None, GPU)
-    ahead.prompt_compiles(problem, None, GPU)
-    assert begun == [((GPU, ahead.compile_steps, problem, None, H200), {"fp8": True})], "once a prompt"
+            ahead.prompt_attends(problem, None, GPU, False)
+    ahead.prompt_attends(problem, None, GPU, False)
+    step = ahead.step_after(problem, True)
+    assert begun == [((GPU, ahead.compile_step, step, None, H200, ahead.HEAD_START), {})], "once a prompt"
+    with ahead.steps_follow(fp8=True):
+        ahead.prompt_attends(problem._replace(num_queries=31, num_keys=31, query_start=0), None, GPU, True)
+    assert len(begun) == 1, "prompts of any length have the same steps"
+    with ahead.steps_follow(fp8=False):
+        ahead.prompt_attends(problem, None, GPU, True)
+    assert begun[1][0][-1] == 0.0, "the prompt's own kernel is there: nothing to wait for"
+    with ahead.steps_follow(fp8=True):
+        ahead.prompt_attends(problem._replace(batch_size=3), None, GPU, True)
+    assert len(begun) == 3
 
 
 def test_what_is_not_compiled_ahead(begun, monkeypatch):
     def ask(layout="sequence"):
         ahead.begin(GPU)
         with ahead.steps_follow():
-            ahead.prompt_compiles(prompt()._replace(range_layout=layout), None, GPU)
+            ahead.prompt_attends(prompt()._replace(range_layout=layout), None, GPU, False)
         return len(begun)
 
     assert ask(layout=None) == 1, "a model with dense masks: Triton is started, and that is all"

@@ -80,7 +80,8 @@ def hopper_launch(
     all_heads = problem.batch_size * problem.num_heads
     tiles_per_head = -(-problem.num_queries // plan.block_m)
     bytes_per_key = 2 * (problem.head_dim + problem.value_dim)
-    processors = _processors(query.device)
+    # Of a meta tensor the launch is only compiled, and for every grid alike.
+    processors = 1 if query.is_meta else _processors(query.device)
     section = 1
     if problem.right >= 0 or key_range is not None:  # tiles may differ in length
         section = heads_in_section(
