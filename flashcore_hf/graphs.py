@@ -112,21 +112,18 @@ def unsupported_device(model) -> str | None:
 
 
 def prompt_of(model) -> ahead.Prompt | None:
-    """What the kernel for a prompt depends on, as the first decoder layer tells; None for a model without KeyRanges.
+    """What the kernel for a prompt depends on, as the first decoder layer tells.
 
-    A layer that is unlike it compiles its own kernel when it is called, as ever.
+    None where that is not enough: for a model without KeyRanges, and for DeepSeek's heads of two sizes, which some
+    versions pad. A layer that is unlike the first compiles its own kernel when it is called, as ever.
     """
     if not takes_key_range(model.config.get_text_config(decoder=True)):
         return None
     for module in model.modules():
-        # DeepSeek's heads have two sizes.
-        head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
-        if isinstance(head_dim, int) and getattr(module, "is_causal", False):
-            return ahead.Prompt(
-                head_dim, getattr(module, "v_head_dim", head_dim), model.dtype,
-                bool(getattr(module, "attn_logit_softcapping", None)),
-                getattr(getattr(module, "sinks", None), "dtype", None),
-            )  # fmt: skip
+        if getattr(module, "is_causal", False) and hasattr(module, "head_dim") and not hasattr(module, "v_head_dim"):
+            softcap = bool(getattr(module, "attn_logit_softcapping", None))
+            sinks = getattr(getattr(module, "sinks", None), "dtype", None)
+            return ahead.Prompt(module.head_dim, module.head_dim, model.dtype, softcap, sinks)
     return None
 
 

@@ -203,12 +203,18 @@ def hopper_source(variant: Variant, problem, plan):
 def hopper_decode_source(variant: Variant, problem, plan):
     """As `hopper_source`, for `flashcore_hopper_decode` and the layout that caches have; and its DecodeConfig."""
     from flashcore_kernels.hopper.decode import flashcore_hopper_decode
-    from flashcore_kernels.hopper.decode_run import make_decode_config
+    from flashcore_kernels.hopper.decode_run import make_decode_config, sharing
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]
     config = make_decode_config(
-        problem, plan, problem.head_dim, problem.value_dim, may_split=True, lse=bool(features.get("lse"))
+        problem,
+        plan,
+        sharing(problem, plan),
+        problem.head_dim,
+        problem.value_dim,
+        may_split=True,
+        lse=bool(features.get("lse")),
     )
     stored = "fp8e4nv" if problem.fp8 else variant.dtype
     pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype, "Partial": "fp32", "Count": "i32"}

@@ -140,7 +140,8 @@ class TestPrepared:
             rows = queries * heads[0] // heads[1]
             floats = batch * heads[1] * rows * nodes * (chosen.block_dv + 2)
             assert setup.partial == (floats if chunks > 1 else 0)
-            longer = decode_run.make_decode_config(made._replace(num_keys=10 * keys), chosen, 0, 0, True, False)
+            long = made._replace(num_keys=10 * keys)
+            longer = decode_run.make_decode_config(long, chosen, decode_run.sharing(long, chosen), 0, 0, True, False)
             assert longer == dataclasses.replace(config, key_step=0, value_step=0, may_split=True), (
                 "a generation compiles one kernel, and one more while there is a single chunk"
             )

@@ -93,11 +93,10 @@ def _row_tiles(problem: Problem, plan: Plan) -> int:
 
 
 def make_decode_config(
-    problem: Problem, plan: Plan, key_step: int, value_step: int, may_split: bool, lse: bool
+    problem: Problem, plan: Plan, shared: Sharing, key_step: int, value_step: int, may_split: bool, lse: bool
 ) -> DecodeConfig:
     """What the kernel for this call is compiled for."""
     rows = padded(problem.num_queries * problem.group)
-    shared = sharing(problem, plan)
     return DecodeConfig(
         problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, key_step, value_step, problem.num_kv_heads,
         problem.group, plan.block_m, _row_tiles(problem, plan), plan.block_n, shared.stages, shared.resident,
@@ -125,10 +124,11 @@ def hopper_decode_launch(
 ) -> DecodeLaunch:
     """Grid, workspace and parameters for tensors with these strides."""
     chunks = max_splits_for(problem.num_keys, plan)
-    config = make_decode_config(problem, plan, _step(key), _step(value), chunks > 1, has_lse)
+    shared = sharing(problem, plan)
+    config = make_decode_config(problem, plan, shared, _step(key), _step(value), chunks > 1, has_lse)
     heads = problem.batch_size * problem.num_kv_heads
     units = heads * config.row_tiles
-    each = sharing(problem, plan).chunks_each(chunks, units)
+    each = shared.chunks_each(chunks, units)
     num_splits = -(-chunks // each)
     num_lines = tree_nodes(num_splits, config.fan_in)
     partial = heads * num_lines * problem.num_queries * problem.group * (plan.block_dv + 2) if chunks > 1 else 0

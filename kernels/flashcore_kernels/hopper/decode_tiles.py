@@ -40,13 +40,10 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
     at = gl.max_contiguous(gl.multiple_of(at.reshape([BN, BLOCK]), [1, 16]), [1, VEC])
     mask = gl.expand_dims(there, 2) & (column < SIZE)
     # Two copies, so that the one without holes has no mask in registers.
-    if C.range:
-        if holes != 0:
-            word = gl.load(bitmap + (keys >> 5), mask=there, other=0)
-            exist = gl.expand_dims(((word >> (keys & 31)) & 1) == 1, 2) & mask
-            copy_async(smem, at, mask=gl.max_constancy(exist.reshape([BN, BLOCK]), [1, VEC]))
-        else:
-            copy_async(smem, at, mask=gl.max_constancy(mask.reshape([BN, BLOCK]), [1, VEC]))
+    if holes != 0 if C.range else False:
+        word = gl.load(bitmap + (keys >> 5), mask=there, other=0)
+        exist = gl.expand_dims(((word >> (keys & 31)) & 1) == 1, 2) & mask
+        copy_async(smem, at, mask=gl.max_constancy(exist.reshape([BN, BLOCK]), [1, VEC]))
     else:
         copy_async(smem, at, mask=gl.max_constancy(mask.reshape([BN, BLOCK]), [1, VEC]))
 
