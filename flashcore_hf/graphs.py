@@ -43,10 +43,10 @@ def graphed(model, enabled: bool = True):
     `generate()` then makes a FlashCoreCache wherever it would have made a DynamicCache (a loop of your own passes one),
     greedily, sampling or with beams. The cache and its graph are used again for the next text of the same batch size;
     the memory stays taken until `graphed(model, False)`. On Hopper the prompt's kernel begins to be compiled here, in
-    the background, where it is not on disk: call it early. Calls with several tokens (prefill, the candidates of assisted
-    decoding) run as they always do. So does a one-token step that a graph cannot serve, and one FlashcoreGraphWarning
-    says why (FLASHCORE_STRICT=1 makes it an error): weights of attention asked for, another cache, layers that are not
-    plain attention, a model spread over devices, a CPU.
+    the background, where it is not on disk: call it early. Calls with several tokens (prefill, the candidates of
+    assisted decoding) run as they always do. So does a one-token step that a graph cannot serve, and one
+    FlashcoreGraphWarning says why (FLASHCORE_STRICT=1 makes it an error): weights of attention asked for, another
+    cache, layers that are not plain attention, a model spread over devices, a CPU.
 
     Args:
         model: loaded with `attn_implementation="flashcore"`. Only this object is changed.
