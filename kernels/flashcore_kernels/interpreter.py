@@ -99,8 +99,30 @@ def quick_interpreter() -> Iterator[None]:
             shapes[key] = {name: part for name, part in self.__dict__.items() if name not in its_own}
         self.__dict__ = {**shapes[key], "handle": handle, "type": kind, "dtype": kind.scalar}
 
-    def broadcast_unequal(self, left, right):
-        return (left, right) if left.shape is right.shape else broadcast(self, left, right)
+    def stretched(semantic, tensor, kind):
+        if kind is None:
+            return tensor
+        if tensor.type.is_block():
+            handle = semantic.builder.create_broadcast(tensor.handle, kind.shape.values)
+        else:
+            handle = semantic.builder.create_splat(kind, tensor.handle)
+        return semantic.tensor(handle, kind)
+
+    stretched_kinds = {}
+
+    def broadcast_once(self, left, right):
+        if left.shape is right.shape:
+            return left, right
+        key = left.type.name, right.type.name
+        if key in stretched_kinds:
+            left_kind, right_kind = stretched_kinds[key]
+            return stretched(self, left, left_kind), stretched(self, right, right_kind)
+        wide = broadcast(self, left, right)
+        ranks = len(left.shape), len(right.shape)
+        # A scalar becomes a tile, or axes of one element get longer; new axes are left to the original.
+        if 0 in ranks or ranks[0] == ranks[1]:
+            stretched_kinds[key] = [None if new is old else new.type for new, old in zip(wide, (left, right))]
+        return wide
 
     replacements = [
         (interpreter.GridExecutor, "__call__", quickly),
@@ -111,7 +133,7 @@ def quick_interpreter() -> Iterator[None]:
         (builder, "options", unchecked),
     ]
     if broadcast is not None:
-        replacements.append((semantic, "broadcast_impl_value", broadcast_unequal))
+        replacements.append((semantic, "broadcast_impl_value", broadcast_once))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     for owner, name, replacement in replacements:
         setattr(owner, name, replacement)
