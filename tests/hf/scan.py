@@ -4,6 +4,7 @@ import ast
 import functools
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 # Ways in which code asks whether an implementation's name is a FlashAttention's.
@@ -25,11 +26,21 @@ def attention_arguments(root: Path) -> dict[str, set[str]]:
         source = file.read_text()
         if "ALL_ATTENTION_FUNCTIONS" not in source:
             continue
-        for function in ast.walk(ast.parse(source)):
-            if isinstance(function, ast.FunctionDef):
+        lines = [number for number, line in enumerate(source.splitlines(), 1) if "ALL_ATTENTION_FUNCTIONS" in line]
+        for function in _functions(ast.parse(source)):
+            if any(function.lineno <= number <= function.end_lineno for number in lines):
                 for keyword in _keywords_of_interface_calls(function):
                     found.setdefault(keyword, set()).add(file.parent.name)
     return found
+
+
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef]:
+    """The functions in a tree, but not those within another function. Expressions are not looked at."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef):
+            yield child
+        elif isinstance(child, ast.stmt):
+            yield from _functions(child)
 
 
 def _keywords_of_interface_calls(function: ast.FunctionDef) -> set[str]:

@@ -403,7 +403,7 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
                 yield Variant(kernel, arch, dtype, int(head_dim), int(value_dim or head_dim), features, rows, batch)
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", default=["flashcore_forward", "flashcore_decode"])
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 89, 90, 100])
@@ -413,13 +413,27 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64], help="decode: query tokens x group")
     parser.add_argument("--batch", nargs="+", type=int, default=[2])
     parser.add_argument("--tile", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table")
-    arguments = parser.parse_args()
+    return parser
+
+
+def reports(command: list[str]) -> Iterator[dict]:
+    """Compile what the command line asks for: a report of each variant, with its `problems`."""
+    arguments = parser().parse_args(command)
     names = ("block_m", "block_n", "num_warps", "num_stages")
     override = dict(zip(names, arguments.tile)) if arguments.tile else {}
-    failed = False
     for variant in variants(arguments):
         report = compile_variant(variant, **override)
-        report["problems"] = problems(report)
+        yield report | {"problems": problems(report)}
+
+
+def all_reports(command: list[str]) -> list[dict]:
+    """`reports` at once, for a caller in another process."""
+    return list(reports(command))
+
+
+def main() -> int:
+    failed = False
+    for report in reports(sys.argv[1:]):
         failed |= bool(report["problems"])
         print(json.dumps(report), flush=True)
     return int(failed)
