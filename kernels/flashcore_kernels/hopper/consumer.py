@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .schedule import tile_at, tiles_of_program
-from .softmax import exponents, fold_sums, hide, rescale, row_sums, tanh, whole_sums
+from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums, tanh, whole_sums
 from .triton_api import ROUND_LATE, barrier, tma_store
 from .visible import BITMAP, row_ranges, sequence_bounds, tile_blocks, tile_keys
 
@@ -51,8 +51,7 @@ def _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C: gl.constexpr):
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
     BN: gl.constexpr = C.block_n
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
-    p = gl.convert_layout(p.to(v0_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    p = _rounded(p, v0_smem.dtype, C)
     acc0 = warpgroup_mma(p, v0_smem.index(stage).reshape([BN, DV0]), acc0, is_async=True)
     if DV1 > 0:
         acc1 = warpgroup_mma(p, v1_smem.index(stage).reshape([BN, DV1]), acc1, is_async=True)
@@ -61,12 +60,31 @@ def _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C: gl.constexpr):
 
 @gluon.jit
 def _rounded(p, dtype: gl.constexpr, C: gl.constexpr):
-    """P in 16 bits, as its product with V takes it; ROUND_LATE leaves that to where the product is issued."""
+    """P in 16 bits, as its product with V takes it."""
     DV0: gl.constexpr = C.dv0
-    if not ROUND_LATE:
-        O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
-        p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-    return p
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+
+
+@gluon.jit
+def _log_probabilities(s, m, unit, C: gl.constexpr):
+    """What a step leaves to the next one with `C.ahead`: log2 of P, or the scores themselves.
+
+    Three consumers have no registers for two blocks' numbers. ptxas then computes all exponentials before the next
+    scores, and what can be computed among them costs nothing: so P's log2 are left to that place too.
+    """
+    if C.consumers < 3:
+        s = exponents(s, m, unit)
+    return s
+
+
+@gluon.jit
+def _probabilities(p, m, l, alpha, unit, C: gl.constexpr):
+    """P of what `_log_probabilities` left, and the sums with it."""
+    if C.consumers == 3:
+        p = exponents(p, m, unit)
+    p = gl.exp2(p)
+    return p, fold_sums(l, p, alpha)
 
 
 @gluon.jit
@@ -74,7 +92,7 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     """One block: scores and maxima, and the product with V of the block before.
 
     The exponentials come last, beside that product. With `C.ahead` they come first, in the next step, beside its
-    scores, and the product runs beside the maxima: `p` of the state is the probabilities' log2 then.
+    scores, and the product runs beside the maxima: `p` of the state is what `_log_probabilities` says then.
     """
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
@@ -85,11 +103,14 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     score_scale, unit = unit_cap
     stage = use % STAGES
     before = (use - 1) % STAGES
+    if C.ahead and C.consumers == 3:
+        p, l = _probabilities(p, m, l, alpha, unit, C)
+        # Here, in front of the branch that waiting is: ptxas moves the exponentials over it, but not this.
+        p = _rounded(p, k0_smem.dtype, C)
     mbarrier.wait(k_full.index(stage), use // STAGES & 1)
     s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
-    if C.ahead:
-        p = gl.exp2(p)
-        l = fold_sums(l, p, alpha)
+    if C.ahead and C.consumers < 3:
+        p, l = _probabilities(p, m, l, alpha, unit, C)
     acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, before, acc0, acc1, C)
     s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
     _release(k_empty.index(stage))
@@ -97,9 +118,11 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
         s = tanh(s * score_scale)
     if edge:
         s = hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C)
-    p, m, alpha = exponents(s, m, unit)
-    if not C.ahead:
-        p = gl.exp2(p)
+    m, alpha = maxima(s, m, unit)
+    if C.ahead:
+        p = _log_probabilities(s, m, unit, C)
+    else:
+        p = gl.exp2(exponents(s, m, unit))
         l = fold_sums(l, p, alpha)
     # The softmax is to run while the product with V does. ptxas would move it behind the wait for that product, but not
     # over a branch, which waiting for the next step's V is, where an exchange needs it (row_sums, and the maxima); and
@@ -113,7 +136,7 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     acc0 = rescale(acc0, alpha)
     if DV1 > 0:
         acc1 = rescale(acc1, alpha)
-    if not C.ahead:
+    if not C.ahead and not ROUND_LATE:
         p = _rounded(p, k0_smem.dtype, C)
     return acc0, acc1, p, m, l, alpha
 
@@ -169,8 +192,8 @@ def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def _first_exponents(s, tile, unit_cap, num_keys, C: gl.constexpr):
-    """Of a tile's first block: the probabilities' log2, maxima, and what there is to shrink."""
+def _first_block(s, tile, unit_cap, num_keys, C: gl.constexpr):
+    """Of a tile's first block: the probabilities (with `C.ahead` `_log_probabilities`) and maxima."""
     b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
     score_scale, unit = unit_cap
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
@@ -178,8 +201,12 @@ def _first_exponents(s, tile, unit_cap, num_keys, C: gl.constexpr):
         s = tanh(s * score_scale)
     if (left_edge > 0) | (right_edge == 0):
         s = hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, C)
-    m = gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT)
-    return exponents(s, m, unit)
+    m, alpha = maxima(s, gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT), unit)
+    if C.ahead:
+        p = _log_probabilities(s, m, unit, C)
+    else:
+        p = gl.exp2(exponents(s, m, unit))
+    return p, m, alpha
 
 
 @gluon.jit
@@ -294,18 +321,17 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
         s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
         s = warpgroup_mma_wait(0, deps=[s_async])
         _release(k_empty.index(stage))
-        p, m, alpha = _first_exponents(s, tile, unit_cap, num_keys, C)
+        p, m, alpha = _first_block(s, tile, unit_cap, num_keys, C)
         if C.ahead:
             l = row_sums(gl.full_like(p, 0.0))
         else:
-            p = gl.exp2(p)
             l = row_sums(p)
         if SLOTS == 2:
             if turn > 0:  # the output of the tile before has left by now
                 tma.store_wait(0)
                 _release(q_empty.index(CONSUMER * SLOTS + (turn + 1) % SLOTS))
         mbarrier.wait(v_full.index(stage), use // STAGES & 1)
-        if not C.ahead:
+        if not C.ahead and not ROUND_LATE:
             p = _rounded(p, k0_smem.dtype, C)
         use += 1
 
@@ -316,8 +342,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
         # The last block's product with V, and beside it what the next tile is.
         stage = (use - 1) % STAGES
         if C.ahead:
-            p = gl.exp2(p)
-            l = fold_sums(l, p, alpha)
+            p, l = _probabilities(p, m, l, alpha, unit_cap[1], C)
         acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C)
         next_tile = _tile(gl.minimum(turn + 1, turns - 1), pointers, numbers, scales, CONSUMER, C)
         if DV1 > 0:

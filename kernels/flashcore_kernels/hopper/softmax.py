@@ -122,17 +122,25 @@ def whole_sums(l, m):
 
 
 @gluon.jit
-def exponents(s, m, unit):
-    """Fold the scores s * unit (log2 units) into m; returns log2 of the probabilities, m, what older sums shrink by."""
+def _finite(m):
+    """A row that has seen no key yet has m = -inf, and -inf - -inf is NaN."""
+    return gl.where(m == float("-inf"), 0.0, m)
+
+
+@gluon.jit
+def maxima(s, m, unit):
+    """Fold the scores s * unit (log2 units) into m; returns m and what older sums shrink by."""
     # By short chains rather than a long one.
     largest = gl.max(gl.max(gl.max(_of_thread(s), axis=1), axis=1), axis=2)
     largest = gl.convert_layout(gl.max(largest, axis=1), gl.SliceLayout(1, s.type.layout)) * unit
     m_new = gl.where(largest > m + SLACK, largest, m)
-    # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
-    m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
-    x = gl.fma(s, gl.full_like(s, 0.0) + unit, gl.full_like(s, 0.0) - m_finite[:, None])
-    alpha = gl.exp2(m - m_finite)
-    return x, m_new, alpha
+    return m_new, gl.exp2(m - _finite(m_new))
+
+
+@gluon.jit
+def exponents(s, m, unit):
+    """log2 of the probabilities, of scores s * unit (log2 units) and the maxima m."""
+    return gl.fma(s, gl.full_like(s, 0.0) + unit, gl.full_like(s, 0.0) - _finite(m)[:, None])
 
 
 @gluon.jit
