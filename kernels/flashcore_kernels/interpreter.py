@@ -29,12 +29,18 @@ def quick_interpreter() -> Iterator[None]:
     triton.language by the interpreter's own functions again at each call of one jitted function by another, where the
     launch has done so; asking after each sum of ints whether it overflowed; and finding out for each tile anew what its
     type is called, there and in NumPy, what its shape is, and whether it has that of the tile beside it. These are
-    Triton's internals: a version that lacks one of them is left as it is. Not for several threads.
+    Triton's internals: a version that lacks one of them is left as it is, and so is a process whose kernels are
+    compiled, as the compiler uses some of the same. Not for several threads.
     """
     try:
         import triton.language as tl
         from triton.runtime import interpreter
 
+        from .forward import flashcore_forward
+
+        if not isinstance(flashcore_forward, interpreter.InterpretedFunction):
+            yield
+            return
         run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
         np_dtype, make_tile_type = interpreter._get_np_dtype, tl.block_type.__init__
         make_tensor = tl.tensor.__init__

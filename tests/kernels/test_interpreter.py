@@ -1,6 +1,8 @@
 """The quicker interpreter: the same answers, and nothing of it left behind."""
 
 import gc
+import os
+import subprocess
 import sys
 
 import pytest
@@ -118,3 +120,20 @@ def test_a_triton_without_these_parts_is_left_alone(monkeypatch):
     call = interpreter.GridExecutor.__call__
     with quick_interpreter():
         assert interpreter.GridExecutor.__call__ is call
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_a_process_that_compiles_is_left_as_it_is(interpreted):
+    """With real builders the shared parts of triton.language fail where the interpreter's stand in for them."""
+    code = """
+import triton.language as tl
+from flashcore_kernels.interpreter import quick_interpreter
+before = tl.tensor.__init__
+with quick_interpreter():
+    print(tl.tensor.__init__ is not before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split()[-1] == str(interpreted)
