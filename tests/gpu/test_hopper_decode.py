@@ -203,6 +203,36 @@ def test_alone_batched_and_padded(head_dim, softcap, window):
     assert set(path_counts) == {"flashcore_hopper_decode"}
 
 
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("batch_size", [16, 30])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_whole_sequences(head_dim, batch_size, num_queries, monkeypatch):
+    """Programs that have all keys of a sequence, one or two on an SM, give the bits of those that share them."""
+    planned, whole = decode_run.sharing, []
+
+    def spy(problem, plan):
+        whole.append(planned(problem, plan).whole)
+        return planned(problem, plan)
+
+    monkeypatch.setattr(decode_run, "sharing", spy)
+    monkeypatch.setattr(prepared, "_prepared", {})
+    call = build((), num_queries, 1500, batch_size=batch_size, heads=(16, 8), head_dim=head_dim, dtype=torch.bfloat16,
+                 device="cuda")  # fmt: skip
+    for window in (None, 700):
+        out = attention(call.query, call.key, call.value, is_causal=True, window=window)
+        key_range = make_key_range(
+            batch_size, 1500, query_start=1500 - num_queries, right=0, left=-1 if window is None else window - 1,
+            device=torch.device("cuda"),
+        )  # fmt: skip
+        whole.clear()
+        assert torch.equal(attention(call.query, call.key, call.value, key_range=key_range), out)
+        assert whole and not any(whole), "lengths that may differ are shared"
+    whole.clear()
+    monkeypatch.setattr(prepared, "_prepared", {})
+    attention(call.query, call.key, call.value, is_causal=True)
+    assert whole and all(whole)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_fp8_alone_and_batched(head_dim):
     query, key, value, scales = test_fp8.call(

@@ -207,15 +207,8 @@ def hopper_decode_source(variant: Variant, problem, plan):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]
-    config = make_decode_config(
-        problem,
-        plan,
-        sharing(problem, plan),
-        problem.head_dim,
-        problem.value_dim,
-        may_split=True,
-        lse=bool(features.get("lse")),
-    )
+    shared, lse = sharing(problem, plan), bool(features.get("lse"))
+    config = make_decode_config(problem, plan, shared, problem.head_dim, problem.value_dim, not shared.whole, lse)
     stored = "fp8e4nv" if problem.fp8 else variant.dtype
     pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype, "Partial": "fp32", "Count": "i32"}
     optional = {

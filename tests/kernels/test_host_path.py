@@ -129,9 +129,17 @@ class TestPrepared:
             (config,), (num_splits, each, lines) = setup.constants, setup.scalars[5:8]
             units = batch * heads[1] * config.row_tiles
             chunks = max_splits_for(keys, chosen)
-            assert each in (1, 2, 4, 8) and each <= 2**config.levels
+            shared = decode_run.sharing(made, chosen)
+            assert each == 2**config.levels if shared.whole else each in (1, 2, 4, 8) and each <= 2**config.levels
             assert num_splits == -(-chunks // each) and setup.programs == units * num_splits
             assert setup.programs >= min(units * chunks, 128), "the GPU is filled where there are chunks to fill it"
+            if shared.whole:
+                assert each >= chosen.max_splits and num_splits == 1, "no chunk is left out, whatever the length"
+                assert not config.may_split and 128 <= units <= shared.slots
+                unequal = made._replace(range_layout="sequence")
+                assert not decode_run.sharing(unequal, chosen).whole, "one sequence may be much longer than the others"
+            else:
+                assert fp8 or units < 128 or units > 264 or config.rows > 8 or heads[1] < 8, "equal lengths, an SM each"
             level, nodes = num_splits, num_splits
             while level > 1:
                 level = -(-level // config.fan_in)
@@ -139,10 +147,10 @@ class TestPrepared:
             assert lines == nodes and setup.units == units * max(nodes - num_splits, 1)
             rows = queries * heads[0] // heads[1]
             floats = batch * heads[1] * rows * nodes * (chosen.block_dv + 2)
-            assert setup.partial == (floats if chunks > 1 else 0)
+            assert setup.partial == (floats if chunks > 1 and not shared.whole else 0)
             long = made._replace(num_keys=10 * keys)
-            longer = decode_run.make_decode_config(long, chosen, decode_run.sharing(long, chosen), 0, 0, True, False)
-            assert longer == dataclasses.replace(config, key_step=0, value_step=0, may_split=True), (
+            (longer,) = decode_run.hopper_decode_launch(long, chosen, key, key, key, None, False).constants
+            assert longer == dataclasses.replace(config, may_split=longer.may_split), (
                 "a generation compiles one kernel, and one more while there is a single chunk"
             )
 

@@ -42,7 +42,7 @@ class DecodeConfig:
         stages: blocks of K and V in shared memory.
         resident: programs that an SM is to have registers for.
         min_chunk, max_splits: least keys of a chunk, most chunks of a sequence (a power of two).
-        may_split: False: no sequence can have more than one chunk, and there is no workspace.
+        may_split: False: every sequence is one program's in each KV head, and there is no workspace.
         levels: of the tree that a program can merge by itself: it takes up to 2**levels chunks.
         fan_in: neighbours that are merged by the last of them to arrive, a power of two from 4.
         merge_rows: rows that are merged at once.

@@ -33,6 +33,8 @@ THREADS = 128  # of a program
 ENOUGH = 256
 # Programs that an SM has registers for, by rows.
 MOST_RESIDENT = {8: 8, 16: 3, 32: 2}
+# Values (rows x columns x levels) of trees that so many programs have registers for.
+MOST_IN_TREES = {1: 8192, 2: 8192, 3: 4096, 4: 4096}
 
 
 class Sharing(NamedTuple):
@@ -44,6 +46,7 @@ class Sharing(NamedTuple):
         fan_in: nodes of the tree that are merged at once.
         resident: programs that an SM runs at once.
         enough: programs that use all bandwidth.
+        whole: a program takes all chunks of a sequence.
     """
 
     stages: int
@@ -51,6 +54,7 @@ class Sharing(NamedTuple):
     fan_in: int
     resident: int
     enough: int
+    whole: bool = False
 
     @property
     def slots(self) -> int:
@@ -62,6 +66,8 @@ class Sharing(NamedTuple):
         The more, the fewer partial sums are written; but the programs shall fill the GPU, and all run at once or so
         many after each other that the last ones do not run alone for long.
         """
+        if self.whole:
+            return 2**self.levels
         for level in range(self.levels, 0, -1):
             programs = units * -(-chunks // 2**level)
             if self.enough <= programs <= self.slots or programs >= 1.9 * self.slots:
@@ -71,12 +77,20 @@ class Sharing(NamedTuple):
 
 def sharing(problem: Problem, plan: Plan) -> Sharing:
     """From the batch and the heads alone: lengths grow in a generation, and each of these compiles a kernel."""
-    # Twice the rows take twice the registers for each level.
-    levels = max(plan.hopper.levels - (plan.block_m // 8).bit_length() + 1, 0)
+    row = plan.hopper
     units = problem.batch_size * problem.num_kv_heads * _row_tiles(problem, plan)
-    programs = units * plan.max_splits // 2**levels
-    fits = [choice for choice in plan.hopper.stages if programs <= choice[1] * SMS]
-    stages, resident = (fits or plan.hopper.stages[-1:])[0]
+    # A KeyRange may make one sequence longer than others, and then many programs shall share it.
+    if problem.range_layout is None and units >= SMS - 4 and plan.block_m <= 16:
+        levels = (plan.max_splits - 1).bit_length()
+        for stages, resident in row.whole:
+            fit = plan.block_m * plan.block_dv * levels <= MOST_IN_TREES[resident]
+            if units <= resident * SMS and resident <= MOST_RESIDENT[plan.block_m] and fit:
+                return Sharing(stages, levels, 4, resident, units, whole=True)
+    # Twice the rows take twice the registers for each level.
+    levels = max(row.levels - (plan.block_m // 8).bit_length() + 1, 0)
+    programs = units * plan.max_splits
+    fits = [c for c in row.stages if (programs if c[1] == 1 else programs // 2**levels) <= c[1] * SMS]
+    stages, resident = (fits or row.stages[-1:])[0]
     if resident > 3 and problem.range_layout is not None and not problem.fp8:
         levels = min(levels, 2)  # with 3 registers spill: B64 S4096 250.5 us, with 2 247.8
     enough = max(ENOUGH * (16 if problem.fp8 else 8) // plan.block_m, SMS - 4)
@@ -125,13 +139,14 @@ def hopper_decode_launch(
     """Grid, workspace and parameters for tensors with these strides."""
     chunks = max_splits_for(problem.num_keys, plan)
     shared = sharing(problem, plan)
-    config = make_decode_config(problem, plan, shared, _step(key), _step(value), chunks > 1, has_lse)
+    may_split = chunks > 1 and not shared.whole
+    config = make_decode_config(problem, plan, shared, _step(key), _step(value), may_split, has_lse)
     heads = problem.batch_size * problem.num_kv_heads
     units = heads * config.row_tiles
     each = shared.chunks_each(chunks, units)
     num_splits = -(-chunks // each)
     num_lines = tree_nodes(num_splits, config.fan_in)
-    partial = heads * num_lines * problem.num_queries * problem.group * (plan.block_dv + 2) if chunks > 1 else 0
+    partial = heads * num_lines * problem.num_queries * problem.group * (plan.block_dv + 2) if may_split else 0
     return DecodeLaunch(
         flashcore_hopper_decode,
         num_splits * units,

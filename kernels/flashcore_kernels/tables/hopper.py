@@ -53,14 +53,20 @@ def hopper_configuration(head_dim: int, value_dim: int, num_queries: int, plain:
 # The reasons are us on an H200 with Triton 3.6, inside CUDA graphs, for 32 query heads on 8 KV heads if none are named.
 DECODE_ROWS = (
     HopperDecodeRow(
-        16, 64, 32, 128, ((1, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 20.5; 64 keys in 2 stages 20.7, in 4 24.5"
+        16, 64, 32, 128, ((2, 1), (1, 4)), 2, 128, 128,
+        "B16 S2048 of 8:8 heads 19.2, not whole 20.4; B1 S8192 8.4, in 3 stages 8.5, in 1 9.7",
+        whole=((3, 1), (1, 4)),
     ),
     HopperDecodeRow(
         16, 128, 16, 64, ((2, 3), (1, 4)), 3, 128, 128,
-        "B1 S8192, B16 S2048 12.5, 36.4, of 128 keys 12.5, 40.4; B64 S4096 253 with 2 stages, 245 with 1; B4 S8192 of "
-        "32:1 heads 13.4, with 32 rows 15.6",
+        "B1 S8192, B16 S2048 12.5, 36.4, of 128 keys 12.5, 40.4; B4 S8192 of 32:1 heads 13.4, with 32 rows 15.6; "
+        "B16 S2048, B64 S4096 35.2, 245, not whole 36.4, 252; 4 tokens on B16 S2048 35.9, not whole 44.2",
+        whole=((3, 1), (2, 3), (1, 4)),
     ),
-    HopperDecodeRow(16, 256, 16, 64, ((1, 2),), 1, 128, 128, "76 KiB: two programs an SM; with 2 levels 3.7 spills"),
+    HopperDecodeRow(
+        16, 256, 16, 64, ((2, 1), (1, 2)), 1, 128, 128, "76 KiB: two programs an SM; with 2 levels 3.7 spills; of 16:8 "
+        "heads B1 S8192 20.9, in 1 stage 22.6; B16 S4096 126, not whole 130", whole=((2, 1), (1, 2)),
+    ),
     HopperDecodeRow(
         8, 64, 32, 128, ((1, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 13.4; of 64 keys 14.3; chunks of 512 keys 13.4"
     ),

@@ -70,7 +70,10 @@ class HopperDecodeRow(NamedTuple):
         rows: most rows (query tokens x group) of a tile.
         block_n: keys of a block.
         stages: blocks of K and V in shared memory, and how many of a launch's programs an SM then holds at once: what
-            is best while all of them fit, and last what is best where they do not.
+            is best while all of them fit, and last what is best where they do not. What is for one program counts
+            chunks: as many as SMs or fewer.
+        whole: the same where sequences have one length and each program has all keys of one in a KV head, if these are
+            enough to fill the GPU: nothing has to be merged. Empty: never so.
         levels: of the tree of chunks, that a program merges by itself at the most; one less for 16 rows, two for 32.
         min_chunk, chunks: as in Row.
         why: what speaks for it.
@@ -85,3 +88,4 @@ class HopperDecodeRow(NamedTuple):
     min_chunk: int
     chunks: int
     why: str
+    whole: tuple[tuple[int, int], ...] = ()
