@@ -128,7 +128,9 @@ def short_sums(
 @triton.jit
 def attend_block(
     q,  # [M, D]; where EXACT, [M] pointers to its rows
+    q1,  # [M, D1], the columns behind them; anything where D1 is 0
     acc,  # [M, DV] fp32, unnormalised output
+    acc1,  # [M, DV1] fp32, its columns behind those; anything where DV1 is 0
     m,  # [M] fp32, running maximum of the scores (log2 units)
     l,  # [M] fp32, running denominator
     K,
@@ -148,36 +150,57 @@ def attend_block(
     score_scale,
     cap_scale,
     one,  # 1.0, but not to the compiler
+    edge,  # whether some row may not see some key of the block; read only where CHECK is 2
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_D1: tl.constexpr,  # where not 0, HEAD_DIM is BLOCK_D + BLOCK_D1
+    BLOCK_DV1: tl.constexpr,  # where not 0, VALUE_DIM is BLOCK_DV + BLOCK_DV1
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,  # fp32: keep the sums short
-    CHECK: tl.constexpr,  # False: every row sees every key of the block
+    CHECK: tl.constexpr,  # 0: every row sees every key of the block; 1: look which; 2: look where `edge`
     HAS_RANGE: tl.constexpr,
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     GAPS: tl.constexpr,  # keys in [lo, hi) may be seen by no row, and may then hold anything
     SOFTCAP: tl.constexpr,
 ):
-    """Fold keys [n, n + BLOCK_N) into the online softmax state (acc, m, l)."""
+    """Fold keys [n, n + BLOCK_N) into the online softmax state: returns its new (acc, acc1, m, l)."""
     cols = n + tl.arange(0, BLOCK_N)  # [N]
-    offs_dv = tl.arange(0, BLOCK_DV)
-    present = (cols >= lo) & (cols < hi)  # [N]
-    if CHECK and HAS_RANGE:
+    # Both comparisons at once: what lies before lo is beyond hi - lo without a sign.
+    present = (cols - lo).to(tl.uint32) < (hi - lo).to(tl.uint32)  # [N]
+    rows = cols  # of K and V
+    WHOLE: tl.constexpr = HEAD_DIM == BLOCK_D + BLOCK_D1 and VALUE_DIM == BLOCK_DV + BLOCK_DV1
+    if CHECK != 1 and WHOLE:
+        # Offsets that no block changes save instructions for registers. Checks need those, and so do rows that are
+        # loaded element by element.
+        rows = tl.arange(0, BLOCK_N)
+        V += (n + tl.zeros([], tl.int64)) * stride_vs
+        if not EXACT:
+            K += (n + tl.zeros([], tl.int64)) * stride_ks
+    if CHECK == 1 and HAS_RANGE:
         word = tl.load(bitmap + (cols >> 5), mask=present & (holes + cols * 0 != 0), other=-1)  # [N]
         present = present & (((word >> (cols & 31)) & 1) == 1)
     if EXACT:
         s = short_sums(q, K, stride_ks, cols, present, bias_valid, one, HEAD_DIM, BLOCK_D, CHECK)  # [M, N]
     else:
-        k = load_tile(K, cols, stride_ks, tl.arange(0, BLOCK_D), present, HEAD_DIM, BLOCK_D, CHECK)  # [N, D]
+        SIZE_D: tl.constexpr = HEAD_DIM if BLOCK_D1 == 0 else BLOCK_D
+        k = load_tile(K, rows, stride_ks, tl.arange(0, BLOCK_D), present, SIZE_D, BLOCK_D, CHECK)  # [N, D]
         s = tl.dot(q, tl.trans(k.to(q.dtype)))  # [M, N]
+        if BLOCK_D1 != 0:
+            offs_d1 = BLOCK_D + tl.arange(0, BLOCK_D1)
+            k1 = load_tile(K, rows, stride_ks, offs_d1, present, BLOCK_D1, BLOCK_D1, CHECK)  # [N, D1]
+            s = tl.dot(q1, tl.trans(k1.to(q1.dtype)), s)
     # s * unit are the scores in units of log2; multiplied out only with the maximum at hand, by one fma.
     unit = score_scale
     if SOFTCAP:
         s = tanh(s * unit)
         unit = cap_scale
-    if CHECK:
+    if CHECK == 2:
+        if edge:
+            see = present[None, :] & (cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None])  # [M, N]
+            s = tl.where(see, s, float("-inf"))
+    elif CHECK == 1:
         see = present[None, :] & (cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None])  # [M, N]
         if MASK != 0:
             at = bias_rows[:, None] + cols.to(tl.int64)[None, :] * stride_mk
@@ -194,7 +217,8 @@ def attend_block(
         if GAPS:
             # V may hold NaN where no row looks, and 0 * NaN is NaN. Rows past the last one do not count as looking.
             present = present & (tl.max((see & bias_valid[:, None]).to(tl.int32), axis=0) > 0)
-    v = load_tile(V, cols, stride_vs, offs_dv, present, VALUE_DIM, BLOCK_DV, CHECK)  # [N, DV]
+    SIZE_DV: tl.constexpr = VALUE_DIM if BLOCK_DV1 == 0 else BLOCK_DV
+    v = load_tile(V, rows, stride_vs, tl.arange(0, BLOCK_DV), present, SIZE_DV, BLOCK_DV, CHECK)  # [N, DV]
 
     m_new = tl.maximum(m, tl.max(s, axis=1) * unit)  # [M]
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
@@ -213,23 +237,36 @@ def attend_block(
         acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), pv)
     else:
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
-    return acc, m_new, l
+        if BLOCK_DV1 != 0:
+            offs_dv1 = BLOCK_DV + tl.arange(0, BLOCK_DV1)
+            v1 = load_tile(V, rows, stride_vs, offs_dv1, present, BLOCK_DV1, BLOCK_DV1, CHECK)  # [N, DV1]
+            acc1 = tl.dot(p.to(q.dtype), v1.to(q.dtype), acc1 * alpha[:, None])
+    return acc, acc1, m_new, l
 
 
 @triton.jit
-def finish_rows(acc, m, l, Sinks, head, head_valid, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr):
-    """Normalise: returns the output [M, DV] and the natural-log lse [M]; rows that saw no key give 0."""
+def finish_rows(m, l, Sinks, head, head_valid, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr):
+    """(weight [M] and l [M] for `normalised`, the natural-log lse [M]); rows that saw no key give 0."""
+    weight = tl.full(m.shape, 1.0, tl.float32)
     if HAS_SINKS:
         sink = tl.load(Sinks + head, mask=head_valid, other=0.0).to(tl.float32) * 1.4426950408889634
         m_new = tl.maximum(m, sink)
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = power_of_2(m - m_finite, EXACT)
-        acc = acc * alpha[:, None]
-        l = l * alpha + power_of_2(sink - m_finite, EXACT)
+        weight = power_of_2(m - m_finite, EXACT)
+        l = l * weight + power_of_2(sink - m_finite, EXACT)
         m = m_new
     # Not l > 0: a NaN in the inputs must stay one.
     empty = l == 0.0
-    # The plain division is off by up to two roundings.
-    out = tl.div_rn(acc, tl.broadcast_to(tl.where(empty, 1.0, l)[:, None], acc.shape))
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * 0.6931471805599453)
-    return out, lse
+    l = tl.where(empty, 1.0, l)
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
+    return weight, l, lse
+
+
+@triton.jit
+def normalised(acc, weight, l, EXACT: tl.constexpr):
+    """acc [M, D] * weight / l, the output."""
+    if EXACT:
+        # The plain division is off by up to two roundings.
+        return tl.div_rn(acc * weight[:, None], tl.broadcast_to(l[:, None], acc.shape))
+    # A division for each element takes longer than a whole block of keys, and 16 bits do not show the difference.
+    return acc * (weight / l)[:, None]

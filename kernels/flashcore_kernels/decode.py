@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, power_of_2, sequence_bounds
+from .blocks import BITMAP, attend_block, finish_rows, load_tile, normalised, power_of_2, sequence_bounds
 from .counters import counters
 from .launch import launch, mask_argument, score_factors
 from .plan import Plan, max_splits_for
@@ -60,7 +60,8 @@ def write_rows(
     """Normalise rows r of a KV head and store them."""
     token = r // group
     head = kv_head.to(tl.int32) * group + r % group
-    out, lse = finish_rows(acc, m, l, Sinks, head, valid, HAS_SINKS, EXACT)
+    weight, l, lse = finish_rows(m, l, Sinks, head, valid, HAS_SINKS, EXACT)
+    out = normalised(acc, weight, l, EXACT)
     offs_v = tl.arange(0, BLOCK_DV)
     out_rows = Out + b * stride_ob + head.to(tl.int64) * stride_oh + token.to(tl.int64) * stride_os
     keep = valid[:, None] & (offs_v[None, :] < VALUE_DIM)
@@ -181,18 +182,18 @@ def flashcore_decode(
         n_end = tl.minimum(n_begin + chunk, hi)
         if HAS_RANGE and holes != 0:
             for n in range(n_begin, n_end, BLOCK_N):
-                acc, m, l = attend_block(
-                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap, holes,
-                    bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                    BLOCK_DV, BLOCK_N, EXACT, True, True, MASK, MASK != 0, SOFTCAP,
+                acc, acc1, m, l = attend_block(
+                    q, q, acc, 0.0, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap,
+                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, True, MASK, MASK != 0, SOFTCAP,
                 )  # fmt: skip
         else:
             # Without the bitmap, which would cost every sequence a load a block.
             for n in range(n_begin, n_end, BLOCK_N):
-                acc, m, l = attend_block(
-                    q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap, holes,
-                    bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                    BLOCK_DV, BLOCK_N, EXACT, True, False, MASK, MASK != 0, SOFTCAP,
+                acc, acc1, m, l = attend_block(
+                    q, q, acc, 0.0, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap,
+                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, False, MASK, MASK != 0, SOFTCAP,
                 )  # fmt: skip
 
         if MAY_SPLIT and used > 1:

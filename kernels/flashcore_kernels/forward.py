@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, sequence_bounds
+from .blocks import BITMAP, attend_block, finish_rows, load_tile, normalised, sequence_bounds
 from .launch import launch, mask_argument, score_factors
 from .plan import Plan
 from .problem import Problem
@@ -54,6 +54,8 @@ def flashcore_forward(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_DV1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,  # fp32
@@ -93,28 +95,53 @@ def flashcore_forward(
         row_lo = tl.maximum(first, start + offs_m - left)
         row_hi = tl.minimum(end, start + offs_m + right + 1)
     # Keys [lo, hi) are seen by some row of the tile, keys [full_lo, full_hi) by all of them.
-    some = row_valid & (row_lo < row_hi)
-    lo = tl.min(tl.where(some, row_lo, num_keys), axis=0)
-    hi = tl.max(tl.where(some, row_hi, 0), axis=0)
-    full_lo = tl.max(tl.where(row_valid, row_lo, 0), axis=0)
-    full_hi = tl.min(tl.where(row_valid, row_hi, num_keys), axis=0)
+    if RANGE == 2:
+        some = row_valid & (row_lo < row_hi)
+        lo = tl.min(tl.where(some, row_lo, num_keys), axis=0)
+        hi = tl.max(tl.where(some, row_hi, 0), axis=0)
+        full_lo = tl.max(tl.where(row_valid, row_lo, 0), axis=0)
+        full_hi = tl.min(tl.where(row_valid, row_hi, num_keys), axis=0)
+    else:
+        # Neither end of a row's keys moves back from row to row, so the first and the last row say it.
+        top = tile * BLOCK_M
+        bottom = tl.minimum(top + BLOCK_M, num_queries) - 1
+        full_lo = tl.maximum(first, start + bottom - left)
+        full_hi = tl.minimum(end, start + top + right + 1)
+        # From here on the first and the last that see a key.
+        top = tl.maximum(top, first - start - right)
+        bottom = tl.minimum(bottom, end - 1 - start + left)
+        some = (top <= bottom) & (first < end)
+        lo = tl.where(some, tl.maximum(first, start + top - left), num_keys)
+        hi = tl.where(some, tl.minimum(end, start + bottom + right + 1), 0)
     # Blocks lie on a grid that starts at the sequence's first key, so that padding does not move them.
     n_begin = first + tl.maximum(lo - first, 0) // BLOCK_N * BLOCK_N
     n_full = tl.minimum(first + tl.cdiv(tl.maximum(full_lo - first, 0), BLOCK_N) * BLOCK_N, hi)
     # Not past hi: where no row sees anything there is no block at all to visit.
     n_edge = tl.maximum(tl.minimum(first + tl.maximum(full_hi - first, 0) // BLOCK_N * BLOCK_N, hi), n_full)
-    if RANGE == 1:
-        n_full = tl.where(holes != 0, hi, n_full)
-        n_edge = tl.where(holes != 0, hi, n_edge)
+    # Blocks [n_begin, n_looked) are checked key by key: with a dense mask all are, and all of a sequence with holes.
+    n_looked = n_begin
+    n_last = hi
+    if MASK != 0:
+        n_looked = hi
+    elif RANGE == 2:
+        n_looked = n_full
+        n_last = n_edge
+    elif RANGE == 1:
+        n_looked = tl.where(holes != 0, hi, n_begin)
 
     offs_dv = tl.arange(0, BLOCK_DV)
     q_head = Q + b * stride_qb + h.to(tl.int64) * stride_qh
     if EXACT:
         q = q_head + offs_m.to(tl.int64) * stride_qs  # [M]
     else:
-        q = load_tile(q_head, offs_m, stride_qs, tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        SIZE_D: tl.constexpr = HEAD_DIM if BLOCK_D1 == 0 else BLOCK_D
+        q = load_tile(q_head, offs_m, stride_qs, tl.arange(0, BLOCK_D), row_valid, SIZE_D, BLOCK_D, True)  # [M, D]
         if KeyScale is not None:
             q = q.to(tl.float16)
+    q1 = q
+    if BLOCK_D1 != 0:
+        offs_d1 = BLOCK_D + tl.arange(0, BLOCK_D1)
+        q1 = load_tile(q_head, offs_m, stride_qs, offs_d1, row_valid, BLOCK_D1, BLOCK_D1, True).to(q.dtype)  # [M, D1]
     if KeyScale is not None:
         score_scale *= tl.load(KeyScale + b * (num_heads // group) + kv_head)
     k_head = K + b * stride_kb + kv_head * stride_kh
@@ -125,39 +152,51 @@ def flashcore_forward(
     else:
         bias_rows = offs_m
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc1 = 0.0
+    if BLOCK_DV1 != 0:
+        acc1 = tl.zeros([BLOCK_M, BLOCK_DV1], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
 
-    # The blocks at the left edge, those that every row sees whole, those at the right edge; in this order, always.
-    # A dense mask leaves no block that is known to be seen whole.
-    if MASK != 0:
-        n_full = hi
-    for n in range(n_begin, n_full, BLOCK_N):
-        acc, m, l = attend_block(
-            q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-            bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-            BLOCK_DV, BLOCK_N, EXACT, True, RANGE == 1, MASK, MASK != 0 or RANGE == 2, SOFTCAP,
-        )  # fmt: skip
-    if MASK == 0:
-        for n in range(n_full, n_edge, BLOCK_N):
-            acc, m, l = attend_block(
-                q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                BLOCK_DV, BLOCK_N, EXACT, False, RANGE == 1, MASK, False, SOFTCAP,
+    # From left to right, always. The two ends have no loops of their own where that can be: the software pipeline of
+    # each begins anew, which costs sequences of some hundred keys a quarter.
+    if MASK != 0 or RANGE != 0:
+        for n in range(n_begin, n_looked, BLOCK_N):
+            acc, acc1, m, l = attend_block(
+                q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 1, RANGE == 1, MASK, MASK != 0 or RANGE == 2,
+                SOFTCAP,
             )  # fmt: skip
+    if MASK == 0:
+        for n in range(n_looked, n_last, BLOCK_N):
+            edge = (n < n_full) | (n >= n_edge)
+            acc, acc1, m, l = attend_block(
+                q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, edge, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 0 if RANGE == 2 else 2, False, MASK, False,
+                SOFTCAP,
+            )  # fmt: skip
+    if MASK == 0 and RANGE == 2:
         for n in range(n_edge, hi, BLOCK_N):
-            acc, m, l = attend_block(
-                q, acc, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                BLOCK_DV, BLOCK_N, EXACT, True, RANGE == 1, MASK, RANGE == 2, SOFTCAP,
+            acc, acc1, m, l = attend_block(
+                q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 1, False, MASK, True,
+                SOFTCAP,
             )  # fmt: skip
 
-    out, lse = finish_rows(acc, m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS, EXACT)
+    weight, l, lse = finish_rows(m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS, EXACT)
     if ValueScale is not None:
-        out *= tl.load(ValueScale + b * (num_heads // group) + kv_head)
+        weight *= tl.load(ValueScale + b * (num_heads // group) + kv_head)
     out_rows = Out + b * stride_ob + h.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_os
     keep = row_valid[:, None] & (offs_dv[None, :] < VALUE_DIM)
-    tl.store(out_rows[:, None] + offs_dv[None, :], out.to(Out.dtype.element_ty), mask=keep)
+    out = normalised(acc, weight, l, EXACT).to(Out.dtype.element_ty)
+    tl.store(out_rows[:, None] + offs_dv[None, :], out, mask=keep)
+    if BLOCK_DV1 != 0:
+        offs_dv1 = BLOCK_DV + tl.arange(0, BLOCK_DV1)
+        out1 = normalised(acc1, weight, l, EXACT).to(Out.dtype.element_ty)
+        tl.store(out_rows[:, None] + offs_dv1[None, :], out1, mask=row_valid[:, None])
     if HAS_LSE:
         tl.store(Lse + bh.to(tl.int64) * num_queries + offs_m, lse, mask=row_valid)
 
@@ -193,7 +232,8 @@ def run_forward(
             *score_factors(problem),
         ),
         (
-            problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
+            problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_d1, plan.block_dv1,
+            plan.block_m, plan.block_n,
             problem.dtype == torch.float32,
             (None, "sequence", "rows").index(problem.range_layout), (None, "bool", "float").index(problem.mask_kind),
             problem.has_sinks, problem.softcap > 0.0, lse is not None,

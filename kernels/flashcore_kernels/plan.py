@@ -44,6 +44,7 @@ class Plan(NamedTuple):
         num_warps, num_stages: of the launch.
         min_chunk, max_splits: decode only: least keys of a chunk, most chunks of a sequence.
         hopper: flashcore_hopper and flashcore_hopper_decode only: their rows of the tables.
+        block_d1, block_dv1: flashcore_forward only: where not 0, what lies behind block_d, block_dv, see `pieces`.
     """
 
     kernel: str
@@ -57,6 +58,8 @@ class Plan(NamedTuple):
     min_chunk: int = 1
     max_splits: int = 1
     hopper: HopperRow | HopperDecodeRow | None = None
+    block_d1: int = 0
+    block_dv1: int = 0
 
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
@@ -79,7 +82,8 @@ def plan(problem: Problem, device: Device) -> Plan:
 
     Nothing here depends on the batch size or on how long the sequences are, so that a sequence is computed the same way
     alone and in a batch; with one exception: calls of up to MAX_DECODE_QUERIES query tokens take the decode kernel.
-    Which row of the Hopper kernel's table it is may depend on the number of queries: they give the same bits.
+    Which row of the Hopper kernel's table it is may depend on the number of queries, and which of the portable one's on
+    whether there is a key range: they give the same bits.
     """
     reason = fallback_reason(problem, device)
     if reason is not None:
@@ -106,7 +110,15 @@ def plan(problem: Problem, device: Device) -> Plan:
             return _hopper_plan(problem, why)
         why += f"; not the Hopper kernel, because {not_hopper}"
     gaps = problem.mask_kind is not None or problem.range_layout == "rows"
-    row = configuration(kernel, device.arch, problem.dtype, head, gaps, problem.fp8)
+    keys, values = (max(padded(problem.head_dim), 16), 0), (value_columns(problem, device), 0)
+    # Only where asynchronous copies bring K and V, and nothing hides keys. Of tiles of 32 columns that come by way of
+    # registers (single elements, fp8, calls with gaps) wrong code was seen on 9.0, see `value_columns`.
+    copied = problem.aligned and not problem.fp8 and problem.mask_kind is None and problem.range_layout is None
+    if kernel == "flashcore_forward" and problem.dtype.itemsize == 2 and copied:
+        keys, values = pieces(problem.head_dim) or keys, pieces(problem.value_dim) or values
+    whole = (sum(keys), sum(values)) == (problem.head_dim, problem.value_dim)
+    ranges = problem.range_layout is not None
+    row = configuration(kernel, device.arch, problem.dtype, head, gaps, problem.fp8, whole, ranges)
     block_m = row.block_m
     if kernel == "flashcore_decode":
         # One tile holds the whole group and all query tokens where it can; 16 is tl.dot's least.
@@ -116,13 +128,24 @@ def plan(problem: Problem, device: Device) -> Plan:
         why,
         block_m,
         row.block_n,
-        max(padded(problem.head_dim), 16),
-        value_columns(problem, device),
+        keys[0],
+        values[0],
         row.num_warps,
         row.num_stages,
         row.min_chunk,
         padded(-(-row.chunks // problem.num_kv_heads)),
+        block_d1=keys[1],
+        block_dv1=values[1],
     )
+
+
+def pieces(size: int) -> tuple[int, int] | None:
+    """Two powers of two that are together `size`, or None where there are none that tl.dot takes.
+
+    96 columns in tiles of 64 and 32 are a quarter less work than in tiles of 128.
+    """
+    first = padded(size + 1) // 2
+    return (first, size - first) if size - first >= 16 and padded(size - first) == size - first else None
 
 
 def value_columns(problem: Problem, device: Device) -> int:

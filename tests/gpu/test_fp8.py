@@ -24,7 +24,9 @@ def test_graphed_tokens_equal_plain_ones(model_type):
         assert torch.equal(greedy(model, ids, mask, 20), greedy(plain, ids, mask, 20))
 
 
-@pytest.mark.parametrize("shape", [(1, 32, 8, 20000, 128), (16, 8, 8, 2048, 64), (3, 28, 4, 1000, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 8, 20000, 128), (16, 8, 8, 2048, 64), (3, 28, 4, 1000, 256), (2, 8, 2, 500, 96)], ids=str
+)
 @pytest.mark.parametrize("num_queries", [1, 7, 300])
 def test_large(shape, num_queries):
     """Error beside SDPA on what is stored, in bf16."""

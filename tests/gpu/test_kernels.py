@@ -123,3 +123,22 @@ def test_rows_that_no_vector_load_fits(head_dim, value_dim, num_queries):
     call = build((), num_queries, 144, heads=(12, 4), head_dim=head_dim, device="cuda")
     value = torch.randn(*call.value.shape[:3], value_dim, device="cuda").half()
     check(call._replace(value=value))
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 192, 256])
+def test_same_bits_alone_and_padded(head_dim):
+    """Though a key range may have tiles of its own, and rows that no vector load fits are not cut into pieces."""
+    call = build((), 300, 300, heads=(4, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    first = torch.tensor([0, 77], device="cuda")
+    padded = attention(
+        call.query, call.key, call.value, key_range=make_key_range(2, 300, first=first, right=0, device="cuda")
+    )
+    own = [tensor[1:, :, 77:] for tensor in (call.query, call.key, call.value)]
+    shifted = [torch.nn.functional.pad(tensor, (1, 0))[..., 1:] for tensor in own]
+    for alone in (own, shifted):
+        assert torch.equal(attention(*alone, is_causal=True), padded[1:, :, 77:])
+    keys = [torch.cat([tensor[:, :, :1] * 0, tensor], dim=2) for tensor in own[1:]]
+    hidden = torch.ones(1, 1, 1, 224, dtype=torch.bool, device="cuda")
+    hidden[..., 0] = False
+    moved = attention(own[0], *keys, is_causal=True, mask=hidden)
+    assert not torch.equal(moved, padded[1:, :, 77:]), "blocks that begin elsewhere would have shown"

@@ -114,6 +114,8 @@ def source(variant: Variant, plan):
         "VALUE_DIM": variant.value_dim,
         "BLOCK_D": plan.block_d,
         "BLOCK_DV": plan.block_dv,
+        "BLOCK_D1": plan.block_d1,
+        "BLOCK_DV1": plan.block_dv1,
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "EXACT": variant.dtype == "fp32",

@@ -61,7 +61,7 @@ class TestValueColumns:
             assert plan(problem(head_dim=40, value_dim=value_dim, dtype=dtype), H200).block_dv == 64
 
     def test_everything_else_is_padded_to_a_power_of_two(self):
-        for value_dim, columns in ((8, 16), (16, 16), (32, 32), (33, 64), (64, 64), (80, 128)):
+        for value_dim, columns in ((8, 16), (16, 16), (32, 32), (33, 64), (64, 64), (72, 128)):
             assert plan(problem(head_dim=40, value_dim=value_dim), H200).block_dv == columns
         assert plan(problem(head_dim=40, value_dim=24, dtype=torch.float32), H200).block_dv == 32
         assert plan(problem(head_dim=40, value_dim=24), Device("cuda", 80)).block_dv == 32
@@ -158,14 +158,53 @@ class TestDecodeTiles:
 
 
 class TestBlockSizes:
-    @pytest.mark.parametrize("head_dim, block", [(1, 16), (16, 16), (40, 64), (80, 128), (96, 128), (192, 256)])
+    @pytest.mark.parametrize("head_dim, block", [(1, 16), (16, 16), (40, 64), (72, 128), (112, 128), (176, 256)])
     def test_head_dim_is_padded(self, head_dim, block):
         chosen = plan(problem(head_dim=head_dim), H200)
         assert chosen.block_d == chosen.block_dv == block
+        assert chosen.block_d1 == chosen.block_dv1 == 0
+
+    @pytest.mark.parametrize("head_dim, first", [(48, 32), (80, 64), (96, 64), (144, 128), (160, 128), (192, 128)])
+    def test_sums_of_two_powers_of_two_are_not(self, head_dim, first):
+        chosen = plan(problem(head_dim=head_dim, aligned=True), H200)
+        assert (chosen.block_d, chosen.block_d1) == (chosen.block_dv, chosen.block_dv1) == (first, head_dim - first)
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"num_queries": 1, "aligned": True}, {"dtype": torch.float32, "aligned": True}, {"aligned": False},
+         {"fp8": True, "aligned": True}, {"mask_kind": "float", "aligned": True},
+         {"range_layout": "rows", "aligned": True}, {"range_layout": "sequence", "aligned": True}],
+        ids=["decode", "fp32", "unaligned", "fp8", "mask", "rows", "range"],
+    )  # fmt: skip
+    def test_but_by_the_kernel_of_prefill_alone_in_16_bits_that_are_aligned(self, other):
+        """The story: on an H200, 64 + 32 columns gave wrong answers with a mask, and read where they may not in fp8."""
+        chosen = plan(problem(head_dim=96, **other), H200)
+        assert (chosen.block_d, chosen.block_d1, chosen.block_dv, chosen.block_dv1) == (128, 0, 128, 0)
 
     def test_value_dim_of_its_own(self):
-        chosen = plan(problem(head_dim=192, value_dim=128), H200)
-        assert (chosen.block_d, chosen.block_dv) == (256, 128)
+        chosen = plan(problem(head_dim=192, value_dim=128, aligned=True), H200)
+        assert (chosen.block_d, chosen.block_d1, chosen.block_dv, chosen.block_dv1) == (128, 64, 128, 0)
+
+    @pytest.mark.parametrize(
+        "head_dim, value_dim, whole",
+        [(128, 128, True), (96, 96, True), (80, 128, True), (72, 72, False), (128, 72, False), (104, 64, False)],
+    )
+    def test_rows_for_columns_that_are_all_there(self, head_dim, value_dim, whole):
+        row = next(row for row in TABLES[90] if row[:3] == ("flashcore_forward", 16, 128) and row.whole == whole)
+        chosen = plan(problem(head_dim=head_dim, value_dim=value_dim, aligned=True), H200)
+        assert (chosen.block_m, chosen.num_warps) == (row.block_m, row.num_warps)
+
+    @pytest.mark.parametrize("head_dim", [16, 40, 48, 64, 80, 96, 128, 192, 256])
+    @pytest.mark.parametrize("arch", ARCHS)
+    def test_a_key_range_leaves_the_blocks_as_they_are(self, arch, head_dim):
+        """Or a sequence would have other bits in a padded batch than alone."""
+        both = [plan(problem(head_dim=head_dim, aligned=True, range_layout=layout), Device("cuda", arch))
+                for layout in (None, "sequence")]  # fmt: skip
+        assert both[0].block_n == both[1].block_n
+
+    def test_on_hopper_tiles_of_head_dim_64_are_higher_with_a_key_range(self):
+        both = [plan(problem(head_dim=64, range_layout=layout), H200).block_m for layout in (None, "sequence")]
+        assert both == [64, 128]
 
     def test_padded(self):
         assert [padded(n) for n in (1, 2, 3, 16, 17, 255, 256)] == [1, 2, 4, 16, 32, 256, 256]
@@ -215,8 +254,10 @@ class TestTables:
         seen = {}
         for row in TABLES[arch]:
             kind = (row.kernel, row.bits, row.gaps)
-            assert seen.get(kind, 0) < row.head_dim, row
-            seen[kind] = row.head_dim
+            assert seen.get((*kind, row.whole, row.ranges), 0) < row.head_dim, row
+            assert not row.whole or not any((*kind, False, ranges) in seen for ranges in (False, True)), row
+            assert row.ranges or seen.get((*kind, row.whole, True), 0) < row.head_dim, row
+            seen[(*kind, row.whole, row.ranges)] = row.head_dim
 
     def test_unknown_capabilities_take_the_next_below(self):
         assert configuration("flashcore_decode", 103, torch.float16, 64) in TABLES[100]

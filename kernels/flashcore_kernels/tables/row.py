@@ -6,7 +6,10 @@ from typing import NamedTuple
 class Row(NamedTuple):
     """One configuration: for `kernel`, elements of `bits` bits (of K and V) and head dimensions up to `head_dim`.
 
-    `gaps` rows serve calls with a dense mask or a key range for each query, and only those.
+    `gaps` rows serve calls with a dense mask or a key range for each query, and only those. `whole` rows stand before
+    the others, and serve head dimensions that fill the columns of their tiles (see `plan.pieces`): others are loaded
+    piece by piece, with a look at each column, which takes registers. Rows without `ranges` stand before those with
+    them, and serve calls without a key range; the row that serves the others has the same `block_n`, for the same bits.
 
     `min_chunk` and `chunks` are for decode: the least keys of a chunk, and how many chunks one long sequence is cut
     into over all of its KV heads, which is to fill the GPU.
@@ -25,6 +28,8 @@ class Row(NamedTuple):
     min_chunk: int = 64
     chunks: int = 128
     gaps: bool = False
+    whole: bool = False
+    ranges: bool = True
 
 
 class HopperRow(NamedTuple):
