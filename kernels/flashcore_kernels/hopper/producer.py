@@ -49,6 +49,25 @@ def _scrub(tile, keep_smem, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constex
 
 
 @gluon.jit
+def _load_queries(descs, smem, bars, b, h, m0, turn, C: gl.constexpr):
+    """Copy a tile's queries, each consumer's to a slot of its own."""
+    SLOTS: gl.constexpr = C.query_slots
+    CONSUMERS: gl.constexpr = C.consumers
+    D0: gl.constexpr = C.d0
+    D1: gl.constexpr = C.d1
+    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
+    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
+    for c in gl.static_range(CONSUMERS):
+        slot = c * SLOTS + turn % SLOTS
+        mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), 64 * (D0 + D1) * 2)
+        tma_load(q0_desc, [b, h, m0 + c * 64, 0], q_full.index(slot), q0_smem.index(slot))
+        if D1 > 0:
+            tma_load(q1_desc, [b, h, m0 + c * 64, D0], q_full.index(slot), q1_smem.index(slot))
+
+
+@gluon.jit
 def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
     """The producer warp: copies Q once a tile, K and V block by block, ahead of the consumers."""
     D0: gl.constexpr = C.d0
@@ -66,6 +85,9 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
     Lse, Range, Sinks = pointers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
+    # One slot for queries is free only when the output of the tile before has left. (With key ranges the consumers of
+    # head_dim 192 would have no registers left.)
+    KEYS_FIRST: gl.constexpr = SLOTS == 1 and RANGE == 0
     BM: gl.constexpr = 64 * CONSUMERS
     program = gl.program_id(0)
     num_programs = gl.num_programs(0)
@@ -93,13 +115,8 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
         # The copy engine itself gives zeros behind the last key.
         dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
 
-        for c in gl.static_range(CONSUMERS):
-            slot = c * SLOTS + turn % SLOTS
-            mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
-            mbarrier.expect(q_full.index(slot), 64 * (D0 + D1) * 2)
-            tma_load(q0_desc, [b, h, m0 + c * 64, 0], q_full.index(slot), q0_smem.index(slot))
-            if D1 > 0:
-                tma_load(q1_desc, [b, h, m0 + c * 64, D0], q_full.index(slot), q1_smem.index(slot))
+        if not KEYS_FIRST:
+            _load_queries(descs, smem, bars, b, h, m0, turn, C)
         for j in range(count):
             n = begin + j * BN
             stage = use % STAGES
@@ -109,6 +126,9 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
             tma_load(k0_desc, [b, kv_head, n, 0], k_full.index(stage), k0_smem.index(stage))
             if D1 > 0:
                 tma_load(k1_desc, [b, kv_head, n, D0], k_full.index(stage), k1_smem.index(stage))
+            if KEYS_FIRST:
+                if j == 0:
+                    _load_queries(descs, smem, bars, b, h, m0, turn, C)
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             if any_key | (n < clean_lo) | (n + BN > dirty_from):
                 mbarrier.expect(v_raw, BN * (DV0 + DV1) * 2)
