@@ -215,10 +215,10 @@ def test_whole_sequences(head_dim, batch_size, num_queries, monkeypatch):
         return planned(problem, plan)
 
     monkeypatch.setattr(decode_run, "sharing", spy)
-    monkeypatch.setattr(prepared, "_prepared", {})
     call = build((), num_queries, 1500, batch_size=batch_size, heads=(16, 8), head_dim=head_dim, dtype=torch.bfloat16,
                  device="cuda")  # fmt: skip
     for window in (None, 700):
+        monkeypatch.setattr(prepared, "_prepared", {})  # a window in a KeyRange is no other kind of call
         out = attention(call.query, call.key, call.value, is_causal=True, window=window)
         key_range = make_key_range(
             batch_size, 1500, query_start=1500 - num_queries, right=0, left=-1 if window is None else window - 1,
