@@ -74,9 +74,8 @@ def compile_first(prompt: Prompt | None, kind: Device) -> None:
     from .op import _launch
 
     if prompt is not None:
-        query, key = (
-            torch.empty(1, 1, SLOTS, prompt.head_dim, dtype=prompt.dtype, device="meta") for _ in ("query", "key")
-        )
+        query = torch.empty(1, 1, SLOTS, prompt.head_dim, dtype=prompt.dtype, device="meta")
+        key = torch.empty_like(query)
         value = key.new_empty(1, 1, SLOTS, prompt.value_dim)
         key_range = key.new_empty(1, 1, 1, sequence_width(SLOTS), dtype=torch.int32)
         sinks = None if prompt.sinks is None else key.new_empty(1, dtype=prompt.sinks)

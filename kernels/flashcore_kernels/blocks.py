@@ -126,6 +126,12 @@ def short_sums(
 
 
 @triton.jit
+def seen(cols, present, row_lo, row_hi):
+    """Which of the keys `cols` [N] that are `present` lie in the rows' ranges [row_lo, row_hi) [M]: [M, N]."""
+    return present[None, :] & (cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None])
+
+
+@triton.jit
 def attend_block(
     q,  # [M, D]; where EXACT, [M] pointers to its rows
     q1,  # [M, D1], the columns behind them; anything where D1 is 0
@@ -198,10 +204,10 @@ def attend_block(
         unit = cap_scale
     if CHECK == 2:
         if edge:
-            see = present[None, :] & (cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None])  # [M, N]
+            see = seen(cols, present, row_lo, row_hi)  # [M, N]
             s = tl.where(see, s, float("-inf"))
     elif CHECK == 1:
-        see = present[None, :] & (cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None])  # [M, N]
+        see = seen(cols, present, row_lo, row_hi)  # [M, N]
         if MASK != 0:
             at = bias_rows[:, None] + cols.to(tl.int64)[None, :] * stride_mk
             bias = tl.load(at, mask=bias_valid[:, None] & present[None, :], other=0)  # [M, N]

@@ -67,20 +67,22 @@ def _rounded(p, dtype: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _log_probabilities(s, m, unit, C: gl.constexpr):
-    """What a step leaves to the next one with `C.ahead`: log2 of P, or the scores themselves.
+def _left_of_scores(s, m, unit, C: gl.constexpr):
+    """What is left of a block's scores for its product with V: P, or with `C.ahead` log2 of P or the scores themselves.
 
     Three consumers have no registers for two blocks' numbers. ptxas then computes all exponentials before the next
     scores, and what can be computed among them costs nothing: so P's log2 are left to that place too.
     """
-    if C.consumers < 3:
+    if C.consumers < 3 or not C.ahead:
         s = exponents(s, m, unit)
+    if not C.ahead:
+        s = gl.exp2(s)
     return s
 
 
 @gluon.jit
 def _probabilities(p, m, l, alpha, unit, C: gl.constexpr):
-    """P of what `_log_probabilities` left, and the sums with it."""
+    """P of what `_left_of_scores` left with `C.ahead`, and the sums with it."""
     if C.consumers == 3:
         p = exponents(p, m, unit)
     p = gl.exp2(p)
@@ -92,7 +94,7 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     """One block: scores and maxima, and the product with V of the block before.
 
     The exponentials come last, beside that product. With `C.ahead` they come first, in the next step, beside its
-    scores, and the product runs beside the maxima: `p` of the state is what `_log_probabilities` says then.
+    scores, and the product runs beside the maxima: `p` of the state is what `_left_of_scores` says then.
     """
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
@@ -119,10 +121,8 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     if edge:
         s = hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C)
     m, alpha = maxima(s, m, unit)
-    if C.ahead:
-        p = _log_probabilities(s, m, unit, C)
-    else:
-        p = gl.exp2(exponents(s, m, unit))
+    p = _left_of_scores(s, m, unit, C)
+    if not C.ahead:
         l = fold_sums(l, p, alpha)
     # The softmax is to run while the product with V does. ptxas would move it behind the wait for that product, but not
     # over a branch, which waiting for the next step's V is, where an exchange needs it (row_sums, and the maxima); and
@@ -193,7 +193,7 @@ def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constex
 
 @gluon.jit
 def _first_block(s, tile, unit_cap, num_keys, C: gl.constexpr):
-    """Of a tile's first block: the probabilities (with `C.ahead` `_log_probabilities`) and maxima."""
+    """Of a tile's first block: what `_left_of_scores` says, the maxima, and what older sums shrink by."""
     b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
     score_scale, unit = unit_cap
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
@@ -202,11 +202,7 @@ def _first_block(s, tile, unit_cap, num_keys, C: gl.constexpr):
     if (left_edge > 0) | (right_edge == 0):
         s = hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, C)
     m, alpha = maxima(s, gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT), unit)
-    if C.ahead:
-        p = _log_probabilities(s, m, unit, C)
-    else:
-        p = gl.exp2(exponents(s, m, unit))
-    return p, m, alpha
+    return _left_of_scores(s, m, unit, C), m, alpha
 
 
 @gluon.jit
