@@ -31,6 +31,10 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 PARKED_STACK = 128
 PARKED_RELOADS = 4
 OCCUPANCY_STACK = 24
+# Beside keys in fp8, head dimensions above 128 spill and are faster so, on an H200 with Triton 3.6: in 16 bits 701 us
+# (B2, 512 queries on 8192 keys) where the fastest tile without spills, 64x64 with 8 warps, takes 842; in fp32 3677 us
+# (512 on 2048) where 16x16 takes 5937. (kernel, dtype) -> bytes.
+MEASURED_STACK = {("flashcore_forward", "bf16"): 176, ("flashcore_forward", "fp32"): 48}
 # Of the Gluon kernel: loads of parked values in a main loop of some 450 instructions. head_dim 192/128 with a key range
 # has most, ten: descriptors of its two pieces of Q, and sums.
 MAIN_LOOP_SPILLS = 10
@@ -348,6 +352,8 @@ def problems(report: dict) -> list[str]:
         allowed = PARKED_STACK
     else:
         allowed = 0 if report["registers"] == 255 else OCCUPANCY_STACK
+    if report.get("features") == "fp8" and report["head_dim"] > 128:
+        allowed += MEASURED_STACK.get((report["kernel"], report["dtype"]), 0)
     if report["shared"] > report["shared_limit"]:
         wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
     if report["stack"] > allowed:
@@ -391,7 +397,7 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
         head_dim, _, value_dim = size.partition("/")
         if kernel in DECODE and features.startswith("rows") or kernel == "flashcore_decode" and features == "fp8":
             continue
-        if kernel in GLUON and "mask" in features:
+        if kernel in GLUON and "mask" in features or arch < 89 and features == "fp8":
             continue
         for rows in arguments.rows if kernel in DECODE else (64,):
             for batch in arguments.batch:

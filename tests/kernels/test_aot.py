@@ -132,6 +132,16 @@ def test_serialised_wgmma_would_show():
     assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 32})[0]
 
 
+def test_only_measured_spills_pass():
+    spilling = {
+        "triton": "3.6.0", "kernel": "flashcore_forward", "dtype": "bf16", "features": "fp8", "head_dim": 256,
+        "shared": 0, "shared_limit": 1, "stack": 176, "loop_spills": 10, "registers": 255,
+    }  # fmt: skip
+    assert aot.problems(spilling) == []
+    for other in ({"stack": 177}, {"head_dim": 128}, {"features": "range"}, {"dtype": "fp32"}):
+        assert "spill" in aot.problems(spilling | other)[0], other
+
+
 def test_programs_that_do_not_fit_would_show():
     """The story: with a key range head_dim 64 took 148 registers, and three programs ran where four were sent."""
     four = {"triton": "3.9.0", "shared": 35968, "shared_limit": 232448, "stack": 0, "loop_spills": 0, "resident": 4}
