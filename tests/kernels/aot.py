@@ -182,7 +182,8 @@ def hopper_source(variant: Variant, problem, plan):
     config = make_config(problem, plan, bool(features.get("lse")))
     constants = {"C": config}
     keys, values = (config.d0, config.d1), (config.dv0, config.dv1)
-    tiles = {"q": (64, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *values)}
+    out = (values[0] * config.query_slots // 2, values[1])  # with one slot it leaves in halves
+    tiles = {"q": (64, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *out)}
     pointers = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
     signature, attributes = {}, {}
     for position, name in enumerate(flashcore_hopper.arg_names):

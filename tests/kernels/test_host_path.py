@@ -264,7 +264,7 @@ class TestHopper:
         query, key, value = (torch.randn(1, 4, 100, size, dtype=torch.float16) for size in (192, 192, 128))
         _, (_, _, arguments, _, _, _) = launched(query, key, value)
         columns = [None if d is None else d.block_shape[3] for d in arguments[:8]]
-        assert columns == [128, 64, 128, 64, 128, None, 128, None]
+        assert columns == [128, 64, 128, 64, 128, None, 64, None], "the output leaves in halves"
 
     def test_a_stride_that_is_never_used_does_not_matter(self, launched):
         """One sequence, whose batch stride may be anything."""

@@ -99,7 +99,7 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
     acc0, acc1, p, m, l, alpha = state
-    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem = smem
+    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     row_lo, row_hi, bitmap, holes, num_keys = masking
     score_scale, unit = unit_cap
@@ -260,18 +260,31 @@ def _write(acc0, acc1, m, l, tile, descs, o_smem, pointers, num_queries, C: gl.c
         rows = r0 + gl.arange(0, 64, m.type.layout)
         lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN_2)
         gl.store(Lse + bh.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
-    # Until all of these queries were read.
-    barrier()
-    out = acc0 * gl.convert_layout(shrink, gl.SliceLayout(1, acc0.type.layout))[:, None]
-    o0_smem.reshape([64, DV0]).store(out.to(dtype))
-    if DV1 > 0:
-        out = acc1 * gl.convert_layout(shrink, gl.SliceLayout(1, acc1.type.layout))[:, None]
-        o1_smem.reshape([64, DV1]).store(out.to(dtype))
-    fence_async_shared()
-    barrier()
-    tma_store(o0_desc, [b, h, r0, 0], o0_smem)
-    if DV1 > 0:
-        tma_store(o1_desc, [b, h, r0, DV0], o1_smem)
+    if C.query_slots == 1:
+        HALF: gl.constexpr = DV0 // 2
+        left, right = gl.split(acc0.reshape([64, 2, HALF]).permute((0, 2, 1)))
+        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, left.type.layout))[:, None]
+        for piece in gl.static_range(2):
+            tma.store_wait(0)  # the piece before has left
+            barrier()
+            half = left if piece == 0 else right
+            o0_smem.reshape([64, HALF]).store((half * shrink).to(dtype))
+            fence_async_shared()
+            barrier()
+            tma_store(o0_desc, [b, h, r0, piece * HALF], o0_smem)
+    else:
+        # Until all of these queries were read.
+        barrier()
+        out = acc0 * gl.convert_layout(shrink, gl.SliceLayout(1, acc0.type.layout))[:, None]
+        o0_smem.reshape([64, DV0]).store(out.to(dtype))
+        if DV1 > 0:
+            out = acc1 * gl.convert_layout(shrink, gl.SliceLayout(1, acc1.type.layout))[:, None]
+            o1_smem.reshape([64, DV1]).store(out.to(dtype))
+        fence_async_shared()
+        barrier()
+        tma_store(o0_desc, [b, h, r0, 0], o0_smem)
+        if DV1 > 0:
+            tma_store(o1_desc, [b, h, r0, DV0], o1_smem)
 
 
 @gluon.jit
@@ -294,7 +307,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
     SLOTS: gl.constexpr = C.query_slots
-    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem = smem
+    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
@@ -335,6 +348,8 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
         state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, C)
         acc0, acc1, p, m, l, alpha = state
 
+        if SLOTS == 1:  # the output leaves elsewhere
+            _release(q_empty.index(slot))
         # The last block's product with V, and beside it what the next tile is.
         stage = (use - 1) % STAGES
         if C.ahead:
@@ -347,10 +362,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
             acc0 = warpgroup_mma_wait(0, deps=[acc0_async])
         _release(v_empty.index(stage))
         use = _leave_blocks(use, tile, bars, C)
-        o_smem = (q0_smem.index(slot), q1_smem.index(slot))
-        _write(acc0, acc1, m, l, tile, descs, o_smem, pointers, num_queries, C)
-        if SLOTS == 1:
-            tma.store_wait(0)
-            _release(q_empty.index(slot))
+        o_smems = (o_smem.index(slot), q1_smem.index(slot))
+        _write(acc0, acc1, m, l, tile, descs, o_smems, pointers, num_queries, C)
         tile = next_tile
     tma.store_wait(0)

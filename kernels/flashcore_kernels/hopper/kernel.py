@@ -36,7 +36,8 @@ class Config:
         stages: blocks of K and V in shared memory.
         range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap, sinks, lse: whether there are any.
-        query_slots: tiles of Q in shared memory. The output leaves through its queries' slot.
+        query_slots: tiles of Q in shared memory. With two the output leaves through its queries' slot; with one it
+            leaves half after half through a place of its own, and the next queries need not wait for it.
         ahead: a block's exponentials run beside the next block's scores, not beside the product with V before them.
         short_masks: columns are compared as constants, which takes half of the instructions of a block at an edge.
         consumer_registers, producer_registers: of a thread.
@@ -152,6 +153,9 @@ def flashcore_hopper(
         k1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D1], k1_desc.layout)
     if DV1 > 0:
         v1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV1], v1_desc.layout)
+    o_smem = q0_smem
+    if C.query_slots == 1:
+        o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV0 // 2], o0_desc.layout)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -171,7 +175,7 @@ def flashcore_hopper(
     mbarrier.init(v_raw, count=1)
     fence_async_shared()
     descs = (q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc)
-    smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem)
+    smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
     pointers = (Lse, Range, Sinks)
     numbers = (

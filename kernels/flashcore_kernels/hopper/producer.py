@@ -56,7 +56,7 @@ def _load_queries(descs, smem, bars, b, h, m0, turn, C: gl.constexpr):
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
     q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
-    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem = smem
+    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     for c in gl.static_range(CONSUMERS):
         slot = c * SLOTS + turn % SLOTS
@@ -80,12 +80,12 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
     RANGE: gl.constexpr = C.range_layout
     CONSUMERS: gl.constexpr = C.consumers
     q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
-    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem = smem
+    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     Lse, Range, Sinks = pointers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
-    # One slot for queries is free only when the output of the tile before has left. (With key ranges the consumers of
+    # One slot for queries is free only when the tile before needs them no more. (With key ranges the consumers of
     # head_dim 192 would have no registers left.)
     KEYS_FIRST: gl.constexpr = SLOTS == 1 and RANGE == 0
     BM: gl.constexpr = 64 * CONSUMERS

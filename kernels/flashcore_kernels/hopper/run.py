@@ -94,7 +94,7 @@ def hopper_launch(
             _descriptor(query, 64, d0), _descriptor(query, 64, d1),
             _descriptor(key, plan.block_n, d0), _descriptor(key, plan.block_n, d1),
             _descriptor(value, plan.block_n, dv0), _descriptor(value, plan.block_n, dv1),
-            _descriptor(out, 64, dv0), _descriptor(out, 64, dv1),
+            _descriptor(out, 64, dv0 if row.query_slots == 2 else dv0 // 2), _descriptor(out, 64, dv1),
         ),
         (
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,

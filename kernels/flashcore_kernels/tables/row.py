@@ -40,7 +40,8 @@ class HopperRow(NamedTuple):
         consumers: warpgroups of 64 queries each.
         block_n: keys of a block.
         stages: blocks of K and V in shared memory.
-        query_slots: tiles of Q in shared memory, 1 or 2. The output leaves through its queries' slot.
+        query_slots: tiles of Q in shared memory. With two the output leaves through its queries' slot, with one half
+            after half through a place of its own.
         ahead: a block's exponentials run beside the next block's scores, not beside the product with V before them.
             Two blocks' numbers are in registers then, which key ranges and softcap need: such a row serves neither.
         consumer_registers, producer_registers: of a thread.
