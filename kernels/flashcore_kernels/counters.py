@@ -1,102 +1,164 @@
-"""Zeroed counters and room for the partial sums of a decode's merge, which outlive calls, streams and graphs."""
+"""Memory for what programs of one launch hand to each other, which outlives calls, streams and graphs."""
 
+import ctypes
+import functools
 import threading
 
 import torch
 
-POOL = 1 << 20
 # fp32 elements that a stream keeps for partial sums, 4 MiB: decodes of a few sequences, which wait for the host, need
 # less. An allocation takes a tenth of such a call.
 KEPT = 1 << 20
+# In slots: bits of a NaN that no kernel writes as a partial sum.
+UNWRITTEN = -1
 
 
-class Counters:
-    """int32 zeros, a buffer for each stream and one for each launch in a CUDA graph.
+class Words:
+    """int32 words of one value, which kernels leave as they found them: a buffer for each stream, and in each graph.
 
-    A kernel leaves its counters at zero, and launches on one stream follow each other, so a stream can use one buffer
-    over and over. Two streams must not share one; neither may two launches in a graph, which may run side by side and
-    replay whenever the graph's owner likes. A launch that fails may leave counts behind, so its buffer is forgotten.
+    Launches on one stream follow each other, so they can use one buffer over and over, and so can those of a stream
+    within one capture, since their graph keeps that order. Two streams must not share one, and no graph may use
+    another's or a stream's, for it replays whenever its owner likes. A launch that fails may leave other values
+    behind, so its buffer is forgotten.
 
-    Buffers are slices of a pool of zeros, handed out once: 4 MiB a device, made by the first call that is not being
-    captured. A capture that finds none left has its own zeros, cleared again at each replay.
+    Buffers are slices of a pool, handed out once; the first call that is not being captured makes it. A capture that
+    finds none left has its own words, filled again at each replay, and the next call outside of one makes another pool.
+
+    Args:
+        value: of all words.
+        pool: words of a pool on a GPU.
+        least, most: words of a buffer. A launch that needs more than `most` has its own, filled for it alone.
     """
 
-    def __init__(self):
+    def __init__(self, value: int, pool: int, least: int, most: int):
+        self._value, self._pool, self._least, self._most = value, pool, least, most
         self._buffers: dict[tuple, torch.Tensor] = {}
-        self._partials: dict[tuple, torch.Tensor] = {}  # room for partial sums, a buffer for each stream
-        self._pools: dict[tuple, list] = {}  # device -> [zeros, how many are handed out]
+        self._pools: dict[tuple, tuple] = {}  # device -> words, and how many of them are handed out
+        self._kept: list[torch.Tensor] = []  # all pools: kernels may still run on those that were used up
+        self._short = 0  # words that the next capture might not find
         self._lock = threading.Lock()
 
     def get(self, count: int, device: torch.device) -> torch.Tensor:
-        """int32 zeros, at least `count` of them, for one launch on the current stream."""
-        if device.index is not None and torch.cuda.is_current_stream_capturing():
-            with self._lock:
-                return self._take(count, device, may_grow=False)
-        key = _stream_of(device)
-        buffer = self._buffers.get(key)
+        """At least `count` words for one launch on the current stream; their bytes begin at a multiple of 16."""
+        place = _place(device)
+        buffer = self._buffers.get(place)
         if buffer is None or buffer.numel() < count:
             with self._lock:
-                buffer = self._buffers[key] = self._take(max(count, 4096), device, may_grow=True)
-        return buffer
-
-    def workspace(self, count: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`get`'s zeros, and at least `length` fp32 elements for partial sums, for one launch on the current stream."""
-        if device.type == "meta":  # nothing will be launched
-            return torch.zeros(count, dtype=torch.int32, device=device), torch.zeros(length, device=device)
-        if length > KEPT or (device.index is not None and torch.cuda.is_current_stream_capturing()):
-            return self.get(count, device), torch.empty(length, dtype=torch.float32, device=device)
-        key = _stream_of(device)
-        counts, partial = self._buffers.get(key), self._partials.get(key)
-        if counts is None or counts.numel() < count:
-            counts = self.get(count, device)
-        if partial is None:
+                return self._take(count, device, place)
+        if self._short and not place[-1]:
             with self._lock:
-                partial = self._partials[key] = _lasting_zeros(KEPT, device).view(torch.float32)
-        return counts, partial
+                if self._short:
+                    self._make_pool(self._short, device)
+        return buffer
 
     def forget(self, device: torch.device) -> None:
         """Drop the current stream's buffer after a launch that failed."""
         with self._lock:
-            self._buffers.pop(_stream_of(device), None)
+            self._buffers.pop(_place(device), None)
 
-    def _take(self, count: int, device: torch.device, may_grow: bool) -> torch.Tensor:
-        key = device.type, device.index
-        pool, used = self._pools.get(key, (None, 0))
-        if pool is None or used + count > pool.numel():
-            if not may_grow:
-                return torch.zeros(count, dtype=torch.int32, device=device)
-            pool, used = _lasting_zeros(max(POOL if device.type == "cuda" else 0, count), device), 0
-        # Each begins at a multiple of 16 bytes, as compiled kernels expect.
-        self._pools[key] = [pool, used + (count + 3) // 4 * 4]
-        return pool[used : used + count]
+    def _take(self, count: int, device: torch.device, place: tuple) -> torch.Tensor:
+        captured = bool(place[-1])
+        key, size = (device.type, device.index), max(self._least, 1 << (count - 1).bit_length())
+        if not captured and count <= self._most and self._left(key) < size:
+            self._make_pool(size, device)
+        if count > self._most or self._left(key) < size:
+            self._short = size if count <= self._most else self._short
+            return torch.full((count,), self._value, dtype=torch.int32, device=device)
+        pool, used = self._pools[key]
+        self._pools[key] = pool, used + size
+        if captured and self._left(key) < size:
+            self._short = size
+        buffer = self._buffers[place] = pool[used : used + size]
+        return buffer
+
+    def _left(self, key: tuple) -> int:
+        pool, used = self._pools.get(key, ((), 0))
+        return len(pool) - used
+
+    def _make_pool(self, size: int, device: torch.device) -> None:
+        pool = _lasting(self._value, max(self._pool if device.type == "cuda" else 0, size), device)
+        self._kept.append(pool)
+        self._pools[device.type, device.index] = pool, 0
+        self._short = 0
 
 
-def _stream_of(device: torch.device) -> tuple:
+counters = Words(0, pool=1 << 20, least=1 << 12, most=1 << 31)
+slots = Words(UNWRITTEN, pool=1 << 22, least=1 << 17, most=1 << 24)
+_partials: dict[tuple, torch.Tensor] = {}  # room for partial sums, a buffer for each stream
+
+
+def workspace(units: int, length: int, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+    """What a decode of several chunks is launched with, on the current stream.
+
+    Args:
+        units: counters that it needs; 0 where partial sums are their own flags.
+        length: words of partial sums; 0: there is no second chunk.
+
+    Returns:
+        (fp32 for partial sums, zeroed counters), or (unwritten slots,).
+    """
+    if not length:
+        return (None, None) if units else (None,)
+    if device.type == "meta":  # nothing will be launched
+        sums = torch.empty(length, dtype=torch.float32 if units else torch.int32, device=device)
+        return (sums, torch.empty(units, dtype=torch.int32, device=device)) if units else (sums,)
+    if not units:
+        return (slots.get(length, device),)
+    count, place = counters.get(units, device), _place(device)
+    if length > KEPT or place[-1]:
+        return torch.empty(length, dtype=torch.float32, device=device), count
+    if place not in _partials:
+        _partials[place] = _lasting(0, KEPT, device).view(torch.float32)
+    return _partials[place], count
+
+
+def forget(device: torch.device) -> None:
+    """A launch on the current stream failed: what it worked with may not be as it was."""
+    counters.forget(device)
+    slots.forget(device)
+
+
+def _place(device: torch.device) -> tuple:
+    """(device, stream, capture) that a launch belongs to; 0: it is not being captured."""
     index = device.index
     if index is None:  # a CPU: only tensors on GPUs name which one
-        return None, threading.get_ident()
-    return index, torch._C._cuda_getCurrentRawStream(index)  # what Triton launches on
+        return None, threading.get_ident(), 0
+    stream = torch._C._cuda_getCurrentRawStream(index)  # what Triton launches on
+    return index, stream, _capture(stream) if torch.cuda.is_current_stream_capturing() else 0
 
 
-def _lasting_zeros(count: int, device: torch.device) -> torch.Tensor:
-    """int32 zeros from the device's common memory, ready for use on every stream.
+def _capture(stream: int) -> int:
+    """The number that CUDA has given to the capture of a stream, of which no other in this process has the same."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    error = _driver().cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None, None
+    )
+    if error or status.value != 1:
+        raise RuntimeError(f"CUDA says nothing about the capture of stream {stream}: error {error}, status {status}")
+    return number.value
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _lasting(value: int, count: int, device: torch.device) -> torch.Tensor:
+    """int32 words from the device's common memory, ready for use on every stream.
 
     They outlive the call, so they must not come out of a graph's private memory pool. torch.compile warms its graphs up
     inside of one, without capturing; but pools catch the allocations of a thread or a stream, never another's.
     """
     if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        return torch.full((count,), value, dtype=torch.int32, device=device)
     made = []
 
     def make() -> None:
         with torch.cuda.device(device):  # on the default stream of a thread of its own
-            made.append(torch.zeros(count, dtype=torch.int32, device=device))
+            made.append(torch.full((count,), value, dtype=torch.int32, device=device))
             torch.cuda.current_stream().synchronize()
 
     thread = threading.Thread(target=make)
     thread.start()
     thread.join()
     return made[0]
-
-
-counters = Counters()

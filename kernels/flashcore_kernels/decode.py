@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .blocks import BITMAP, attend_block, finish_rows, load_tile, normalised, power_of_2, sequence_bounds
-from .counters import counters
+from .counters import forget, workspace
 from .launch import launch, mask_argument, score_factors
 from .plan import Plan, max_splits_for
 from .problem import Problem
@@ -231,7 +231,7 @@ class DecodeLaunch(NamedTuple):
 
     Attributes:
         kernel: the jitted function.
-        programs: size of the grid.
+        programs: size of the grid, (x, y).
         units: how many counters the merge needs.
         partial: fp32 elements of the workspace, 0 where no sequence can have two chunks.
         integers, scalars, constants: the parameters behind the pointers, see `launch`.
@@ -239,7 +239,7 @@ class DecodeLaunch(NamedTuple):
     """
 
     kernel: object
-    programs: int
+    programs: tuple[int, int]
     units: int
     partial: int
     integers: tuple
@@ -266,7 +266,7 @@ def decode_launch(
     num_splits = max_splits_for(problem.num_keys, plan)
     return DecodeLaunch(
         flashcore_decode,
-        num_splits * units,
+        (num_splits * units, 1),
         units,
         heads * num_splits * rows * (plan.block_dv + 2) if num_splits > 1 else 0,
         (
@@ -307,13 +307,10 @@ def run_decode(
 
 def launch_decode(setup: DecodeLaunch, plan: Plan, tensors: tuple[torch.Tensor | None, ...]) -> None:
     """Launch with `tensors` and, behind them, a workspace and counters."""
-    partial = count = None
     device = tensors[0].device
-    if setup.partial:
-        count, partial = counters.workspace(setup.units, setup.partial, device)
-    arguments = (*tensors, partial, count, *setup.integers)
+    arguments = (*tensors, *workspace(setup.units, setup.partial, device), *setup.integers)
     try:
         launch(setup.kernel, setup.programs, arguments, setup.scalars, setup.constants, plan, **setup.options)
     except BaseException:
-        counters.forget(device)
+        forget(device)
         raise

@@ -78,21 +78,24 @@ def _has_known_launcher() -> bool:
     return triton.__version__.startswith(("3.5.", "3.6."))
 
 
-def launch(kernel, programs: int, arguments: tuple, scalars: tuple, constants: tuple, plan: Plan, **options) -> None:
+def launch(
+    kernel, programs: int | tuple[int, int], arguments: tuple, scalars: tuple, constants: tuple, plan: Plan, **options
+) -> None:
     """Run `kernel` on the device and stream that are current; on meta tensors only compile it for that device.
 
     Args:
         kernel: a `triton.jit` function whose parameters are `arguments`, `scalars` and `constants`, in this order.
-        programs: size of the one-dimensional grid.
+        programs: size of the grid, of one dimension or two.
         arguments: tensors, tensor descriptors (or None), and ints that Triton specialises on.
         scalars: floats, and ints under `do_not_specialize`.
         constants: the constexpr parameters.
         plan: gives num_warps and num_stages.
         options: more of Triton's, always the same ones with the same constants.
     """
-    if programs > 0x7FFFFFFF:
-        raise ValueError(f"batch * heads * tiles = {programs} programs are more than a grid holds ({0x7FFFFFFF})")
-    grid = (programs, 1, 1)
+    grid = (*programs, 1) if isinstance(programs, tuple) else (programs, 1, 1)
+    for most, size in zip((0x7FFFFFFF, 0xFFFF), grid):
+        if size > most:
+            raise ValueError(f"batch * heads * tiles = {size} programs are more than a grid holds ({most})")
     device = getattr(arguments[0], "base", arguments[0]).device
     parameters = (*arguments, *scalars, *constants)
     if device.type not in ("cuda", "meta"):  # Triton's interpreter

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import _C, Tensor
 
-from .counters import counters
+from .counters import forget, workspace
 from .launch import compiled_kernel, launcher
 from .plan import Plan
 from .problem import Problem
@@ -110,33 +110,37 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
         mask, has_scales = (None,), False
     float32, length, units = torch.float32, setup.partial, setup.units
     lse = _allocated(float32) if return_lse else None
-    partial, counts = (_allocated(float32), _allocated(torch.int32)) if length else (None, None)
+    room = ()
+    if not units:
+        room = (_allocated(torch.int32) if length else None,)
+    else:
+        room = (_allocated(float32), _allocated(torch.int32)) if length else (None, None)
     scales = scales if has_scales else ()
-    pointers = (query, key, value, out, lse, key_range, *mask, sinks, *scales, partial, counts)
+    pointers = (query, key, value, out, lse, key_range, *mask, sinks, *scales, *room)
     compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
     if compiled is None:
         return None
     (run, prefix), programs = launcher(compiled), setup.programs
     rest = (*setup.integers, *setup.scalars, *setup.constants)
     lse_shape = (batch_size, num_heads, num_queries)
-    raw_stream, empty, workspace = torch._C._cuda_getCurrentRawStream, torch.empty, counters.workspace
+    raw_stream, empty = torch._C._cuda_getCurrentRawStream, torch.empty
 
     def call(query, key, value, key_range, sinks, *scales):
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
-        counts, partial = workspace(units, length, device) if length else (None, None)
+        room = workspace(units, length, device)
         try:
             # Addresses, where the launcher would ask the driver about each tensor.
             run(
-                programs, 1, 1, raw_stream(index), *prefix,
+                *programs, 1, raw_stream(index), *prefix,
                 query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
                 None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), *mask,
                 None if sinks is None else sinks.data_ptr(),
                 *([None if scale is None else scale.data_ptr() for scale in scales] if has_scales else ()),
-                None if partial is None else partial.data_ptr(), None if counts is None else counts.data_ptr(), *rest,
+                *[None if part is None else part.data_ptr() for part in room], *rest,
             )  # fmt: skip
         except BaseException:
-            counters.forget(device)
+            forget(device)
             raise
         return output, lse
 

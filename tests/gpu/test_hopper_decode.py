@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from flashcore_kernels import attention, explain, make_key_range, path_counts, prepared
+from flashcore_kernels import attention, counters, explain, make_key_range, path_counts, prepared
 from flashcore_kernels.hopper import decode_run
 from flashcore_kernels.tables import hopper as tables
 
@@ -254,6 +254,7 @@ TREES = {
     "multi-query": dict(num_keys=9000, heads=(32, 1), head_dim=128),
     "multi-query, head_dim 64": dict(num_keys=30_000, heads=(8, 1), head_dim=64),
     "fp8": dict(num_keys=5000, heads=(4, 2), head_dim=128, fp8=True),
+    "rows merged in groups": dict(num_keys=3000, heads=(14, 2), head_dim=128),
 }
 
 
@@ -278,15 +279,13 @@ def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
 
     planned = decode_run.sharing
 
-    def call(each, fan_in, stages=1):
+    def call(each, fan_in, stages=1, in_a_row=False):
         def forced(problem, plan):
-            return planned(problem, plan)._replace(fan_in=fan_in, stages=stages)
-
-        def chunks_each(self, chunks, units):
-            return min(each, 2**self.levels)
+            levels = each.bit_length() - 1
+            return planned(problem, plan)._replace(fan_in=fan_in, stages=stages, levels=levels, in_a_row=in_a_row)
 
         monkeypatch.setattr(decode_run, "sharing", forced)
-        monkeypatch.setattr(decode_run.Sharing, "chunks_each", chunks_each)
+        monkeypatch.setattr(decode_run.Sharing, "chunks_each", lambda self, chunks, units: each)
         monkeypatch.setattr(prepared, "_prepared", {})
         path_counts.clear()
         answer = attention(query, key, value, key_range=key_range, return_lse=True, **scales)
@@ -294,13 +293,79 @@ def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
         return answer
 
     out, lse = call(1, 16)
-    for shared in ((2, 16), (4, 16), (8, 16), (1, 4), (1, 8), (4, 4), (2, 8), (4, 8, 2)):
+    for shared in ((2, 16), (4, 16), (8, 16), (1, 4), (1, 8), (4, 4), (2, 8), (4, 8, 2), (1, 4, 1, True)):
         other_out, other_lse = call(*shared)
         assert torch.equal(other_out, out) and torch.equal(other_lse, lse), shared
     monkeypatch.setattr(tables, "DECODE_ROWS", [row._replace(min_chunk=192, chunks=8) for row in tables.DECODE_ROWS])
     other_out, other_lse = call(1, 16)
     torch.testing.assert_close(other_lse, lse, atol=1e-4, rtol=1e-4)
     assert not torch.equal(other_out, out) or not torch.equal(other_lse, lse), "other chunks are another tree"
+
+
+@pytest.fixture
+def own_slots(monkeypatch):
+    """Slots that no other test has used."""
+    own = counters.Words(counters.UNWRITTEN, pool=1 << 22, least=1 << 12, most=1 << 24)
+    monkeypatch.setattr(counters, "slots", own)
+    return own
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_slots_are_unwritten_behind_a_call(name, own_slots):
+    """Else the next call of that stream would take this one's sums for its own, as the control does."""
+    features, head_dim, num_queries, num_keys, heads = REPEATED[name]
+    call = build(features, num_queries, num_keys, heads=heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    want = on_hopper(call)
+    (buffer,) = own_slots._buffers.values()
+    torch.cuda.synchronize()
+    assert (buffer == counters.UNWRITTEN).all()
+    buffer.fill_(0)
+    assert not torch.equal(call.run(), want)
+    own_slots.forget(call.query.device)
+    assert torch.equal(call.run(), want)
+
+
+def test_a_nan_with_the_bits_of_an_unwritten_slot():
+    for where in ("query", "key", "value"):
+        call = build((), 1, 3000, heads=(8, 2), head_dim=128, dtype=torch.bfloat16, device="cuda")
+        getattr(call, where)[0].view(torch.int16).fill_(-1)
+        out = call.run()
+        assert out[0].isnan().all() and not out[1].isnan().any(), where
+
+
+def test_streams_and_graphs_at_once():
+    """Programs that wait for others never keep them from starting, whatever else the GPU does."""
+    shapes = ((1, 1, 2048, (32, 8)), (1, 4, 2048, (32, 8)), (4, 1, 4096, (28, 4)), (2, 1, 9000, (32, 1)))
+    calls = [
+        build((), num_queries, num_keys, batch_size=batch_size, heads=heads, head_dim=128, dtype=torch.bfloat16,
+              device="cuda")
+        for batch_size, num_queries, num_keys, heads in shapes
+    ]  # fmt: skip
+    want = [call.run() for call in calls]
+    captured = []
+    for call in calls:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = [call.run() for _ in range(5)]
+        captured.append((graph, outputs))
+    streams = [torch.cuda.Stream() for _ in range(9)]
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, (graph, outputs) in zip(streams, captured):
+            with torch.cuda.stream(stream):
+                for output in outputs:
+                    output.fill_(float("nan"))
+                graph.replay()
+        eager = []
+        for stream, call in zip(streams[4:], calls):
+            with torch.cuda.stream(stream):
+                eager.append([call.run() for _ in range(4)])
+        with torch.cuda.stream(streams[8]):
+            matrix @ matrix
+        torch.cuda.synchronize()
+        for expected, answers, (_, outputs) in zip(want, eager, captured):
+            assert all(torch.equal(answer, expected) for answer in (*answers, *outputs))
 
 
 def test_inverse_chunks_that_depend_on_the_batch(monkeypatch):

@@ -217,7 +217,7 @@ def hopper_decode_source(variant: Variant, problem, plan):
     shared, lse = sharing(problem, plan), bool(features.get("lse"))
     config = make_decode_config(problem, plan, shared, problem.head_dim, problem.value_dim, not shared.whole, lse)
     stored = "fp8e4nv" if problem.fp8 else variant.dtype
-    pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype, "Partial": "fp32", "Count": "i32"}
+    pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype, "Partial": "i32"}
     optional = {
         "Lse": ("lse", "fp32"), "Range": ("range", "i32"), "Sinks": ("sinks", "fp32"), "KeyScale": ("fp8", "fp32"),
         "ValueScale": ("fp8", "fp32"),

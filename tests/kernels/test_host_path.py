@@ -11,8 +11,8 @@ import weakref
 
 import pytest
 import torch
-from flashcore_kernels import launch, make_key_range, op, prepared
-from flashcore_kernels.counters import Counters
+from flashcore_kernels import counters, launch, make_key_range, op, prepared
+from flashcore_kernels.counters import Words
 from flashcore_kernels.plan import Device, max_splits_for, plan
 from flashcore_kernels.problem import check_problem, with_alignment
 
@@ -50,7 +50,8 @@ def compiled(monkeypatch):
     fake = FakeCompiled()
     monkeypatch.setattr(prepared, "compiled_kernel", lambda *args: fake)
     monkeypatch.setattr(prepared, "_prepared", {})
-    monkeypatch.setattr(prepared, "counters", Counters())
+    monkeypatch.setattr(counters, "counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
+    monkeypatch.setattr(counters, "slots", Words(-1, pool=1 << 20, least=1 << 12, most=1 << 31))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
     return fake
 
@@ -71,8 +72,8 @@ class TestPrepared:
         assert output.shape == (2, 1, 8, 64) and output.is_contiguous()
         assert lse is None or lse.shape == (2, 8, 1) and lse.dtype == torch.float32
         (arguments,) = compiled.launches
-        programs, *one, stream, function, metadata = arguments[:6]
-        assert (one, stream, function, metadata) == ([1, 1], 77, "function", "metadata")
+        *programs, one, stream, function, metadata = arguments[:6]
+        assert (one, stream, function, metadata) == (1, 77, "function", "metadata")
         assert arguments[6:9] == (None, None, None)
         pointers, rest = arguments[9:19], arguments[19:]
         addresses = [t.data_ptr() for t in (*second, output)]
@@ -84,7 +85,7 @@ class TestPrepared:
         monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
         decode.run_decode(problem, chosen, *second, None, None, sinks, output.transpose(1, 2), lse)
         ((_, full_programs, full, scalars, constants, _),) = caught
-        assert programs == full_programs
+        assert tuple(programs) == full_programs
         assert rest == (*full[10:], *scalars, *constants)
 
     @pytest.mark.parametrize("fp8", [False, True])
@@ -103,15 +104,16 @@ class TestPrepared:
         assert chosen.kernel == "flashcore_hopper_decode"
         output, _ = call(*second, None, None, *scales)
         (arguments,) = compiled.launches
-        programs, pointers, rest = arguments[0], arguments[9:20], arguments[20:]
+        programs, pointers, rest = arguments[:2], arguments[9:19], arguments[19:]
         assert pointers[:4] == tuple(t.data_ptr() for t in (*second, output))
         assert pointers[4:9] == (None, None, None, *(None if t is None else t.data_ptr() for t in scales))
+        assert pointers[9] == counters.slots.get(1, torch.device("cpu")).data_ptr(), "partial sums have a place each"
 
         caught = []
         monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
         decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output.transpose(1, 2), None, *scales)
         ((kernel, full_programs, full, scalars, constants, _),) = caught
-        assert programs == full_programs and rest == (*full[11:], *scalars, *constants)
+        assert programs == full_programs and rest == (*full[10:], *scalars, *constants)
         assert len(full) + len(scalars) + len(constants) == len(kernel.arg_names)
 
     @pytest.mark.parametrize("queries", [1, 4, 16])
@@ -131,8 +133,10 @@ class TestPrepared:
             chunks = max_splits_for(keys, chosen)
             shared = decode_run.sharing(made, chosen)
             assert each == 2**config.levels if shared.whole else each in (1, 2, 4, 8) and each <= 2**config.levels
-            assert num_splits == -(-chunks // each) and setup.programs == units * num_splits
-            assert setup.programs >= min(units * chunks, 128), "the GPU is filled where there are chunks to fill it"
+            assert num_splits == -(-chunks // each) and sorted(setup.programs) == sorted((units, num_splits))
+            assert setup.programs == ((num_splits, units) if config.in_a_row else (units, num_splits))
+            assert not config.in_a_row or units * num_splits <= 132, "those that others wait for run at the same time"
+            assert units * num_splits >= min(units * chunks, 128), "the GPU is filled where there are chunks to fill it"
             if shared.whole:
                 assert each >= chosen.max_splits and num_splits == 1, "no chunk is left out, whatever the length"
                 assert not config.may_split and 128 <= units <= shared.slots
@@ -144,7 +148,7 @@ class TestPrepared:
             while level > 1:
                 level = -(-level // config.fan_in)
                 nodes += level
-            assert lines == nodes and setup.units == units * max(nodes - num_splits, 1)
+            assert lines == nodes and setup.units == 0, "partial sums are their own flags"
             rows = queries * heads[0] // heads[1]
             floats = batch * heads[1] * rows * nodes * (chosen.block_dv + 2)
             assert setup.partial == (floats if chunks > 1 and not shared.whole else 0)
@@ -164,14 +168,14 @@ class TestPrepared:
         tensors = tensors_of()
         *_, call = prepare(*tensors)
         call(*tensors, None, None, None, None)
-        (before,) = prepared.counters._buffers.values()
+        (before,) = counters.counters._buffers.values()
         monkeypatch.setattr(compiled, "launches", None)
         with pytest.raises(AttributeError):
             call(*tensors, None, None, None, None)
-        assert not prepared.counters._buffers
+        assert not counters.counters._buffers
         monkeypatch.setattr(compiled, "launches", [])
         call(*tensors, None, None, None, None)
-        (after,) = prepared.counters._buffers.values()
+        (after,) = counters.counters._buffers.values()
         assert before.data_ptr() != after.data_ptr()
 
     def test_nothing_is_prepared_where_no_launch_was_made(self):

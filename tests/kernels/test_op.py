@@ -11,13 +11,14 @@ import torch
 from flashcore_kernels import (
     FlashcoreFallbackWarning,
     attention,
+    counters,
     decode,
     make_key_range,
     naive_attention,
     op,
     path_counts,
 )
-from flashcore_kernels.counters import Counters
+from flashcore_kernels.counters import Words
 from flashcore_kernels.fallback import forget_warnings, torch_attention
 from flashcore_kernels.problem import check_problem
 from torch._dynamo.testing import CompileCounter
@@ -252,28 +253,28 @@ class TestCounters:
 
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch):
-        monkeypatch.setattr(decode, "counters", Counters())
+        monkeypatch.setattr(counters, "counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
 
     def test_left_at_zero(self, device):
         check(self.split_call(device))
-        (buffer,) = decode.counters._buffers.values()
+        (buffer,) = counters.counters._buffers.values()
         assert not buffer.any()
 
     def test_one_buffer_serves_all_launches(self, device):
         check(self.split_call(device))
-        (before,) = decode.counters._buffers.values()
+        (before,) = counters.counters._buffers.values()
         check(self.split_call(device))
-        (after,) = decode.counters._buffers.values()
+        (after,) = counters.counters._buffers.values()
         assert before is after
 
     def test_a_larger_launch_has_a_larger_buffer(self, device):
-        small = decode.counters.get(1, device)
-        large = decode.counters.get(small.numel() + 1, device)
+        small = counters.counters.get(1, device)
+        large = counters.counters.get(small.numel() + 1, device)
         assert large.numel() > small.numel() and not large.any()
 
     def test_an_aborted_launch_poisons_nothing(self, device, monkeypatch):
         def abort(*_):
-            (buffer,) = decode.counters._buffers.values()
+            (buffer,) = counters.counters._buffers.values()
             buffer.fill_(3)  # as programs that were cut off would leave it
             raise KeyboardInterrupt
 
@@ -290,13 +291,13 @@ class TestCounters:
         """
         call = self.split_call(device)
         right = call.run()
-        (buffer,) = decode.counters._buffers.values()
+        (buffer,) = counters.counters._buffers.values()
         buffer.fill_(1)
         assert not torch.equal(call.run(), right)
 
     def test_no_two_buffers_overlap(self):
-        own, cpu = Counters(), torch.device("cpu")
-        taken = [own._take(n, cpu, may_grow=True) for n in (10, 4096, 1)]
+        own, cpu = Words(0, pool=1 << 20, least=16, most=1 << 31), torch.device("cpu")
+        taken = [own._take(n, cpu, (None, n, 0)) for n in (10, 4096, 1)]
         for number, buffer in enumerate(taken, 1):
             buffer.fill_(number)
         assert [buffer.unique().tolist() for buffer in taken] == [[1], [2], [3]]
@@ -304,8 +305,8 @@ class TestCounters:
     def test_threads_do_not_share(self, device):
         import threading
 
-        mine, theirs = decode.counters.get(1, torch.device("cpu")), []
-        thread = threading.Thread(target=lambda: theirs.append(decode.counters.get(1, torch.device("cpu"))))
+        mine, theirs = counters.counters.get(1, torch.device("cpu")), []
+        thread = threading.Thread(target=lambda: theirs.append(counters.counters.get(1, torch.device("cpu"))))
         thread.start()
         thread.join()
         assert theirs[0] is not mine

@@ -3,8 +3,8 @@
 The contract is that of the portable `flashcore_decode`: a sequence's visible keys are cut into chunks, a function of
 that sequence's own length alone, and so is the order in which chunks are merged. Here that is a binary tree over the
 chunks' numbers, so that who merges does not matter: a program may take 2, 4 or 8 chunks in a row and merge them itself
-(a batch is then spared most of the partial sums), and the last of every `fan_in` neighbours to arrive merges them,
-until one is left.
+(a batch is then spared most of the partial sums), and the last of every `fan_in` neighbours merges them, until one is
+left.
 
 The products are transposed, because wgmma has 64 rows and a decode call has few queries: S^T [keys, rows] = K Q^T and
 O^T [values, rows] = V^T P^T, with K and V^T from shared memory and 8 rows at the least. K and V come by cp.async, not
@@ -19,8 +19,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .decode_fp8 import load_keys, load_values, row_of, stored_layout
-from .decode_merge import merge_arrived, push, store_node, unstack, write_rows
+from .decode_fp8 import in_order, load_keys, load_values, row_of, stored_layout
+from .decode_merge import merge_nodes, push, unstack, write_rows
+from .decode_slots import slot_addresses
 from .decode_tiles import copy_keys, fold_scores, load_queries, next_block
 from .triton_api import barrier
 from .visible import BITMAP, sequence_bounds
@@ -44,8 +45,9 @@ class DecodeConfig:
         min_chunk, max_splits: least keys of a chunk, most chunks of a sequence (a power of two).
         may_split: False: every sequence is one program's in each KV head, and there is no workspace.
         levels: of the tree that a program can merge by itself: it takes up to 2**levels chunks.
-        fan_in: neighbours that are merged by the last of them to arrive, a power of two from 4.
-        merge_rows: rows that are merged at once.
+        in_a_row: a unit's programs are numbered in a row; else those of the same chunks of all units are.
+        fan_in: neighbours that are merged by the last of them, a power of two from 4.
+        merge_rows, merge_groups: rows that are merged at once, and how often that is done for a tile.
         fp8: K and V are e4m3, with a scale for each sequence and KV head; they are multiplied as fp16.
         range, softcap, sinks, lse: whether there are any.
     """
@@ -67,8 +69,10 @@ class DecodeConfig:
     max_splits: int
     may_split: bool
     levels: int
+    in_a_row: bool
     fan_in: int
     merge_rows: int
+    merge_groups: int
     fp8: bool
     range: bool
     softcap: bool
@@ -180,7 +184,6 @@ def flashcore_hopper_decode(
     KeyScale,
     ValueScale,
     Partial,
-    Count,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -206,10 +209,11 @@ def flashcore_hopper_decode(
     """out = softmax(cap(scale * q k^T)) v over the keys that each query sees, chunk by chunk.
 
     Shapes: as `flashcore_decode`, but that Out's heads lie inside the sequence in memory, and strides of Q, K and V are
-    in units of 16 bytes; Partial's lines are in the order of sequence, KV head, row and node of the tree: num_splits
-    that programs make, and those made of others, each with a counter for each unit (a KV head's tile of rows).
-    Grid: `(num_splits * B * Hkv * row_tiles,)`; programs beyond a sequence's own number of chunks leave at once. Each
-    takes `chunks_each` chunks, a power of two up to 2**levels.
+    in units of 16 bytes; Partial has unwritten slots (see `decode_slots`) in the order of sequence, KV head, row and
+    node of the tree: num_splits that programs make, and those made of others; behind them as many pairs of m and l.
+    Grid: `(units, num_splits)`, a unit being a KV head's tile of rows, or `(num_splits, units)` where they are numbered
+    in a row; programs beyond a sequence's own number of chunks leave at once. Each takes `chunks_each` chunks, a power
+    of two up to 2**levels.
     """
     BN: gl.constexpr = C.block_n
     S: gl.constexpr = C.stages
@@ -220,9 +224,8 @@ def flashcore_hopper_decode(
     dtype: gl.constexpr = K.dtype.element_ty
     VEC: gl.constexpr = 128 // dtype.primitive_bitwidth
     rows = num_queries * C.group
-    pid = gl.program_id(0)
-    unit = pid // num_splits
-    split = pid - unit * num_splits
+    unit = gl.program_id(1 if C.in_a_row else 0)
+    split = gl.program_id(0 if C.in_a_row else 1)
     head_unit = unit // C.row_tiles
     tile = unit % C.row_tiles
     b = head_unit // C.num_kv_heads
@@ -288,6 +291,13 @@ def flashcore_hopper_decode(
         row_hi = gl.minimum(end, start + token + right + 1)
         all_lo = gl.maximum(first, start + num_queries - 1 - left)  # what all rows see
         all_hi = gl.minimum(end, start + right + 1)
+        nodes = 1
+        addresses = ()
+        if C.may_split:
+            nodes = (hi - lo + chunks_each * chunk - 1) // (chunks_each * chunk)
+            heads = gl.num_programs(1 if C.in_a_row else 0) // C.row_tiles  # of all sequences
+            stats = Partial + heads.to(gl.int64) * rows * num_lines * DV
+            addresses = slot_addresses(Partial, stats, head_unit.to(gl.int64) * rows, rows, num_lines, tile, C)
         acc, m, l = _attend(
             (k_smem, v_smem, q_smem, p_smem), (k_head, v_head, stride_ks, stride_vs),
             (n_begin, n_end, coming, coming_end, chunk, program_end, bitmap, holes), (row_lo, row_hi, all_lo, all_hi),
@@ -300,15 +310,10 @@ def flashcore_hopper_decode(
         d = gl.arange(0, DV, gl.SliceLayout(1, LAYOUT))
         if C.fp8:
             d = row_of(d, DV)
-        if hi - lo <= chunks_each * chunk:
-            write_rows(acc, m, l, r, d, Out, Lse, Sinks, b, kv_head, num_queries, 1, C)
+        if nodes <= 1:
+            write_rows(acc, m, l, r, d, Out, Lse, Sinks, b, kv_head, num_queries, C)
         elif C.may_split:
-            all_rows = (gl.num_programs(0) // num_splits // C.row_tiles).to(gl.int64) * rows  # B * Hkv * rows
-            stats = Partial + all_rows * num_lines * DV
-            head_line = head_unit.to(gl.int64) * num_lines * rows
-            store_node(acc, m, l, Partial, stats, head_line + r.to(gl.int64) * num_lines + split, r < rows, d, 1, C)
-            nodes = (hi - lo + chunks_each * chunk - 1) // (chunks_each * chunk)
-            merge_arrived(
-                Partial, stats, Count, Out, Lse, Sinks, b, kv_head, num_queries, head_line, unit, tile, split, nodes,
-                num_splits, num_lines, C,
+            merge_nodes(
+                in_order(acc) if C.fp8 else acc, m, l, addresses, Out, Lse, Sinks, b, kv_head, num_queries, tile, split,
+                nodes, num_splits, C,
             )  # fmt: skip

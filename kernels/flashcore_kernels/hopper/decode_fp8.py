@@ -80,3 +80,11 @@ def load_values(smem, R: gl.constexpr):
 def row_of(d, DV: gl.constexpr):
     """Which column of V lies in row d of `load_values`."""
     return (d // 16 % 4) * (DV // 4) + d % 8 * (DV // 32) + d // 64 * 2 + d // 8 % 2
+
+
+@gluon.jit
+def in_order(acc):
+    """acc [DV, R], whose rows lie in the order of `row_of`, in that of V's columns."""
+    DV: gl.constexpr = acc.shape[0]
+    R: gl.constexpr = acc.shape[1]
+    return acc.reshape([DV // 64, 4, 2, 8, R]).permute((1, 3, 0, 2, 4)).reshape([DV, R])

@@ -1,17 +1,22 @@
-"""The end of a Hopper decode: merging the chunks of a KV head in a tree, normalising, and storing its rows."""
+"""The end of a Hopper decode: merging the chunks of a KV head in a tree, normalising, and storing its rows.
+
+Of neighbours in the tree the one of the highest number merges: it reads what the others wrote until all is there, see
+`decode_slots`. It waits for programs that were started before it, and they for none behind: a GPU starts programs in
+the order of their numbers, however few of them it runs at once.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .consumer import LN_2, LOG2_E
-from .triton_api import barrier
+from .decode_slots import clear_slots, join, pieces_of, read_slots, rows_layout, split, write_slot
 
 
 @gluon.jit
-def write_rows(acc, m, l, r, d, Out, Lse, Sinks, b, kv_head, num_queries, ROWS_DIM: gl.constexpr, C: gl.constexpr):
-    """Normalise rows r of a KV head and store them, with columns d; acc is [R, DV], or [DV, R] where ROWS_DIM is 1.
+def _shrink(m, l, r, once, Lse, Sinks, b, kv_head, num_queries, C: gl.constexpr):
+    """What rows r of a KV head are multiplied by in the end, 0 where a row saw no key. Stores lse where it is wanted.
 
-    Rows that saw no key give 0. Out's heads lie inside the sequence in memory.
+    Shapes: any; once: where a row's lse is to be stored.
     """
     valid = r < num_queries * C.group
     head = kv_head * C.group + r % C.group
@@ -27,42 +32,49 @@ def write_rows(acc, m, l, r, d, Out, Lse, Sinks, b, kv_head, num_queries, ROWS_D
         alpha = gl.full_like(m, 1.0)
     # Not l > 0: a NaN in the inputs must stay one.
     empty = l == 0.0
-    shrink = alpha / gl.where(empty, 1.0, l)
-    at = ((b.to(gl.int64) * num_queries + token) * (C.num_kv_heads * C.group) + head) * C.value_dim
-    # + 0.0: whether a -0.0 comes out of the merge as one depends on how many nodes without keys took part.
-    if ROWS_DIM == 0:
-        out = acc * shrink[:, None] + 0.0
-        at = at[:, None] + d[None, :]
-        keep = valid[:, None] & (d < C.value_dim)[None, :]
-    else:
-        out = acc * shrink[None, :] + 0.0
-        at = at[None, :] + d[:, None]
-        keep = valid[None, :] & (d < C.value_dim)[:, None]
-    gl.store(Out + at, out.to(Out.dtype.element_ty), mask=keep)
     if C.lse:
         lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN_2)
-        gl.store(Lse + (b * C.num_kv_heads * C.group + head).to(gl.int64) * num_queries + token, lse, mask=valid)
+        at = (b * C.num_kv_heads * C.group + head).to(gl.int64) * num_queries + token
+        gl.store(Lse + at, lse, mask=valid & once)
+    return alpha / gl.where(empty, 1.0, l)
 
 
 @gluon.jit
-def combine(left, right, ROWS_DIM: gl.constexpr):
-    """(acc, m, l) of two neighbours in one. With one that has seen nothing (0, -inf, 0) the other stays as it is.
+def _store_rows(out, r, d, Out, b, kv_head, num_queries, C: gl.constexpr):
+    """Store columns d of rows r. Out's heads lie inside the sequence in memory."""
+    head = kv_head * C.group + r % C.group
+    at = ((b.to(gl.int64) * num_queries + r // C.group) * (C.num_kv_heads * C.group) + head) * C.value_dim
+    keep = (r < num_queries * C.group) & (d < C.value_dim)
+    # + 0.0: whether a -0.0 comes out of the merge as one depends on how many nodes without keys took part.
+    gl.store(Out + at + d, (out + 0.0).to(Out.dtype.element_ty), mask=keep)
 
-    Every product and sum is spelled out: the bits must be the same wherever this is compiled into.
+
+@gluon.jit
+def write_rows(acc, m, l, r, d, Out, Lse, Sinks, b, kv_head, num_queries, C: gl.constexpr):
+    """Normalise rows r [R] of a KV head and store them, with columns d [DV]; acc is [DV, R]."""
+    shrink = _shrink(m, l, r, r >= 0, Lse, Sinks, b, kv_head, num_queries, C)
+    _store_rows(acc * shrink[None, :], r[None, :], d[:, None], Out, b, kv_head, num_queries, C)
+
+
+@gluon.jit
+def _weigh(left_m, left_l, right_m, right_l):
+    """(m, l) of two neighbours in one, and what the sums of each are multiplied by.
+
+    Every product and sum is spelled out, here and where sums are added: the bits must be the same wherever this is
+    compiled into. With one that has seen nothing (0, -inf, 0) the other stays as it is.
     """
-    left_acc, left_m, left_l = left
-    right_acc, right_m, right_l = right
     m = gl.maximum(left_m, right_m)
     m_finite = gl.where(m == float("-inf"), 0.0, m)
     a = gl.exp2(left_m - m_finite)
     b = gl.exp2(right_m - m_finite)
-    l = gl.fma(left_l, a, right_l * b)
-    zeros = gl.zeros_like(left_acc)
-    if ROWS_DIM == 0:
-        acc = gl.fma(left_acc, zeros + a[:, None], right_acc * b[:, None])
-    else:
-        acc = gl.fma(left_acc, zeros + a[None, :], right_acc * b[None, :])
-    return acc, m, l
+    return m, gl.fma(left_l, a, right_l * b), a, b
+
+
+@gluon.jit
+def _combine(left, right):
+    """(acc [DV, R], m [R], l [R]) of two neighbours in one."""
+    m, l, a, b = _weigh(left[1], left[2], right[1], right[2])
+    return gl.fma(left[0], gl.zeros_like(left[0]) + a[None, :], right[0] * b[None, :]), m, l
 
 
 @gluon.jit
@@ -74,7 +86,7 @@ def push(stack, acc, m, l, number, C: gl.constexpr):
         if (number & ((2 << i) - 1)) == (1 << i) - 1:
             stack = stack[: 3 * i] + (acc, m, l) + stack[3 * i + 3 :]
         if i < LEVELS - 1:
-            acc, m, l = combine(stack[3 * i : 3 * i + 3], (acc, m, l), 1)
+            acc, m, l = _combine(stack[3 * i : 3 * i + 3], (acc, m, l))
     return stack
 
 
@@ -84,97 +96,118 @@ def unstack(stack, acc, m, l, number, C: gl.constexpr):
     LEVELS: gl.constexpr = C.levels
     for i in gl.static_range(LEVELS):
         if ((number >> i) & 1) == 1:
-            acc, m, l = combine(stack[3 * i : 3 * i + 3], (acc, m, l), 1)
+            acc, m, l = _combine(stack[3 * i : 3 * i + 3], (acc, m, l))
     return acc, m, l
 
 
 @gluon.jit
-def store_node(acc, m, l, Partial, stats, line, valid, d, ROWS_DIM: gl.constexpr, C: gl.constexpr):
-    """Store the sums of some rows, those of row i at line[i]."""
-    if ROWS_DIM == 0:
-        gl.store(Partial + line[:, None] * C.block_dv + d[None, :], acc, mask=valid[:, None])
-    else:
-        gl.store(Partial + line[None, :] * C.block_dv + d[:, None], acc, mask=valid[None, :])
-    gl.store(stats + line * 2, m, mask=valid)
-    gl.store(stats + line * 2 + 1, l, mask=valid)
-
-
-@gluon.jit
-def _merge_nodes(Partial, stats, line, valid, count, d, C: gl.constexpr):
-    """(acc [R, DV], m [R], l [R]) of `count` neighbours, whose sums are at lines `line` [R] and behind.
-
-    All loads come first. .cg: other programs wrote these; the L1 of this one may be stale.
-    """
-    FAN: gl.constexpr = C.fan_in
-    sums = Partial + line[:, None] * C.block_dv + d[None, :]
-    stats += line * 2
-    nodes = ()
-    for i in gl.static_range(FAN):
-        there = valid & (i < count)
-        acc = gl.load(sums + i * C.block_dv, mask=there[:, None], other=0.0, cache_modifier=".cg")
-        m = gl.load(stats + i * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        l = gl.load(stats + (i * 2 + 1), mask=there, other=0.0, cache_modifier=".cg")
-        nodes = nodes + ((acc, m, l),)
-    if FAN >= 16:
-        nodes = _pairs(nodes, 8)
-    if FAN >= 8:
-        nodes = _pairs(nodes, 4)
-    nodes = _pairs(_pairs(nodes, 2), 1)
-    return nodes[0]
-
-
-@gluon.jit
-def _pairs(nodes, COUNT: gl.constexpr):
+def _pairs(nodes, COUNT: gl.constexpr, PIECES: gl.constexpr):
+    """Half of `nodes`, each of two neighbours; a node is a tuple of its columns' pieces, m and l, all of one shape."""
     merged = ()
     for i in gl.static_range(COUNT):
-        merged = merged + (combine(nodes[2 * i], nodes[2 * i + 1], 0),)
+        left = nodes[2 * i]
+        right = nodes[2 * i + 1]
+        m, l, a, b = _weigh(left[PIECES], left[PIECES + 1], right[PIECES], right[PIECES + 1])
+        node = ()
+        for k in gl.static_range(PIECES):
+            node = node + (gl.fma(left[k], a, right[k] * b),)
+        merged = merged + (node + (m, l),)
     return merged
 
 
 @gluon.jit
-def merge_arrived(
-    Partial, stats, Count, Out, Lse, Sinks, b, kv_head, num_queries, head_line, unit, tile, node, nodes, num_splits,
-    num_lines, C: gl.constexpr,
-):  # fmt: skip
-    """Report that this program's node of the tree is stored, and merge it with its neighbours if it is their last.
+def _load_rows(acc_smem, m_smem, l_smem):
+    """A node from shared memory, [R, DV] and [R]."""
+    PIECES: gl.constexpr = pieces_of(acc_smem.shape[0], acc_smem.shape[1])
+    pieces = split(acc_smem.load(rows_layout(acc_smem.shape[0], acc_smem.shape[1])), PIECES)
+    ROWS: gl.constexpr = gl.SliceLayout(1, pieces[0].type.layout)
+    zeros = gl.zeros_like(pieces[0])
+    return pieces + (m_smem.load(ROWS)[:, None] + zeros, l_smem.load(ROWS)[:, None] + zeros)
 
-    Each merge makes a node of the level above, which is stored and reported in its turn; the top is the answer.
+
+@gluon.jit
+def _keep_rows(node, acc_smem, m_smem, l_smem):
+    """Put a node where `_load_rows` finds it."""
+    PIECES: gl.constexpr = pieces_of(acc_smem.shape[0], acc_smem.shape[1])
+    acc_smem.store(join(node[:PIECES], acc_smem.shape[0], acc_smem.shape[1]))
+    m_smem.store(gl.max(node[PIECES], axis=1))  # all pieces of a row have the same
+    l_smem.store(gl.max(node[PIECES + 1], axis=1))
+
+
+@gluon.jit
+def _write_pieces(node, r0, Out, Lse, Sinks, b, kv_head, num_queries, C: gl.constexpr):
+    """Normalise and store the rows of a node, from r0 on."""
+    R: gl.constexpr = C.merge_rows
+    PIECES: gl.constexpr = pieces_of(R, C.block_dv)
+    THREADS: gl.constexpr = node[0].type.layout
+    r = r0 + gl.arange(0, R, gl.SliceLayout(1, THREADS))[:, None]
+    piece = gl.arange(0, C.block_dv // PIECES, gl.SliceLayout(0, THREADS))[None, :]
+    shrink = _shrink(node[PIECES], node[PIECES + 1], r + piece * 0, piece == 0, Lse, Sinks, b, kv_head, num_queries, C)
+    out = ()
+    for k in gl.static_range(PIECES):
+        out = out + (node[k] * shrink,)
+    out = join(out, R, C.block_dv)
+    COLUMNS: gl.constexpr = out.type.layout
+    r = r0 + gl.arange(0, R, gl.SliceLayout(1, COLUMNS))[:, None]
+    d = gl.arange(0, C.block_dv, gl.SliceLayout(0, COLUMNS))[None, :]
+    _store_rows(out, r, d, Out, b, kv_head, num_queries, C)
+
+
+@gluon.jit
+def merge_nodes(
+    acc, m, l, addresses, Out, Lse, Sinks, b, kv_head, num_queries, tile, node, nodes, num_splits, C: gl.constexpr
+):  # fmt: skip
+    """Write this program's node of the tree, or merge it with those before it if it is the last of its neighbours.
+
+    Each merge makes a node of the level above, with which the same is done; the top is the answer.
 
     Args:
+        acc, m, l: this program's sums, [DV, rows of a tile], [rows of a tile].
+        addresses: see `slot_addresses`; a row's nodes lie level by level.
         node, nodes: this program's node, and how many there are on its level; at least two.
-        num_splits, num_lines: most nodes of its level, and of all; a row's sums lie level by level.
+        num_splits: most nodes of its level.
     """
     R: gl.constexpr = C.merge_rows
     DV: gl.constexpr = C.block_dv
     F: gl.constexpr = C.fan_in
-    VEC: gl.constexpr = 1 if R * DV <= 128 else 4 if R * DV >= 512 else R * DV // 128
-    LANES: gl.constexpr = 32 if DV // VEC >= 32 else DV // VEC
-    ROW_WARPS: gl.constexpr = 4 if R >= 4 * (32 // LANES) else R // (32 // LANES) if R >= 32 // LANES else 1
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, VEC], [32 // LANES, LANES], [ROW_WARPS, 4 // ROW_WARPS], [1, 0])
-    d = gl.arange(0, DV, gl.SliceLayout(0, LAYOUT))
+    GROUPS: gl.constexpr = C.merge_groups
+    PIECES: gl.constexpr = pieces_of(R, DV)
+    # Through shared memory from wgmma's layout to a few rows at a time, of which a thread has `PIECES` columns.
+    PHASES: gl.constexpr = 1 if R < 4 else 2 if R == 4 else 4  # rows that the same warp stores are on different banks
+    acc_smem = gl.allocate_shared_memory(gl.float32, [C.rows, DV], gl.SwizzledSharedLayout(8, 2, PHASES, [1, 0]))
+    m_smem = gl.allocate_shared_memory(gl.float32, [C.rows], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    l_smem = gl.allocate_shared_memory(gl.float32, [C.rows], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    acc_smem.store(acc.permute((1, 0)))
+    m_smem.store(m)
+    l_smem.store(l)
     rows = num_queries * C.group
-    counters = Count + unit * (num_lines - num_splits) - num_splits  # of the nodes that are made of others
     level = num_splits * 0  # where this level lies
     width = num_splits  # its most nodes
     while nodes > 1:
-        parent = node // F
-        children = gl.minimum(nodes - parent * F, F)
-        above = level + width
-        # Every thread's stores must stand before the one thread that counts says that they do.
-        barrier()
-        nodes = (nodes + F - 1) // F
-        if gl.atomic_add(counters + above + parent, 1, sem="acq_rel", scope="gpu") == children - 1:
-            gl.store(counters + above + parent, 0)
-            for r0 in range(tile * C.rows, gl.minimum((tile + 1) * C.rows, rows), R):
-                r = r0 + gl.arange(0, R, gl.SliceLayout(1, LAYOUT))
-                line = head_line + r.to(gl.int64) * num_lines
-                acc, m, l = _merge_nodes(Partial, stats, line + level + parent * F, r < rows, children, d, C)
-                if nodes == 1:
-                    write_rows(acc, m, l, r, d, Out, Lse, Sinks, b, kv_head, num_queries, 0, C)
+        first = node // F * F
+        mine = node - first
+        above = (nodes + F - 1) // F
+        last = mine == gl.minimum(nodes - first, F) - 1  # of its neighbours
+        for g in gl.static_range(GROUPS):
+            r0 = tile * C.rows + g * R
+            if r0 < rows:
+                own = _load_rows(acc_smem.slice(g * R, R), m_smem.slice(g * R, R), l_smem.slice(g * R, R))
+                if last:
+                    read = read_slots(own, addresses[2 * g], addresses[2 * g + 1], level + first, mine, rows - r0, C)
+                    if F >= 16:
+                        read = _pairs(read, 8, PIECES)
+                    if F >= 8:
+                        read = _pairs(read, 4, PIECES)
+                    merged = _pairs(_pairs(read, 2, PIECES), 1, PIECES)[0]
+                    if above == 1:
+                        _write_pieces(merged, r0, Out, Lse, Sinks, b, kv_head, num_queries, C)
+                    else:
+                        _keep_rows(merged, acc_smem.slice(g * R, R), m_smem.slice(g * R, R), l_smem.slice(g * R, R))
+                    # Behind the answer, for which somebody waits.
+                    clear_slots(own[0], addresses[2 * g], addresses[2 * g + 1], level + first, mine, rows - r0, C)
                 else:
-                    store_node(acc, m, l, Partial, stats, line + above + parent, r < rows, d, 0, C)
-            node = parent
-            level = above
-            width = (width + F - 1) // F
-        else:
-            nodes = nodes * 0
+                    write_slot(own, addresses[2 * g], addresses[2 * g + 1], level + node, rows - r0, C)
+        nodes = gl.where(last, above, 0)
+        node = node // F
+        level += width
+        width = (width + F - 1) // F

@@ -47,6 +47,7 @@ class Sharing(NamedTuple):
         resident: programs that an SM runs at once.
         enough: programs that use all bandwidth.
         whole: a program takes all chunks of a sequence.
+        in_a_row: the programs of a unit are numbered in a row.
     """
 
     stages: int
@@ -55,6 +56,7 @@ class Sharing(NamedTuple):
     resident: int
     enough: int
     whole: bool = False
+    in_a_row: bool = False
 
     @property
     def slots(self) -> int:
@@ -95,11 +97,16 @@ def sharing(problem: Problem, plan: Plan) -> Sharing:
         levels = min(levels, 2)  # with 3 registers spill: B64 S4096 250.5 us, with 2 247.8
     enough = max(ENOUGH * (16 if problem.fp8 else 8) // plan.block_m, SMS - 4)
     shared = Sharing(stages, levels, 4, min(resident, MOST_RESIDENT[plan.block_m]), enough)
+    # What no call of this batch will use costs registers and instructions.
+    if units * -(-plan.max_splits // 2) < min(enough, 1.9 * shared.slots):
+        shared = shared._replace(levels=0)
     # As many as the longest sequences have, since instructions for more take time. Of many rows, or 16 of e4m3, they
     # take registers that so many programs do not have.
     nodes = -(-plan.max_splits // shared.chunks_each(plan.max_splits, units))
     most = 4 if plan.block_m > 8 else 8 if problem.fp8 else 16
-    return shared._replace(fan_in=min(max(padded(nodes), 4), most))
+    # The last program of a unit waits for the others. Where not all run at once it shall start long after them; where
+    # each has an SM, those that start last shall not all be such: B1 S8192 of head_dim 64 8.04 us, in a row 7.86.
+    return shared._replace(fan_in=min(max(padded(nodes), 4), most), in_a_row=units * nodes <= SMS)
 
 
 def _row_tiles(problem: Problem, plan: Plan) -> int:
@@ -110,13 +117,15 @@ def make_decode_config(
     problem: Problem, plan: Plan, shared: Sharing, key_step: int, value_step: int, may_split: bool, lse: bool
 ) -> DecodeConfig:
     """What the kernel for this call is compiled for."""
-    rows = padded(problem.num_queries * problem.group)
+    rows = min(padded(problem.num_queries * problem.group), plan.block_m)
+    values = 4096 if shared.resident > 3 else 8192  # that there are registers for in a merge
+    merge_rows = min(rows, values // (shared.fan_in * plan.block_dv))
     return DecodeConfig(
         problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, key_step, value_step, problem.num_kv_heads,
         problem.group, plan.block_m, _row_tiles(problem, plan), plan.block_n, shared.stages, shared.resident,
-        plan.min_chunk, plan.max_splits, may_split, shared.levels, shared.fan_in,
-        min(rows, 8192 // (shared.fan_in * plan.block_dv)),
-        problem.fp8, problem.range_layout is not None, problem.softcap > 0.0, problem.has_sinks, lse,
+        plan.min_chunk, plan.max_splits, may_split, shared.levels, shared.in_a_row, shared.fan_in,
+        merge_rows, rows // merge_rows, problem.fp8, problem.range_layout is not None, problem.softcap > 0.0,
+        problem.has_sinks, lse,
     )  # fmt: skip
 
 
@@ -149,8 +158,8 @@ def hopper_decode_launch(
     partial = heads * num_lines * problem.num_queries * problem.group * (plan.block_dv + 2) if may_split else 0
     return DecodeLaunch(
         flashcore_hopper_decode,
-        num_splits * units,
-        max(num_lines - num_splits, 1) * units,
+        (num_splits, units) if shared.in_a_row else (units, num_splits),
+        0,
         partial,
         (*_strides(query), *_strides(key), *_strides(value), 0 if key_range is None else key_range.stride(0)),
         (
