@@ -60,8 +60,9 @@ DECODE_ROWS = (
     HopperDecodeRow(
         16, 128, 16, 64, ((2, 3), (1, 4)), 3, 128, 128,
         "B1 S8192, B16 S2048 12.5, 36.4, of 128 keys 12.5, 40.4; B4 S8192 of 32:1 heads 13.4, with 32 rows 15.6; "
-        "B16 S2048, B64 S4096 35.2, 245, not whole 36.4, 252; 4 tokens on B16 S2048 35.9, not whole 44.2",
-        whole=((3, 1), (2, 3), (1, 4)),
+        "B16 S2048, B64 S4096 35.2, 245, not whole 36.4, 252; 4 tokens on B16 S2048 35.9, not whole 44.2, as "
+        "if of 8 rows 50",
+        whole=((3, 1), (2, 3), (1, 4)), tall=(2, 2, 3),
     ),
     HopperDecodeRow(
         16, 256, 16, 64, ((2, 1), (1, 2)), 1, 128, 128, "76 KiB: two programs an SM; with 2 levels 3.7 spills; of 16:8 "
