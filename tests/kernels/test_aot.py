@@ -138,7 +138,7 @@ def test_only_measured_spills_pass():
         "shared": 0, "shared_limit": 1, "stack": 176, "loop_spills": 10, "registers": 255,
     }  # fmt: skip
     assert aot.problems(spilling) == []
-    for other in ({"stack": 177}, {"head_dim": 128}, {"features": "range"}, {"dtype": "fp32"}):
+    for other in ({"stack": 177}, {"head_dim": 128}, {"features": "range"}, {"kernel": "flashcore_decode"}):
         assert "spill" in aot.problems(spilling | other)[0], other
 
 
