@@ -96,7 +96,7 @@ def sharing(problem: Problem, plan: Plan) -> Sharing:
     if resident > 3 and problem.range_layout is not None and not problem.fp8:
         levels = min(levels, 2)  # with 3 registers spill: B64 S4096 250.5 us, with 2 247.8
     enough = max(ENOUGH * (16 if problem.fp8 else 8) // plan.block_m, SMS - 4)
-    if row.tall and resident > MOST_RESIDENT[plan.block_m]:
+    if row.tall and resident > MOST_RESIDENT[plan.block_m] and units >= SMS - 4:
         stages, resident, levels = row.tall
         # So few programs that all run at once would be too few where one sequence is longer than the others: 8 chunks
         # each instead of 4 take 37 us instead of 41 for B16 S2048, 4 tokens, but 24 instead of 14 if one alone is long.
