@@ -80,8 +80,8 @@ class HopperDecodeRow(NamedTuple):
             chunks: as many as SMs or fewer.
         whole: the same where sequences have one length and each program has all keys of one in a KV head, if these are
             enough to fill the GPU: nothing has to be merged. Empty: never so.
-        tall: (stages, programs an SM, levels) instead of one of `stages` whose programs have too many rows to fit, where
-            there are tiles for all SMs.
+        tall: (stages, programs an SM, levels) instead of one of `stages` whose programs have too many rows to fit,
+            where there are tiles for all SMs. Empty: never so.
         levels: of the tree of chunks, that a program merges by itself at the most; one less for 16 rows, two for 32.
         min_chunk, chunks: as in Row.
         why: what speaks for it.
