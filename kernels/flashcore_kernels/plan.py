@@ -15,6 +15,8 @@ MAX_HEAD_DIM = 256
 MAX_DECODE_QUERIES = 16
 # The first Triton whose Gluon has wgmma.
 HOPPER_TRITON = (3, 5)
+# The first that puts barriers where both consumers of a partition would wait for each other (HopperRow.one_copy).
+ONE_COPY_BEFORE = (3, 8)
 
 
 class Device(NamedTuple):
@@ -107,7 +109,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     if kernel == "flashcore_forward" and device.arch == 90:
         not_hopper = hopper_reason(problem, device)
         if not_hopper is None:
-            return _hopper_plan(problem, why)
+            return _hopper_plan(problem, device, why)
         why += f"; not the Hopper kernel, because {not_hopper}"
     gaps = problem.mask_kind is not None or problem.range_layout == "rows"
     keys, values = (max(padded(problem.head_dim), 16), 0), (value_columns(problem, device), 0)
@@ -209,21 +211,22 @@ def hopper_reason(problem: Problem, device: Device) -> str | None:
         return "an address or stride of query, key or value is no multiple of 16 bytes"
     if problem.value_dim % 8:
         return f"rows of {problem.value_dim} values are no multiple of 16 bytes"
-    if _hopper_row(problem) is None:
+    if _hopper_row(problem, device) is None:
         return f"no configuration has head_dim {problem.head_dim} with {problem.value_dim}"
     return None
 
 
-def _hopper_row(problem: Problem) -> HopperRow | None:
+def _hopper_row(problem: Problem, device: Device) -> HopperRow | None:
     plain = problem.range_layout is None and not problem.softcap
-    return hopper_configuration(problem.head_dim, problem.value_dim, problem.num_queries, plain)
+    return hopper_configuration(problem.head_dim, problem.value_dim, problem.num_queries, plain, problem.right >= 0,
+                                device.triton < ONE_COPY_BEFORE)  # fmt: skip
 
 
-def _hopper_plan(problem: Problem, why: str) -> Plan:
-    row = _hopper_row(problem)
+def _hopper_plan(problem: Problem, device: Device, why: str) -> Plan:
+    row = _hopper_row(problem, device)
     return Plan(
         "flashcore_hopper", why, 64 * row.consumers, row.block_n, sum(row.head_dim), sum(row.value_dim),
-        num_warps=4, num_stages=row.stages, hopper=row,
+        num_warps=8 if row.one_copy else 4, num_stages=row.stages, hopper=row,
     )  # fmt: skip
 
 

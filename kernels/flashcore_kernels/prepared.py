@@ -162,7 +162,8 @@ def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_an
     out = query.new_empty(shape).transpose(1, 2)
     lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
     setup = hopper_launch(problem, plan, query, key, value, key_range, out, return_lse)
-    pointers = (*setup.descriptors, lse, key_range, sinks)
+    writes_itself = setup.writes_itself
+    pointers = (*setup.descriptors, lse, key_range, sinks, out if writes_itself else None)
     compiled = compiled_kernel(flashcore_hopper, pointers, setup.constants, plan)
     if compiled is None:
         return None
@@ -179,7 +180,8 @@ def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_an
             programs, 1, 1, raw_stream(index), *prefix,
             on(q0, query), on(q1, query), on(k0, key), on(k1, key), on(v0, value), on(v1, value), on(o0, output),
             on(o1, output), None if lse is None else lse.data_ptr(),
-            None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(), *rest,
+            None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(),
+            output.data_ptr() if writes_itself else None, *rest,
         )  # fmt: skip
         return output, lse
 

@@ -84,7 +84,8 @@ class Variant(NamedTuple):
 def chosen_plan(variant: Variant):
     """A call of this kind, and the Plan that it gets."""
     import torch
-    from flashcore_kernels.plan import HOPPER_TRITON, Device, plan
+    import triton
+    from flashcore_kernels.plan import Device, plan
     from flashcore_kernels.problem import Problem
 
     features = FEATURES[variant.features]
@@ -99,7 +100,7 @@ def chosen_plan(variant: Variant):
         softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
         has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True, fp8=bool(features.get("fp8")),
     )  # fmt: skip
-    version = HOPPER_TRITON if variant.kernel in GLUON else (0, 0)
+    version = tuple(map(int, triton.__version__.split(".")[:2])) if variant.kernel in GLUON else (0, 0)
     chosen = plan(problem, Device("cuda", variant.arch, triton=version))
     assert chosen.kernel == variant.kernel, chosen
     return problem, chosen
@@ -183,15 +184,17 @@ def hopper_source(variant: Variant, problem, plan):
     constants = {"C": config}
     keys, values = (config.d0, config.d1), (config.dv0, config.dv1)
     out = (values[0] * config.query_slots // 2, values[1])  # with one slot it leaves in halves
-    tiles = {"q": (64, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *out)}
+    tiles = {"q": (config.rows, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *out)}
+    features = features | {"output": config.one_copy}
     pointers = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
+    pointers["Out"] = ("output", f"*{variant.dtype}")
     signature, attributes = {}, {}
     for position, name in enumerate(flashcore_hopper.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
             rows, columns = tiles[name[0]][0], tiles[name[0]][1 + int(name[1])]
-            if columns:
+            if columns and not (name[0] == "o" and config.one_copy):
                 layout = tile_layout(rows, columns, problem.dtype)
                 signature[name] = f"tensordesc<{variant.dtype}[1,1,{rows},{columns}],{layout!r}>"
             else:
@@ -249,6 +252,7 @@ def compile_variant(variant: Variant, **override) -> dict:
     began = time.perf_counter()
     if variant.kernel == "flashcore_hopper":
         code = hopper_source(variant, problem, plan)
+        counted = {"one_copy": plan.hopper.one_copy}
     elif variant.kernel == "flashcore_hopper_decode":
         from flashcore_kernels.hopper.decode_run import decode_options
 
@@ -286,6 +290,7 @@ def resources(cubin: bytes, wgmma: bool) -> dict:
         report["loop_spills"] = loop_spills(sass)
     if wgmma:
         report["wgmma_loops"] = wgmma_loops(sass)
+        report["loop_barriers"] = loop_barriers(sass)
         report["wgmma"] = len(re.findall(r"\bHGMMA\b", sass))
         report["wgmma_arrive"] = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
     return report
@@ -326,6 +331,17 @@ def wgmma_loops(sass: str) -> list[tuple[int, int, int]]:
         exponentials = sum("MUFU.EX2" in what for what in body[waits[-1] :]) if waits else 0
         found.append((len(body), spills, exponentials))
     return sorted(found)
+
+
+def loop_barriers(sass: str) -> int:
+    """How many of Triton's barriers stand in innermost loops that multiply by wgmma."""
+    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
+    branches = [(at, re.search(r"^@.*\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
+    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
+    loops = [loop for loop in loops if any("HGMMA" in what for at, what in code if loop[0] <= at <= loop[1])]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    triton_barrier = re.compile(r"BAR\.SYNC\S* 0x")  # the kernel's own have their numbers in registers
+    return sum(bool(triton_barrier.search(what)) for begin, end in inner for at, what in code if begin <= at <= end)
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -382,7 +398,9 @@ def hopper_problems(report: dict) -> list[str]:
     wrong = []
     if report["shared"] > report["shared_limit"]:
         wrong.append(f"{report['shared']} bytes of shared memory, {report['shared_limit']} exist")
-    main_loops = report["wgmma_loops"][: report["tile"][0] // 64]
+    main_loops = report["wgmma_loops"][: 1 if report.get("one_copy") else report["tile"][0] // 64]
+    if report.get("one_copy") and report["loop_barriers"]:
+        wrong.append(f"{report['loop_barriers']} barriers in the main loop: consumers wait for each other")
     if not main_loops or any(spills > MAIN_LOOP_SPILLS for _, spills, _ in main_loops):
         wrong.append(f"registers spill in the main loops: {main_loops}")
     if any(exponentials > LATE_EXPONENTIALS for _, _, exponentials in main_loops):

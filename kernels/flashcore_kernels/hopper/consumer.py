@@ -1,4 +1,7 @@
-"""A consumer warpgroup: scores, softmax and output of 64 queries."""
+"""Consumer warpgroups: scores, softmax and output of 64 queries each.
+
+Shapes are those of a partition, which has one warpgroup or, with `C.one_copy`, both: rows are 64 or 128.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,12 +25,40 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _release(empty):
-    """Arrive at `empty`, each of this consumer's 128 threads for itself.
+    """Arrive at `empty`, each of the partition's threads for itself.
 
-    `mbarrier.arrive` would arrive once, behind a barrier of the warpgroup. This is meant for what a thread copies
+    `mbarrier.arrive` would arrive once, behind a barrier of the partition. This is meant for what a thread copies
     asynchronously; with nothing to copy a thread arrives at once.
     """
     async_copy.mbarrier_arrive(empty, increment_count=False)
+
+
+@gluon.jit
+def _wait_for_turn():
+    """Wait until the other consumer of this partition has passed the turn on."""
+    gl.inline_asm_elementwise(
+        "{ .reg .b32 turn; mov.u32 turn, %tid.x; shr.u32 turn, turn, 7; add.u32 turn, turn, 10; bar.sync turn, 256; "
+        "mov.u32 $0, $1; }", "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _pass_turn():
+    """Let the other consumer of this partition issue its products."""
+    gl.inline_asm_elementwise(
+        "{ .reg .b32 turn; mov.u32 turn, %tid.x; shr.u32 turn, turn, 7; sub.u32 turn, 11, turn; bar.arrive turn, 256; "
+        "mov.u32 $0, $1; }", "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _second_warpgroup():
+    """Whether this thread is of the partition's second consumer: for ptxas, the same in all of a warp."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 number; mov.u32 number, %tid.x; shr.u32 number, number, 7; "
+        "shfl.sync.idx.b32 $0, number, 0, 0x1f, 0xffffffff; mov.b32 number, $1; }", "=r,r", [gl.program_id(0)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -36,7 +67,9 @@ def _scores(q0, q1, k0_smem, k1_smem, stage, C: gl.constexpr):
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
     BN: gl.constexpr = C.block_n
-    zero = gl.zeros([64, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    ROWS: gl.constexpr = C.rows
+    WARPS: gl.constexpr = C.warps
+    zero = gl.zeros([ROWS, BN], gl.float32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16]))
     k0 = k0_smem.index(stage).reshape([BN, D0])  # [N, D0]
     s = warpgroup_mma(q0, k0.permute((1, 0)), zero, use_acc=False, is_async=True)
     if D1 > 0:
@@ -62,7 +95,8 @@ def _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C: gl.constexpr):
 def _rounded(p, dtype: gl.constexpr, C: gl.constexpr):
     """P in 16 bits, as its product with V takes it."""
     DV0: gl.constexpr = C.dv0
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16])
+    WARPS: gl.constexpr = C.warps
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV0, 16])
     return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
 
 
@@ -110,10 +144,14 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
         # Here, in front of the branch that waiting is: ptxas moves the exponentials over it, but not this.
         p = _rounded(p, k0_smem.dtype, C)
     mbarrier.wait(k_full.index(stage), use // STAGES & 1)
+    if C.turns:
+        _wait_for_turn()
     s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
     if C.ahead and C.consumers < 3:
         p, l = _probabilities(p, m, l, alpha, unit, C)
     acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, before, acc0, acc1, C)
+    if C.turns:
+        _pass_turn()
     s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
     _release(k_empty.index(stage))
     if C.softcap:
@@ -154,17 +192,19 @@ def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constex
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
     BN: gl.constexpr = C.block_n
     BM: gl.constexpr = 64 * C.consumers
+    ROWS: gl.constexpr = C.rows
+    WARPS: gl.constexpr = C.warps
     RANGE: gl.constexpr = C.range_layout
-    ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16]))
     bh, tile = tile_at(turn, gl.program_id(0), gl.num_programs(0), tiles_per_head, all_heads, section)
     b = bh // num_heads
     h = bh % num_heads
     m0 = tile * BM
-    r0 = m0 + CONSUMER * 64
-    rows = r0 + gl.arange(0, 64, ROWS_LAYOUT)
+    r0 = m0 + CONSUMER * ROWS
+    rows = r0 + gl.arange(0, ROWS, ROWS_LAYOUT)
     sequence = sequence_bounds(Range, b, numbers, RANGE)
     first, end, start, left, right, holes = sequence
-    tile_lo, tile_hi = tile_keys(Range, b, m0, sequence, numbers, BM, RANGE, 4)
+    tile_lo, tile_hi = tile_keys(Range, b, m0, sequence, numbers, BM, RANGE, WARPS)
     begin, count = tile_blocks(first, tile_lo, tile_hi, num_keys, BN)
     # Keys before hi are seen by some of this consumer's rows, keys [full_lo, full_hi) by all of them.
     if RANGE == 2:
@@ -176,7 +216,7 @@ def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constex
     else:
         row_lo = gl.maximum(first, start + rows - left)
         row_hi = gl.minimum(end, start + rows + right + 1)
-        last = gl.minimum(r0 + 64, num_queries) - 1
+        last = gl.minimum(r0 + ROWS, num_queries) - 1
         hi = gl.where(r0 < num_queries, gl.minimum(end, start + last + right + 1), 0)
         full_lo = gl.maximum(first, start + last - left)
         full_hi = gl.minimum(end, start + r0 + right + 1)
@@ -196,12 +236,13 @@ def _first_block(s, tile, unit_cap, num_keys, C: gl.constexpr):
     """Of a tile's first block: what `_left_of_scores` says, the maxima, and what older sums shrink by."""
     b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
     score_scale, unit = unit_cap
+    ROWS: gl.constexpr = C.rows
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     if C.softcap:
         s = tanh(s * score_scale)
     if (left_edge > 0) | (right_edge == 0):
         s = hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, C)
-    m, alpha = maxima(s, gl.full([64], float("-inf"), gl.float32, ROWS_LAYOUT), unit)
+    m, alpha = maxima(s, gl.full([ROWS], float("-inf"), gl.float32, ROWS_LAYOUT), unit)
     return _left_of_scores(s, m, unit, C), m, alpha
 
 
@@ -234,12 +275,40 @@ def _leave_blocks(use, tile, bars, C: gl.constexpr):
 
 
 @gluon.jit
-def _write(acc0, acc1, m, l, tile, descs, o_smem, pointers, num_queries, C: gl.constexpr):
-    """Normalise and hand the output to the copy engine, which leaves out the rows behind the last query."""
+def _normalised(acc, shrink):
+    return acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def _store(head, out, r0, first_column: gl.constexpr, num_queries, stride_os, value_eights, PIECE: gl.constexpr,
+           C: gl.constexpr):  # fmt: skip
+    """Write `out` `[rows, columns]` to the rows from r0 on of a head's output, 16 bytes a thread.
+
+    A thread has two neighbouring columns in each eight. Four lanes exchange theirs, so that each has one eight of four.
+    """
+    ROWS: gl.constexpr = C.rows
+    COLUMNS: gl.constexpr = out.shape[1]
+    FOURS: gl.constexpr = C.output_layouts[PIECE][0]
+    EIGHTS: gl.constexpr = C.output_layouts[PIECE][1]
+    out = gl.convert_layout(gl.convert_layout(out, FOURS), EIGHTS)
+    rows = r0 + gl.arange(0, ROWS, gl.SliceLayout(1, EIGHTS))
+    columns = first_column + gl.arange(0, COLUMNS, gl.SliceLayout(0, EIGHTS))
+    lines = head + rows.to(gl.int64) * (stride_os * 8)
+    there = (rows < num_queries)[:, None] & (columns < value_eights * 8)[None, :]
+    gl.store(lines[:, None] + columns[None, :], out, mask=there)
+
+
+@gluon.jit
+def _write(acc0, acc1, m, l, tile, descs, o_smem, output, pointers, num_queries, C: gl.constexpr):
+    """Normalise and write the output, but for the rows behind the last query, which the copy engine leaves out.
+
+    Consumers of one partition would wait for each other before that copy: they write straight from the registers.
+    """
     b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
     q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
     Lse, Range, Sinks = pointers
     o0_smem, o1_smem = o_smem
+    ROWS: gl.constexpr = C.rows
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
     dtype: gl.constexpr = o0_smem.dtype
@@ -257,29 +326,33 @@ def _write(acc0, acc1, m, l, tile, descs, o_smem, pointers, num_queries, C: gl.c
     empty = l == 0.0
     shrink = alpha / gl.where(empty, 1.0, l)
     if C.lse:
-        rows = r0 + gl.arange(0, 64, m.type.layout)
+        rows = r0 + gl.arange(0, ROWS, m.type.layout)
         lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN_2)
         gl.store(Lse + bh.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
-    if C.query_slots == 1:
+    if C.one_copy:
+        Out, stride_ob, stride_oh, stride_os, value_eights = output
+        head = Out + b.to(gl.int64) * (stride_ob * 8) + h.to(gl.int64) * (stride_oh * 8)
+        _store(head, _normalised(acc0, shrink).to(dtype), r0, 0, num_queries, stride_os, value_eights, 0, C)
+        if DV1 > 0:
+            _store(head, _normalised(acc1, shrink).to(dtype), r0, DV0, num_queries, stride_os, value_eights, 1, C)
+    elif C.query_slots == 1:
         HALF: gl.constexpr = DV0 // 2
-        left, right = gl.split(acc0.reshape([64, 2, HALF]).permute((0, 2, 1)))
+        left, right = gl.split(acc0.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, left.type.layout))[:, None]
         for piece in gl.static_range(2):
             tma.store_wait(0)  # the piece before has left
             barrier()
             half = left if piece == 0 else right
-            o0_smem.reshape([64, HALF]).store((half * shrink).to(dtype))
+            o0_smem.reshape([ROWS, HALF]).store((half * shrink).to(dtype))
             fence_async_shared()
             barrier()
             tma_store(o0_desc, [b, h, r0, piece * HALF], o0_smem)
     else:
         # Until all of these queries were read.
         barrier()
-        out = acc0 * gl.convert_layout(shrink, gl.SliceLayout(1, acc0.type.layout))[:, None]
-        o0_smem.reshape([64, DV0]).store(out.to(dtype))
+        o0_smem.reshape([ROWS, DV0]).store(_normalised(acc0, shrink).to(dtype))
         if DV1 > 0:
-            out = acc1 * gl.convert_layout(shrink, gl.SliceLayout(1, acc1.type.layout))[:, None]
-            o1_smem.reshape([64, DV1]).store(out.to(dtype))
+            o1_smem.reshape([ROWS, DV1]).store(_normalised(acc1, shrink).to(dtype))
         fence_async_shared()
         barrier()
         tma_store(o0_desc, [b, h, r0, 0], o0_smem)
@@ -292,42 +365,52 @@ def _no_sums(C: gl.constexpr):
     """Two accumulators of zeros."""
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
-    acc0 = gl.zeros([64, DV0], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV0, 16]))
+    ROWS: gl.constexpr = C.rows
+    WARPS: gl.constexpr = C.warps
+    acc0 = gl.zeros([ROWS, DV0], gl.float32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV0, 16]))
     acc1 = acc0
     if DV1 > 0:
-        acc1 = gl.zeros([64, DV1], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV1, 16]))
+        acc1 = gl.zeros([ROWS, DV1], gl.float32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV1, 16]))
     return acc0, acc1
 
 
 @gluon.jit
-def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    """One consumer warpgroup: rows [64 * CONSUMER, 64 * CONSUMER + 64) of each tile, one tile after the other."""
+def consume(CONSUMER: gl.constexpr, descs, smem, bars, output, pointers, numbers, scales, C: gl.constexpr):
+    """A partition of consumers: its rows, from `C.rows * CONSUMER` on, of each tile, one tile after the other."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
     SLOTS: gl.constexpr = C.query_slots
+    ROWS: gl.constexpr = C.rows
     q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
     unit_cap = (score_scale, cap_scale if C.softcap else score_scale)
     use = 0
+    if C.turns:
+        if _second_warpgroup() == 1:
+            _pass_turn()
     turns = tiles_of_program(gl.program_id(0), gl.num_programs(0), all_heads * tiles_per_head)
     tile = _tile(0, pointers, numbers, scales, CONSUMER, C)
     for turn in range(turns):
         slot = CONSUMER * SLOTS + turn % SLOTS
-        q0 = q0_smem.index(slot).reshape([64, D0])
+        q0 = q0_smem.index(slot).reshape([ROWS, D0])
         q1 = q0
         if D1 > 0:
-            q1 = q1_smem.index(slot).reshape([64, D1])
+            q1 = q1_smem.index(slot).reshape([ROWS, D1])
         acc0, acc1 = _no_sums(C)
 
         # The first block: there is no product with V yet.
         stage = use % STAGES
         mbarrier.wait(q_full.index(slot), turn // SLOTS & 1)
         mbarrier.wait(k_full.index(stage), use // STAGES & 1)
+        if C.turns:
+            _wait_for_turn()
         s_async = _scores(q0, q1, k0_smem, k1_smem, stage, C)
+        if C.turns:
+            _pass_turn()
         s = warpgroup_mma_wait(0, deps=[s_async])
         _release(k_empty.index(stage))
         p, m, alpha = _first_block(s, tile, unit_cap, num_keys, C)
@@ -335,7 +418,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
             l = row_sums(gl.full_like(p, 0.0))
         else:
             l = row_sums(p)
-        if SLOTS == 2:
+        if SLOTS == 2 and not C.one_copy:
             if turn > 0:  # the output of the tile before has left by now
                 tma.store_wait(0)
                 _release(q_empty.index(CONSUMER * SLOTS + (turn + 1) % SLOTS))
@@ -348,7 +431,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
         state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, C)
         acc0, acc1, p, m, l, alpha = state
 
-        if SLOTS == 1:  # the output leaves elsewhere
+        if SLOTS == 1 or C.one_copy:  # the output leaves elsewhere
             _release(q_empty.index(slot))
         # The last block's product with V, and beside it what the next tile is.
         stage = (use - 1) % STAGES
@@ -363,6 +446,10 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, pointers, numbers, scales
         _release(v_empty.index(stage))
         use = _leave_blocks(use, tile, bars, C)
         o_smems = (o_smem.index(slot), q1_smem.index(slot))
-        _write(acc0, acc1, m, l, tile, descs, o_smems, pointers, num_queries, C)
+        _write(acc0, acc1, m, l, tile, descs, o_smems, output, pointers, num_queries, C)
         tile = next_tile
-    tma.store_wait(0)
+    if C.turns:
+        if _second_warpgroup() == 0:
+            _wait_for_turn()
+    if not C.one_copy:
+        tma.store_wait(0)

@@ -41,6 +41,8 @@ class Config:
         ahead: a block's exponentials run beside the next block's scores, not beside the product with V before them.
         short_masks: columns are compared as constants, which takes half of the instructions of a block at an edge.
         consumer_registers, producer_registers: of a thread.
+        one_copy: both consumers are one partition and run one copy of the machine code.
+        turns: such consumers take turns: a block's products of one are issued before the next block's of the other.
     """
 
     d0: int
@@ -59,26 +61,73 @@ class Config:
     short_masks: bool
     consumer_registers: int
     producer_registers: int
+    one_copy: bool
+    turns: bool
+
+    @property
+    def warps(self) -> int:
+        """Warps of a consumers' partition."""
+        return 8 if self.one_copy else 4
+
+    @property
+    def rows(self) -> int:
+        """Queries of a consumers' partition."""
+        return 16 * self.warps
+
+    @property
+    def output_layouts(self) -> tuple:
+        """For each piece of the output `[rows, columns]` two layouts: 8 bytes of a row a thread, and 16.
+
+        The accumulators' gives a thread columns 8 i + 2 lane + j. From each to the next, one bit of the lane changes
+        places with one of the register: exchanges within a warp, which Triton does by shuffles.
+        """
+        warps = [[16 << i, 0] for i in range(self.warps.bit_length() - 1)]
+        rows = [[1, 0], [2, 0], [4, 0]]
+        pieces = []
+        for columns in filter(None, (self.dv0, self.dv1)):
+            more = [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
+            registers = ([[0, 1], [0, 2], [8, 0], [0, 16], *more], [[0, 1], [0, 2], [0, 4], [8, 0], *more])
+            lanes = ([[0, 8], [0, 4], *rows], [[0, 8], [0, 16], *rows])
+            shape = [self.rows, columns]
+            pieces.append(tuple(gl.DistributedLinearLayout(*each, warps, [], shape) for each in zip(registers, lanes)))
+        return tuple(pieces)
+
+
+@gluon.jit(noinline=True)
+def _unseen(memory):
+    """The same memory, as something that Triton knows nothing of.
+
+    It puts a barrier of the partition between any two waits for one array of barriers, for a thread that has slept
+    through two phases. None can here, because each thread arrives for itself; and that barrier, in each block, would
+    have two consumers of one partition wait for each other. Triton keeps the memory for as long as it sees it used: by
+    the producer. Nothing is called: LLVM sees through it.
+    """
+    return memory
+
+
+@gluon.jit
+def _both_consumers(descs, smem, bars, output, pointers, numbers, scales, C: gl.constexpr):
+    consume(0, descs, smem, bars, output, pointers, numbers, scales, C)
 
 
 @gluon.jit
 def _consumer_0(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    consume(0, descs, smem, bars, pointers, numbers, scales, C)
+    consume(0, descs, smem, bars, (), pointers, numbers, scales, C)
 
 
 @gluon.jit
 def _consumer_1(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    consume(1, descs, smem, bars, pointers, numbers, scales, C)
+    consume(1, descs, smem, bars, (), pointers, numbers, scales, C)
 
 
 @gluon.jit
 def _consumer_2(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    consume(2, descs, smem, bars, pointers, numbers, scales, C)
+    consume(2, descs, smem, bars, (), pointers, numbers, scales, C)
 
 
 _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
-    "stride_rs", "all_heads", "tiles_per_head", "section",
+    "stride_rs", "stride_ob", "stride_oh", "stride_os", "value_eights", "all_heads", "tiles_per_head", "section",
 ]  # fmt: skip
 
 
@@ -95,6 +144,7 @@ def flashcore_hopper(
     Lse,
     Range,
     Sinks,
+    Out,
     num_heads,
     group,
     num_queries,
@@ -104,6 +154,10 @@ def flashcore_hopper(
     window_right,
     stride_rb,
     stride_rs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    value_eights,
     score_scale,
     cap_scale,
     all_heads,
@@ -114,8 +168,10 @@ def flashcore_hopper(
     """out = softmax(cap(scale * q k^T)) v over the keys that each query sees.
 
     Shapes: descriptors of Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]`, each for
-    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`.
-    Grid: as many programs as run at once, or as there are tiles; 4 warps, and those of the other partitions.
+    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`. With `C.one_copy` not
+    the descriptors of Out but its address, its strides and value_dim, these in units of 8 elements.
+    Grid: as many programs as run at once, or as there are tiles; the warps of one partition of consumers, and those of
+    the other partitions.
     """
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
@@ -127,7 +183,8 @@ def flashcore_hopper(
     HAS_SINKS: gl.constexpr = C.sinks
     HAS_LSE: gl.constexpr = C.lse
     CONSUMERS: gl.constexpr = C.consumers
-    SLOTS: gl.constexpr = CONSUMERS * C.query_slots
+    ROWS: gl.constexpr = C.rows
+    SLOTS: gl.constexpr = 64 * CONSUMERS // ROWS * C.query_slots
     dtype: gl.constexpr = k0_desc.dtype
     # Never looked at, but each place in a tuple needs a value.
     if D1 == 0:
@@ -136,25 +193,28 @@ def flashcore_hopper(
     if DV1 == 0:
         v1_desc = v0_desc
         o1_desc = o0_desc
+    if C.one_copy:
+        o0_desc = q0_desc
+        o1_desc = q0_desc
     if not HAS_LSE:
         Lse = num_heads
     if RANGE == 0:
         Range = num_heads
     if not HAS_SINKS:
         Sinks = num_heads
-    q0_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, 64, D0], q0_desc.layout)
+    q0_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, ROWS, D0], q0_desc.layout)
     k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
     v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
     q1_smem = q0_smem
     k1_smem = k0_smem
     v1_smem = v0_smem
     if D1 > 0:
-        q1_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, 64, D1], q1_desc.layout)
+        q1_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, ROWS, D1], q1_desc.layout)
         k1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D1], k1_desc.layout)
     if DV1 > 0:
         v1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV1], v1_desc.layout)
     o_smem = q0_smem
-    if C.query_slots == 1:
+    if C.query_slots == 1 and not C.one_copy:
         o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV0 // 2], o0_desc.layout)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -166,7 +226,7 @@ def flashcore_hopper(
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(slot), count=1)
-        mbarrier.init(q_empty.index(slot), count=128)
+        mbarrier.init(q_empty.index(slot), count=2 * ROWS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=128 * CONSUMERS)
@@ -183,7 +243,26 @@ def flashcore_hopper(
     )  # fmt: skip
     scales = (score_scale, cap_scale, all_heads, tiles_per_head, section)
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
-    if SHARED_WORKER_ARGUMENTS:
+    if C.one_copy:
+        unseen = (
+            _unseen(q_full), _unseen(q_empty), _unseen(k_full), _unseen(k_empty), _unseen(v_full), _unseen(v_empty),
+            v_raw,
+        )  # fmt: skip
+        output = (Out, stride_ob, stride_oh, stride_os, value_eights)
+        if SHARED_WORKER_ARGUMENTS:
+            gl.warp_specialize(
+                (descs, smem, unseen, output, pointers, numbers, scales, C), _both_consumers,
+                (descs, smem, bars, pointers, numbers, scales, C), [produce], [1], [C.producer_registers],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (_both_consumers, (descs, smem, unseen, output, pointers, numbers, scales, C)),
+                    (produce, (descs, smem, bars, pointers, numbers, scales, C)),
+                ],
+                [1], [C.producer_registers],
+            )  # fmt: skip
+    elif SHARED_WORKER_ARGUMENTS:
         if CONSUMERS == 2:
             gl.warp_specialize(
                 (descs, smem, bars, pointers, numbers, scales, C), _consumer_0,

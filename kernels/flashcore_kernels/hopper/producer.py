@@ -50,21 +50,22 @@ def _scrub(tile, keep_smem, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constex
 
 @gluon.jit
 def _load_queries(descs, smem, bars, b, h, m0, turn, C: gl.constexpr):
-    """Copy a tile's queries, each consumer's to a slot of its own."""
+    """Copy a tile's queries, each partition's to a slot of its own."""
     SLOTS: gl.constexpr = C.query_slots
-    CONSUMERS: gl.constexpr = C.consumers
+    ROWS: gl.constexpr = C.rows
+    PARTITIONS: gl.constexpr = 64 * C.consumers // ROWS
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
     q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
     q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
-    for c in gl.static_range(CONSUMERS):
+    for c in gl.static_range(PARTITIONS):
         slot = c * SLOTS + turn % SLOTS
         mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), 64 * (D0 + D1) * 2)
-        tma_load(q0_desc, [b, h, m0 + c * 64, 0], q_full.index(slot), q0_smem.index(slot))
+        mbarrier.expect(q_full.index(slot), ROWS * (D0 + D1) * 2)
+        tma_load(q0_desc, [b, h, m0 + c * ROWS, 0], q_full.index(slot), q0_smem.index(slot))
         if D1 > 0:
-            tma_load(q1_desc, [b, h, m0 + c * 64, D0], q_full.index(slot), q1_smem.index(slot))
+            tma_load(q1_desc, [b, h, m0 + c * ROWS, D0], q_full.index(slot), q1_smem.index(slot))
 
 
 @gluon.jit

@@ -45,20 +45,23 @@ def make_config(problem: Problem, plan: Plan, lse: bool) -> Config:
         *row.head_dim, *row.value_dim, row.block_n, row.consumers, row.stages,
         (None, "sequence", "rows").index(problem.range_layout), problem.softcap > 0.0, problem.has_sinks, lse,
         row.query_slots, row.ahead, row.short_masks, row.consumer_registers, row.producer_registers,
+        row.one_copy, row.turns,
     )  # fmt: skip
 
 
 class HopperLaunch(NamedTuple):
-    """Everything about a launch of `flashcore_hopper` but lse, key range and sinks.
+    """Everything about a launch of `flashcore_hopper` but lse, key range, sinks and output.
 
     Attributes:
         programs: size of the grid.
         descriptors: of the first and the second piece of query's, key's, value's and output's rows.
+        writes_itself: the kernel takes the output's address, and no descriptors of it.
         scalars, constants: the parameters behind the pointers, see `launch`.
     """
 
     programs: int
     descriptors: tuple[TensorDescriptor | None, ...]
+    writes_itself: bool
     scalars: tuple
     constants: tuple
 
@@ -77,6 +80,7 @@ def hopper_launch(
     row = plan.hopper
     d0, d1 = row.head_dim
     dv0, dv1 = row.value_dim
+    rows = 128 if row.one_copy else 64
     all_heads = problem.batch_size * problem.num_heads
     tiles_per_head = -(-problem.num_queries // plan.block_m)
     bytes_per_key = 2 * (problem.head_dim + problem.value_dim)
@@ -87,19 +91,23 @@ def hopper_launch(
         section = heads_in_section(
             problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors
         )
+    output = (None, None)
+    if not row.one_copy:
+        output = (_descriptor(out, 64, dv0 if row.query_slots == 2 else dv0 // 2), _descriptor(out, 64, dv1))
     range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
     return HopperLaunch(
         min(processors, all_heads * tiles_per_head),
         (
-            _descriptor(query, 64, d0), _descriptor(query, 64, d1),
+            _descriptor(query, rows, d0), _descriptor(query, rows, d1),
             _descriptor(key, plan.block_n, d0), _descriptor(key, plan.block_n, d1),
             _descriptor(value, plan.block_n, dv0), _descriptor(value, plan.block_n, dv1),
-            _descriptor(out, 64, dv0 if row.query_slots == 2 else dv0 // 2), _descriptor(out, 64, dv1),
+            *output,
         ),
+        row.one_copy,
         (
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
-            problem.left, problem.right, *range_strides, *score_factors(problem)[:2],
-            all_heads, tiles_per_head, section,
+            problem.left, problem.right, *range_strides, *(stride // 8 for stride in out.stride()[:3]),
+            problem.value_dim // 8, *score_factors(problem)[:2], all_heads, tiles_per_head, section,
         ),
         (make_config(problem, plan, has_lse),),
     )  # fmt: skip
@@ -137,5 +145,5 @@ def run_hopper(
 ) -> None:
     """Launch `flashcore_hopper`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
     setup = hopper_launch(problem, plan, query, key, value, key_range, out, lse is not None)
-    pointers = (*setup.descriptors, lse, key_range, sinks)
+    pointers = (*setup.descriptors, lse, key_range, sinks, out if setup.writes_itself else None)
     launch(flashcore_hopper, setup.programs, pointers, setup.scalars, setup.constants, plan)

@@ -1,4 +1,4 @@
-"""The softmax of a consumer's 64 queries: masks, maxima, exponentials, and their sums."""
+"""The softmax of a partition's queries: masks, maxima, exponentials, and their sums."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -64,7 +64,7 @@ def _hide_by_constants(s, n, row_lo, row_hi):
     they are compared with constants: that takes half of the instructions.
     """
     BN: gl.constexpr = s.shape[1]
-    parts = s.reshape([64, BN // 8, 4, 2])
+    parts = s.reshape([s.shape[0], BN // 8, 4, 2])
     LAYOUT: gl.constexpr = parts.type.layout
     ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT)))
     i = gl.arange(0, BN // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
@@ -75,7 +75,7 @@ def _hide_by_constants(s, n, row_lo, row_hi):
     lo = gl.convert_layout(row_lo - n, ROWS)[:, None, None, None] - first
     hi = gl.convert_layout(row_hi - n, ROWS)[:, None, None, None] - first
     parts = gl.where((column >= lo) & (column < hi), parts, float("-inf"))
-    return gl.convert_layout(parts.reshape([64, BN]), s.type.layout)
+    return gl.convert_layout(parts.reshape([s.shape[0], BN]), s.type.layout)
 
 
 @gluon.jit
@@ -96,14 +96,14 @@ def hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C: gl.constexpr):
 
 @gluon.jit
 def _of_thread(s):
-    """`[64, N]` as `[64, N / 32, 4, 4, 2]`: a thread holds, of its rows, all of one index of the last axis but one."""
+    """`[rows, N]` as `[rows, N / 32, 4, 4, 2]`: a thread has of its rows all of one index of the last axis but one"""
     BN: gl.constexpr = s.shape[1]
-    return s.reshape([64, BN // 32, 4, 4, 2])
+    return s.reshape([s.shape[0], BN // 32, 4, 4, 2])
 
 
 @gluon.jit
 def row_sums(p):
-    """Sums `[64, 4]` of the probabilities that each thread and its neighbour hold of a row: four threads have a row.
+    """Sums `[rows, 4]` of the probabilities that each thread and its neighbour hold of a row: four threads have a row.
 
     All four are added up once a tile (`whole_sums`). The exchange with the neighbour stands here because ptxas moves
     an exponential behind the wait for a product if it can, but never an exchange.
@@ -145,7 +145,7 @@ def exponents(s, m, unit):
 
 @gluon.jit
 def fold_sums(l, p, alpha):
-    """The sums `[64, 4]` with one more block."""
+    """The sums `[rows, 4]` with one more block."""
     sums = row_sums(p)
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))[:, None]
     return gl.fma(l, gl.full_like(l, 0.0) + alpha, sums)

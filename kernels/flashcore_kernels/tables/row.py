@@ -49,6 +49,11 @@ class HopperRow(NamedTuple):
         min_queries: it serves calls with so many queries or more.
         short_masks: half as many instructions where a block is at an edge. ptxas then orders the loop of all blocks
             differently, by which some rows lose more: 3 to 5 % with head_dim 128.
+        one_copy: both consumers are one partition of 8 warps and run one copy of the machine code, which then is
+            fetched less often, and write their output straight from the registers. Such a row serves Triton 3.5 to 3.7
+            alone: with newer ones the consumers of a partition would wait for each other in each block.
+        turns: with one copy, consumers take turns in issuing their products; else they drift into step.
+        causal: it serves causal calls alone.
 
     Calls of the same head dimensions that take different rows, by features or by length, must give a sequence the same
     bits: their rows have one `block_n`.
@@ -66,6 +71,9 @@ class HopperRow(NamedTuple):
     why: str
     min_queries: int = 0
     short_masks: bool = False
+    one_copy: bool = False
+    turns: bool = False
+    causal: bool = False
 
 
 class HopperDecodeRow(NamedTuple):
