@@ -361,7 +361,11 @@ class TestServedAgain:
 
     @pytest.mark.parametrize("return_lse", [False, True])
     @pytest.mark.parametrize("with_range", [False, True])
-    def test_without_checks_and_with_the_same_launch(self, launches, compiled, monkeypatch, return_lse, with_range):
+    @pytest.mark.parametrize("triton", [(3, 6), (3, 9)])
+    def test_without_checks_and_with_the_same_launch(
+        self, launches, compiled, monkeypatch, triton, return_lse, with_range
+    ):
+        monkeypatch.setattr(op, "device_of", lambda device: H200._replace(triton=triton))
         first, second = tensors_of(num_queries=100), tensors_of(num_queries=100)
         options = {"sinks": torch.zeros(8), "return_lse": return_lse, "is_causal": True, "window": 70}
         if with_range:
@@ -380,15 +384,18 @@ class TestServedAgain:
         programs, *one, stream, function, metadata = arguments[:6]
         assert (programs, one, stream, function, metadata) == (long_programs, [1, 1], 77, "function", "metadata")
         assert arguments[6:9] == (None, None, None)
-        descriptors, pointers, rest = arguments[9:17], arguments[17:20], arguments[20:]
+        descriptors, pointers, rest = arguments[9:17], arguments[17:21], arguments[21:]
         assert rest == (*scalars, *constants)
         assert len(arguments) - 9 == len(kernel.arg_names)
-        for descriptor, before, tensor in zip(descriptors[::2], long[::2], (*second, output)):
+        one_copy = triton == (3, 6) and not with_range
+        assert (descriptors[6] is None) == one_copy
+        described = second if one_copy else (*second, output)
+        for descriptor, before, tensor in zip(descriptors[::2], long[::2], described):
             assert type(descriptor) is type(before) and descriptor.base.data_ptr() == tensor.data_ptr()
             assert {**vars(descriptor), "base": None} == {**vars(before), "base": None}
             assert descriptor.strides == list(tensor.stride())
         assert descriptors[1::2] == (None,) * 4
-        given = (lse, options.get("key_range"), options["sinks"])
+        given = (lse, options.get("key_range"), options["sinks"], output if one_copy else None)
         assert pointers == tuple(None if t is None else t.data_ptr() for t in given)
 
     def test_rows_in_two_pieces(self, launches, compiled):
@@ -438,7 +445,7 @@ class TestServedAgain:
             for tensor, descriptor in zip(tensors, arguments[9:15:2]):
                 assert (descriptor.shape, descriptor.strides) == (list(tensor.shape), list(tensor.stride()))
                 assert descriptor.base is tensor
-        assert [arguments[26] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
+        assert [arguments[27] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
         compiled.launches.clear()
 
         portable = []

@@ -87,11 +87,30 @@ class TestHopper:
 
     def test_the_next_wider_row_is_hidden_by_none(self):
         # Of one size: the special rows first, and last one for every call.
-        order = [(sum(row.head_dim), sum(row.value_dim), -row.min_queries, not row.ahead) for row in HOPPER_ROWS]
+        order = [
+            (sum(row.head_dim), sum(row.value_dim), -row.min_queries, not row.ahead, not row.one_copy)
+            for row in HOPPER_ROWS
+        ]
         assert order == sorted(order) and len(set(order)) == len(order)
         for last, following in zip(HOPPER_ROWS, [*HOPPER_ROWS[1:], None]):
             if following is None or (last.head_dim, last.value_dim) != (following.head_dim, following.value_dim):
-                assert not last.ahead and not last.min_queries
+                assert not (last.ahead or last.min_queries or last.one_copy or last.causal)
+
+    def test_one_copy_of_the_code_is_of_two_consumers_and_two_slots(self):
+        for row in HOPPER_ROWS:
+            assert not row.one_copy or (row.consumers, row.query_slots) == (2, 2), row
+            assert row.one_copy or not row.turns, row
+
+    @pytest.mark.parametrize("head_dim, right, one_copy", [(64, 0, True), (64, -1, False), (96, 0, True), (96, -1, True),
+                                                           (128, 0, False)])  # fmt: skip
+    def test_one_copy_where_it_pays_and_this_triton_can(self, head_dim, right, one_copy):
+        sizes = {"head_dim": head_dim, "value_dim": head_dim, "right": right, "num_queries": 512, "num_keys": 512}
+        for version, can in (((3, 5), True), ((3, 7), True), ((3, 8), False), ((3, 10), False)):
+            chosen = self.chosen(Device("cuda", 90, triton=version), **sizes)
+            assert chosen.hopper.one_copy == (one_copy and can)
+            assert chosen.num_warps == (8 if one_copy and can else 4)
+        for more in ({"range_layout": "sequence"}, {"softcap": 5.0}):
+            assert not self.chosen(Device("cuda", 90, triton=(3, 6)), **sizes, **more).hopper.one_copy
 
     def test_rows_of_one_size_give_the_same_bits(self):
         """Their blocks of keys are the same: test_same_bits_by_all_rows shows on a GPU that the bits are."""
