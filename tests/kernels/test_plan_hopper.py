@@ -101,8 +101,9 @@ class TestHopper:
             assert not row.one_copy or (row.consumers, row.query_slots) == (2, 2), row
             assert row.one_copy or not row.turns, row
 
-    @pytest.mark.parametrize("head_dim, right, one_copy", [(64, 0, True), (64, -1, False), (96, 0, True), (96, -1, True),
-                                                           (128, 0, False)])  # fmt: skip
+    @pytest.mark.parametrize(
+        "head_dim, right, one_copy", [(64, 0, True), (64, -1, False), (96, 0, True), (96, -1, True), (128, 0, False)]
+    )
     def test_one_copy_where_it_pays_and_this_triton_can(self, head_dim, right, one_copy):
         sizes = {"head_dim": head_dim, "value_dim": head_dim, "right": right, "num_queries": 512, "num_keys": 512}
         for version, can in (((3, 5), True), ((3, 7), True), ((3, 8), False), ((3, 10), False)):

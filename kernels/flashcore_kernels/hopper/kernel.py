@@ -10,6 +10,10 @@ cores busy for each other. So the loop has no barrier that can be left out: a co
 (as `async_copy.mbarrier_arrive`, which Triton does not precede by a barrier of the warpgroup), sums stay with the
 threads, and sums of earlier blocks are rescaled only where a maximum grew by much.
 
+Each consumer is a partition with machine code of its own, or two are one partition and share one copy (`one_copy`):
+with two copies short tiles wait for instructions a good part of their time. The two then never wait for each other but
+where they take turns; that needs the barriers to be `_unseen`, and an output that leaves without the copy engine.
+
 Barriers are pairs: `full` (data has arrived) and `empty` (the consumers are done with it). Both sides count their uses;
 use u of a buffer of N stages is stage u % N in phase u // N % 2.
 """
