@@ -113,6 +113,9 @@ def test_a_spill_in_a_main_loop_would_show():
     assert "waits" in aot.problems({**healthy, "wgmma_loops": [(400, 0, 0), (401, 0, 66)]})[0]
     assert "main loops" in aot.problems({**healthy, "wgmma_loops": []})[0]
     assert "serialised" in aot.problems({**healthy, "wgmma_arrive": 64})[0]
+    one_copy = {**healthy, "one_copy": True, "wgmma_loops": [(420, 0, 2), (700, 20, 9)], "loop_barriers": 0}
+    assert aot.problems(one_copy) == []
+    assert "wait for each other" in aot.problems({**one_copy, "loop_barriers": 1})[0]
 
 
 def test_a_tile_too_large_would_show(compiled):
@@ -173,6 +176,14 @@ def test_wgmma_loops_are_found():
     # The way back from a barrier's second try has no predicate, and is no loop.
     way_back = WGMMA.replace("@P0 BRA 0x110", "BRA 0x110")
     assert aot.wgmma_loops(way_back.format(spill="/*0120*/ LDL R9, [R1+0x4] ;")) == []
+
+
+def test_barriers_in_loops_are_found():
+    """Triton's, which name their number; not those by which consumers take turns, nor what stands outside of a loop."""
+    barrier = "/*0114*/ BAR.SYNC.DEFER_BLOCKING {}, 0x100 ;"
+    assert aot.loop_barriers(WGMMA.format(spill=barrier.format("0x0"))) == 1
+    assert aot.loop_barriers(WGMMA.format(spill=barrier.format("R9"))) == 0
+    assert aot.loop_barriers(WGMMA.format(spill="/*0148*/ BAR.SYNC.DEFER_BLOCKING 0x0, 0x100 ;")) == 0
 
 
 def test_edges_do_not_count():
