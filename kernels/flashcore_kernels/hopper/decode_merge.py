@@ -8,8 +8,8 @@ the order of their numbers, however few of them it runs at once.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .consumer import LN_2, LOG2_E
 from .decode_slots import clear_slots, join, pieces_of, read_slots, rows_layout, split, write_slot
+from .output import LN_2, LOG2_E
 
 
 @gluon.jit
