@@ -112,6 +112,13 @@ def workspace(units: int, length: int, device: torch.device) -> tuple[torch.Tens
     return _partials[place], count
 
 
+def zero(device: torch.device) -> torch.Tensor:
+    """An int32 zero for one launch on the current stream, which leaves it at zero."""
+    if device.type == "meta":  # nothing will be launched
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return counters.get(1, device)
+
+
 def forget(device: torch.device) -> None:
     """A launch on the current stream failed: what it worked with may not be as it was."""
     counters.forget(device)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import _C, Tensor
 
-from .counters import forget, workspace
+from .counters import forget, workspace, zero
 from .launch import compiled_kernel, launcher
 from .plan import Plan
 from .problem import Problem
@@ -163,7 +163,9 @@ def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_an
     lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
     setup = hopper_launch(problem, plan, query, key, value, key_range, out, return_lse)
     writes_itself = setup.writes_itself
-    pointers = (*setup.descriptors, lse, key_range, sinks, out if writes_itself else None)
+    pointers = (
+        *setup.descriptors, lse, key_range, sinks, out if writes_itself else None, _allocated(torch.int32),
+    )  # fmt: skip
     compiled = compiled_kernel(flashcore_hopper, pointers, setup.constants, plan)
     if compiled is None:
         return None
@@ -176,13 +178,18 @@ def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_an
     def call(query, key, value, key_range, sinks, *scales):
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
-        run(
-            programs, 1, 1, raw_stream(index), *prefix,
-            on(q0, query), on(q1, query), on(k0, key), on(k1, key), on(v0, value), on(v1, value), on(o0, output),
-            on(o1, output), None if lse is None else lse.data_ptr(),
-            None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(),
-            output.data_ptr() if writes_itself else None, *rest,
-        )  # fmt: skip
+        counter = zero(device)
+        try:
+            run(
+                programs, 1, 1, raw_stream(index), *prefix,
+                on(q0, query), on(q1, query), on(k0, key), on(k1, key), on(v0, value), on(v1, value), on(o0, output),
+                on(o1, output), None if lse is None else lse.data_ptr(),
+                None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(),
+                output.data_ptr() if writes_itself else None, counter.data_ptr(), *rest,
+            )  # fmt: skip
+        except BaseException:
+            forget(device)
+            raise
         return output, lse
 
     return call

@@ -58,8 +58,11 @@ def test_inverse_blocks_that_do_not_start_at_the_first_key():
     assert not torch.equal(masked, alone)
 
 
-def test_two_streams_at_once():
-    calls = [make("decode"), make("decode of 5")]
+@pytest.mark.parametrize(
+    "names", [("decode", "decode of 5"), ("prefill", "prefill"), ("prefill, head_dim 64", "prefill, head_dim 256")]
+)
+def test_two_streams_at_once(names):
+    calls = [make(name, seed=seed) for seed, name in enumerate(names)]
     want = [call.run() for call in calls]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()

@@ -186,8 +186,8 @@ def hopper_source(variant: Variant, problem, plan):
     out = (values[0] * config.query_slots // 2, values[1])  # with one slot it leaves in halves
     tiles = {"q": (config.rows, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *out)}
     features = features | {"output": config.one_copy}
-    pointers = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
-    pointers["Out"] = ("output", f"*{variant.dtype}")
+    optional = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
+    optional["Out"] = ("output", f"*{variant.dtype}")
     signature, attributes = {}, {}
     for position, name in enumerate(flashcore_hopper.arg_names):
         if name in constants:
@@ -199,12 +199,11 @@ def hopper_source(variant: Variant, problem, plan):
                 signature[name] = f"tensordesc<{variant.dtype}[1,1,{rows},{columns}],{layout!r}>"
             else:
                 signature[name], constants[name] = "constexpr", None
-        elif name in pointers:
-            feature, signature[name] = pointers[name]
+        elif name in optional and not features.get(optional[name][0]):
+            signature[name], constants[name] = "constexpr", None
+        elif name in optional or name == "Counter":
+            signature[name] = optional[name][1] if name in optional else "*i32"
             attributes[(position,)] = [["tt.divisibility", 16]]
-            if not features.get(feature):
-                signature[name], constants[name] = "constexpr", None
-                del attributes[(position,)]
         else:
             signature[name] = "fp32" if name.endswith("_scale") else "i32"
     return GluonASTSource(fn=flashcore_hopper, signature=signature, constexprs=constants, attrs=attributes)

@@ -1,6 +1,7 @@
-"""The order of tiles on Hopper, its device functions run as plain Python: every tile once, and the work balanced."""
+"""The order of tiles on Hopper, its device functions run as plain Python: every tile once, and work balanced."""
 
-import types
+import heapq
+import itertools
 
 import pytest
 
@@ -10,17 +11,59 @@ from flashcore_kernels import key_range  # noqa: E402
 from flashcore_kernels.hopper import schedule, visible  # noqa: E402
 
 
+class Programs:
+    """What `schedule` needs of Gluon, for programs that run in turn."""
+
+    where = staticmethod(lambda condition, a, b: a if condition else b)
+    minimum = staticmethod(min)
+
+    @staticmethod
+    def atomic_add(counter, amount, sem, scope):
+        counter[0] += amount
+        return counter[0] - amount
+
+    @staticmethod
+    def store(counter, number):
+        counter[0] = number
+
+
 @pytest.fixture(autouse=True)
 def plain_python(monkeypatch):
-    language = types.SimpleNamespace(where=lambda condition, a, b: a if condition else b, minimum=min)
-    monkeypatch.setattr(schedule, "gl", language)
+    monkeypatch.setattr(schedule, "gl", Programs)
 
 
-def order(program, num_programs, tiles_per_head, num_heads, section):
-    turns = schedule.tiles_of_program.fn(program, num_programs, tiles_per_head * num_heads)
-    return [
-        schedule.tile_at.fn(turn, program, num_programs, tiles_per_head, num_heads, section) for turn in range(turns)
-    ]
+def tiles_in_order(tiles_per_head, num_heads, section):
+    return [schedule.tile_at.fn(n, tiles_per_head, num_heads, section) for n in range(tiles_per_head * num_heads)]
+
+
+def numbers_dealt(program, num_programs, num_tiles):
+    """The numbers of a program's tiles, until one is none."""
+    numbers = (schedule.dealt.fn(turn, program, num_programs) for turn in itertools.count())
+    return list(itertools.takewhile(lambda number: number < num_tiles, numbers))
+
+
+def work_of(costs, speeds, counter):
+    """When each program is done, and the numbers of all tiles that were computed.
+
+    A program draws its next tile when it fetches the fourth block from the end of one, or the first, two blocks before
+    it computes that.
+    """
+    ends, done, draws = [0.0] * len(speeds), [], []
+
+    def compute(program, number, now):
+        begin = ends[program]
+        ends[program] += costs[number] / speeds[program]
+        done.append(number)
+        heapq.heappush(draws, (max(now, begin - 2 / speeds[program], ends[program] - 6 / speeds[program]), program))
+
+    for program in range(len(speeds)):
+        compute(program, program, 0.0)
+    while draws:
+        now, program = heapq.heappop(draws)
+        number = schedule.draw.fn(counter, len(costs), len(speeds))
+        if number < len(costs):
+            compute(program, number, now)
+    return ends, done
 
 
 @pytest.mark.parametrize("num_programs", [1, 3, 132])
@@ -28,33 +71,63 @@ def order(program, num_programs, tiles_per_head, num_heads, section):
     "tiles_per_head, num_heads, section", [(1, 1, 1), (4, 7, 3), (32, 32, 8), (8, 33, 33), (5, 40, 1)]
 )
 def test_every_tile_once(num_programs, tiles_per_head, num_heads, section):
-    num_programs = min(num_programs, tiles_per_head * num_heads)
-    done = [tile for p in range(num_programs) for tile in order(p, num_programs, tiles_per_head, num_heads, section)]
-    assert sorted(done) == [(head, tile) for head in range(num_heads) for tile in range(tiles_per_head)]
+    tiles = tiles_in_order(tiles_per_head, num_heads, section)
+    assert sorted(tiles) == [(head, tile) for head in range(num_heads) for tile in range(tiles_per_head)]
+    speeds = [1.0 + p % 7 for p in range(min(num_programs, len(tiles)))]
+    counter = [0]
+    for _ in range(2):
+        _, done = work_of([1 + tile for _, tile in tiles], speeds, counter)
+        assert sorted(done) == list(range(len(tiles)))
+        assert counter == [0], "as the next launch wants it"
+    programs = range(len(speeds))
+    assert sorted(n for p in programs for n in numbers_dealt(p, len(speeds), len(tiles))) == list(range(len(tiles)))
+    _, done = work_of([1] * len(tiles), speeds, [1])
+    assert len(done) < len(tiles) or len(tiles) == len(speeds), "negative control: a counter that was not at zero"
 
 
+def test_places(monkeypatch):
+    """What consumers are told: sequence, head, tile; of numbers that are no tile's, one, and that it is none."""
+    monkeypatch.setattr(schedule, "tile_at", schedule.tile_at.fn)
+    scales = (1.0, 1.0, 6, 2, 6)
+    places = [schedule.place_of.fn(number, 3, scales) for number in range(14)]
+    assert places[:12] == [(b, h, tile) for tile in (1, 0) for b in (0, 1) for h in (0, 1, 2)]
+    assert places[12:] == [(1, 2, -1)] * 2
+
+
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("heads, kv_heads, bytes_per_key", [(32, 8, 512), (32, 32, 256), (8, 8, 1024), (16, 16, 640)])
 @pytest.mark.parametrize("length", [512, 1024, 2048, 4096, 8192, 16384])
-def test_causal_work_is_balanced(length, heads, kv_heads, bytes_per_key):
-    """The longest of 132 programs against the mean, in blocks, for 16K tokens of the shapes that are published."""
+def test_causal_work_is_balanced(length, heads, kv_heads, bytes_per_key, drawn):
+    """The last of 132 programs against the mean, for 16K tokens of the shapes that are published.
+
+    A tile takes its blocks and half a block more; drawn ones also on SMs whose speeds differ by up to 10 %.
+    """
     tiles, group = length // 128, heads // kv_heads
     heads = heads * 16384 // length
-    section = schedule.heads_in_section(length, bytes_per_key, heads, group, tiles, 132)
-    work = [sum(tile + 1 for _, tile in order(p, 132, tiles, heads, section)) for p in range(132)]
-    mean = sum(work) / 132
-    assert max(work) <= 1.035 * mean
-    forward = [schedule.tile_at.fn(0, t, heads * tiles, tiles, heads, section)[1] + 1 for t in range(heads * tiles)]
-    assert sum(forward) == sum(work)
-    one_head_after_the_other = [t % tiles + 1 for t in range(heads * tiles)]
-    assert max(sum(one_head_after_the_other[p::132]) for p in range(132)) > 1.05 * mean, "negative control"
+    section = schedule.heads_in_section(length, bytes_per_key, heads, group, tiles, 132, drawn)
+    blocks = 2 if bytes_per_key == 1024 else 1  # of a tile's own keys
+    costs = [(tile + 1) * blocks + 0.5 for _, tile in tiles_in_order(tiles, heads, section)]
+    speeds = [1.0 - 0.1 * (p * 37 % 132) / 132 for p in range(132)]
+    dealt = [[costs[n] for n in numbers_dealt(p, 132, len(costs))] for p in range(132)]
+    mean, uneven_mean = sum(costs) / 132, sum(costs) / sum(speeds)
+    if drawn:
+        for speed, right in (([1.0] * 132, mean), (speeds, uneven_mean)):
+            ends, _ = work_of(costs, speed, [0])
+            assert max(ends) <= 1.045 * right
+        assert max(sum(each) / speed for each, speed in zip(dealt, speeds)) > 1.045 * uneven_mean, "negative control"
+    else:
+        assert max(map(sum, dealt)) <= 1.04 * mean
+        one_head_after_the_other = [((t % tiles) + 1) * blocks + 0.5 for t in range(heads * tiles)]
+        assert max(sum(one_head_after_the_other[p::132]) for p in range(132)) > 1.04 * mean, "negative control"
 
 
 def test_sections():
     """As many heads as half of the L2 holds, whole groups, equal sections, and never so few that nothing balances."""
-    assert schedule.heads_in_section(2048, 512, 256, 4, 16, 132) == 88
-    assert schedule.heads_in_section(16384, 1024, 8, 1, 128, 132) == 4
-    assert schedule.heads_in_section(10**6, 512, 32, 4, 8000, 132) == 4
-    assert schedule.heads_in_section(16, 512, 32, 4, 1, 132) == 32
+    assert schedule.heads_in_section(2048, 512, 256, 4, 16, 132, False) == 88
+    assert schedule.heads_in_section(16384, 1024, 8, 1, 128, 132, False) == 4
+    assert schedule.heads_in_section(10**6, 512, 32, 4, 8000, 132, False) == 4
+    assert schedule.heads_in_section(16, 512, 32, 4, 1, 132, False) == 32
+    assert schedule.heads_in_section(512, 1024, 256, 1, 4, 132, True) == 64 < 128
 
 
 def test_words_of_a_key_range():

@@ -6,6 +6,7 @@ tests/gpu/test_prepared.py and test_hopper.py see what the launches themselves c
 import dataclasses
 import gc
 import itertools
+import sys
 import types
 import weakref
 
@@ -262,7 +263,7 @@ class TestHopper:
         assert list(o.shape) == [2, 8, 200, 64] and o.strides[1] == 64
         tiles = -(-200 // chosen.block_m)
         assert programs == min(132, 16 * tiles)
-        assert scalars[:5] == (8, 4, 200, 500, 300) and scalars[-3:] == (16, tiles, 1)
+        assert scalars[:5] == (8, 4, 200, 500, 300) and scalars[-4:] == (16, tiles, 1, 1)
 
     def test_head_dims_that_are_no_power_of_two_come_in_two_pieces(self, launched):
         query, key, value = (torch.randn(1, 4, 100, size, dtype=torch.float16) for size in (192, 192, 128))
@@ -280,7 +281,7 @@ class TestHopper:
     def test_causal_tiles_are_dealt_in_sections(self, launched):
         query = torch.empty(1, 32, 8192, 64, dtype=torch.float16)
         key = query[:, :8]
-        full, causal = (launched(query, key, key, is_causal=c)[1][3][-1] for c in (False, True))
+        full, causal = (launched(query, key, key, is_causal=c)[1][3][-2] for c in (False, True))
         assert full == 1 < causal
 
 
@@ -384,7 +385,7 @@ class TestServedAgain:
         programs, *one, stream, function, metadata = arguments[:6]
         assert (programs, one, stream, function, metadata) == (long_programs, [1, 1], 77, "function", "metadata")
         assert arguments[6:9] == (None, None, None)
-        descriptors, pointers, rest = arguments[9:17], arguments[17:21], arguments[21:]
+        descriptors, pointers, rest = arguments[9:17], arguments[17:22], arguments[22:]
         assert rest == (*scalars, *constants)
         assert len(arguments) - 9 == len(kernel.arg_names)
         one_copy = triton == (3, 6) and not with_range
@@ -395,8 +396,29 @@ class TestServedAgain:
             assert {**vars(descriptor), "base": None} == {**vars(before), "base": None}
             assert descriptor.strides == list(tensor.stride())
         assert descriptors[1::2] == (None,) * 4
-        given = (lse, options.get("key_range"), options["sinks"], output if one_copy else None)
+        given = (lse, options.get("key_range"), options["sinks"], output if one_copy else None, long[-1])
         assert pointers == tuple(None if t is None else t.data_ptr() for t in given)
+
+    def test_a_launch_that_fails_takes_its_counter_with_it(self, launches, compiled, monkeypatch):
+        call = tensors_of(num_queries=100)
+        op.attention(*call)
+        (before,) = counters.counters._buffers.values()
+        monkeypatch.setattr(compiled, "launches", None)
+        with pytest.raises(AttributeError):
+            op.attention(*call)
+        assert not counters.counters._buffers
+        monkeypatch.setattr(compiled, "launches", [])
+        op.attention(*call)
+        (after,) = counters.counters._buffers.values()
+        assert before.data_ptr() != after.data_ptr() == compiled.launches[0][21]
+
+        def fail(*args):
+            raise RuntimeError("no such launch")
+
+        monkeypatch.setattr(sys.modules["flashcore_kernels.hopper.run"], "launch", fail)
+        with pytest.raises(RuntimeError, match="no such launch"):
+            op.attention(*tensors_of(num_queries=100, dtype=torch.float16))
+        assert not counters.counters._buffers, "the long way"
 
     def test_rows_in_two_pieces(self, launches, compiled):
         """Each piece of a head_dim that is no power of two has its own tiles."""
@@ -445,7 +467,7 @@ class TestServedAgain:
             for tensor, descriptor in zip(tensors, arguments[9:15:2]):
                 assert (descriptor.shape, descriptor.strides) == (list(tensor.shape), list(tensor.stride()))
                 assert descriptor.base is tensor
-        assert [arguments[27] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
+        assert [arguments[28] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
         compiled.launches.clear()
 
         portable = []

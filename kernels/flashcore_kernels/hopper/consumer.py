@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .output import write
-from .schedule import tile_at, tiles_of_program
+from .schedule import place_of, taken_over
 from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums, tanh
 from .triton_api import ROUND_LATE
 from .visible import BITMAP, row_ranges, sequence_bounds, tile_blocks, tile_keys
@@ -177,8 +177,8 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
 
 
 @gluon.jit
-def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constexpr):
-    """This program's tile number `turn`, as one of its consumers sees it.
+def _tile(place, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constexpr):
+    """The tile at this place, as one of its program's consumers sees it. Any tile where there is none.
 
     Returns (b, h, head of all sequences, first row; first key of the first block, how many blocks the tile visits, how
     many of them this consumer computes; the first `left_edge` of those and those from `right_edge` on with a look at
@@ -193,10 +193,9 @@ def _tile(turn, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.constex
     WARPS: gl.constexpr = C.warps
     RANGE: gl.constexpr = C.range_layout
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16]))
-    bh, tile = tile_at(turn, gl.program_id(0), gl.num_programs(0), tiles_per_head, all_heads, section)
-    b = bh // num_heads
-    h = bh % num_heads
-    m0 = tile * BM
+    b, h, tile = place
+    bh = b * num_heads + h
+    m0 = gl.maximum(tile, 0) * BM
     r0 = m0 + CONSUMER * ROWS
     rows = r0 + gl.arange(0, ROWS, ROWS_LAYOUT)
     sequence = sequence_bounds(Range, b, numbers, RANGE)
@@ -286,7 +285,7 @@ def _no_sums(C: gl.constexpr):
 
 
 @gluon.jit
-def consume(CONSUMER: gl.constexpr, descs, smem, bars, output, pointers, numbers, scales, C: gl.constexpr):
+def consume(CONSUMER: gl.constexpr, descs, smem, bars, queue, output, pointers, numbers, scales, C: gl.constexpr):
     """A partition of consumers: its rows, from `C.rows * CONSUMER` on, of each tile, one tile after the other."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
@@ -299,13 +298,14 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, output, pointers, numbers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
     unit_cap = (score_scale, cap_scale if C.softcap else score_scale)
+    place = place_of(gl.program_id(0), num_heads, scales)
+    tile = _tile(place, pointers, numbers, scales, CONSUMER, C)
+    turn = 0
     use = 0
     if C.turns:
         if _second_warpgroup() == 1:
             _pass_turn()
-    turns = tiles_of_program(gl.program_id(0), gl.num_programs(0), all_heads * tiles_per_head)
-    tile = _tile(0, pointers, numbers, scales, CONSUMER, C)
-    for turn in range(turns):
+    while place[2] >= 0:
         slot = CONSUMER * SLOTS + turn % SLOTS
         q0 = q0_smem.index(slot).reshape([ROWS, D0])
         q1 = q0
@@ -349,7 +349,8 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, output, pointers, numbers
         if C.ahead:
             p, l = _probabilities(p, m, l, alpha, unit_cap[1], C)
         acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C)
-        next_tile = _tile(gl.minimum(turn + 1, turns - 1), pointers, numbers, scales, CONSUMER, C)
+        place = taken_over(queue, turn, C.warps)
+        next_tile = _tile(place, pointers, numbers, scales, CONSUMER, C)
         if DV1 > 0:
             acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async])
         else:
@@ -359,6 +360,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, output, pointers, numbers
         o_smems = (o_smem.index(slot), q1_smem.index(slot))
         write(acc0, acc1, m, l, tile, descs, o_smems, output, pointers, num_queries, C)
         tile = next_tile
+        turn += 1
     if C.turns:
         if _second_warpgroup() == 0:
             _wait_for_turn()

@@ -110,28 +110,29 @@ def _unseen(memory):
 
 
 @gluon.jit
-def _both_consumers(descs, smem, bars, output, pointers, numbers, scales, C: gl.constexpr):
-    consume(0, descs, smem, bars, output, pointers, numbers, scales, C)
+def _both_consumers(descs, smem, bars, queue, output, pointers, numbers, scales, C: gl.constexpr):
+    consume(0, descs, smem, bars, queue, output, pointers, numbers, scales, C)
 
 
 @gluon.jit
-def _consumer_0(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    consume(0, descs, smem, bars, (), pointers, numbers, scales, C)
+def _consumer_0(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
+    consume(0, descs, smem, bars, queue, (), pointers, numbers, scales, C)
 
 
 @gluon.jit
-def _consumer_1(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    consume(1, descs, smem, bars, (), pointers, numbers, scales, C)
+def _consumer_1(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
+    consume(1, descs, smem, bars, queue, (), pointers, numbers, scales, C)
 
 
 @gluon.jit
-def _consumer_2(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
-    consume(2, descs, smem, bars, (), pointers, numbers, scales, C)
+def _consumer_2(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
+    consume(2, descs, smem, bars, queue, (), pointers, numbers, scales, C)
 
 
 _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
     "stride_rs", "stride_ob", "stride_oh", "stride_os", "value_eights", "all_heads", "tiles_per_head", "section",
+    "drawn",
 ]  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def flashcore_hopper(
     Range,
     Sinks,
     Out,
+    Counter,
     num_heads,
     group,
     num_queries,
@@ -167,12 +169,14 @@ def flashcore_hopper(
     all_heads,
     tiles_per_head,
     section,
+    drawn,
     C: gl.constexpr,
 ):
     """out = softmax(cap(scale * q k^T)) v over the keys that each query sees.
 
     Shapes: descriptors of Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]`, each for
-    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`. With `C.one_copy` not
+    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`; Counter a
+    zero, int32, and zero again at the end. With `C.one_copy` not
     the descriptors of Out but its address, its strides and value_dim, these in units of 8 elements.
     Grid: as many programs as run at once, or as there are tiles; the warps of one partition of consumers, and those of
     the other partitions.
@@ -228,6 +232,8 @@ def flashcore_hopper(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    place_smem = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    place_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=2 * ROWS)
@@ -237,10 +243,13 @@ def flashcore_hopper(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=128 * CONSUMERS)
     mbarrier.init(v_raw, count=1)
+    for slot in gl.static_range(2):
+        mbarrier.init(place_full.index(slot), count=1)
     fence_async_shared()
     descs = (q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc)
     smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
+    queue = (place_smem, place_full, Counter, drawn)
     pointers = (Lse, Range, Sinks)
     numbers = (
         num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs,
@@ -252,49 +261,50 @@ def flashcore_hopper(
             _unseen(q_full), _unseen(q_empty), _unseen(k_full), _unseen(k_empty), _unseen(v_full), _unseen(v_empty),
             v_raw,
         )  # fmt: skip
+        unseen_queue = (_unseen(place_smem), _unseen(place_full), Counter, drawn)
         output = (Out, stride_ob, stride_oh, stride_os, value_eights)
         if SHARED_WORKER_ARGUMENTS:
             gl.warp_specialize(
-                (descs, smem, unseen, output, pointers, numbers, scales, C), _both_consumers,
-                (descs, smem, bars, pointers, numbers, scales, C), [produce], [1], [C.producer_registers],
+                (descs, smem, unseen, unseen_queue, output, pointers, numbers, scales, C), _both_consumers,
+                (descs, smem, bars, queue, pointers, numbers, scales, C), [produce], [1], [C.producer_registers],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
-                    (_both_consumers, (descs, smem, unseen, output, pointers, numbers, scales, C)),
-                    (produce, (descs, smem, bars, pointers, numbers, scales, C)),
+                    (_both_consumers, (descs, smem, unseen, unseen_queue, output, pointers, numbers, scales, C)),
+                    (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
                 ],
                 [1], [C.producer_registers],
             )  # fmt: skip
     elif SHARED_WORKER_ARGUMENTS:
         if CONSUMERS == 2:
             gl.warp_specialize(
-                (descs, smem, bars, pointers, numbers, scales, C), _consumer_0,
-                (descs, smem, bars, pointers, numbers, scales, C), [_consumer_1, produce],
+                (descs, smem, bars, queue, pointers, numbers, scales, C), _consumer_0,
+                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, produce],
                 [4, 1], [C.consumer_registers, C.producer_registers],
             )  # fmt: skip
         else:
             gl.warp_specialize(
-                (descs, smem, bars, pointers, numbers, scales, C), _consumer_0,
-                (descs, smem, bars, pointers, numbers, scales, C), [_consumer_1, _consumer_2, produce],
+                (descs, smem, bars, queue, pointers, numbers, scales, C), _consumer_0,
+                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, _consumer_2, produce],
                 [4, 4, 1], [C.consumer_registers, C.consumer_registers, C.producer_registers],
             )  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer_0, (descs, smem, bars, pointers, numbers, scales, C)),
-                (_consumer_1, (descs, smem, bars, pointers, numbers, scales, C)),
-                (produce, (descs, smem, bars, pointers, numbers, scales, C)),
+                (_consumer_0, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (_consumer_1, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
             ],
             [4, 1], [C.consumer_registers, C.producer_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consumer_0, (descs, smem, bars, pointers, numbers, scales, C)),
-                (_consumer_1, (descs, smem, bars, pointers, numbers, scales, C)),
-                (_consumer_2, (descs, smem, bars, pointers, numbers, scales, C)),
-                (produce, (descs, smem, bars, pointers, numbers, scales, C)),
+                (_consumer_0, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (_consumer_1, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (_consumer_2, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
             ],
             [4, 4, 1], [C.consumer_registers, C.consumer_registers, C.producer_registers],
         )  # fmt: skip

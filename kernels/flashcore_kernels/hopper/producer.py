@@ -4,9 +4,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .schedule import tile_at, tiles_of_program
+from .schedule import hand_over, number_after, place_of
 from .triton_api import barrier, tma_load
 from .visible import BITMAP, FAR, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
+
+# With how many blocks left to fetch a program draws its next tile.
+DRAW_BLOCKS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -69,7 +72,7 @@ def _load_queries(descs, smem, bars, b, h, m0, turn, C: gl.constexpr):
 
 
 @gluon.jit
-def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
+def produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
     """The producer warp: copies Q once a tile, K and V block by block, ahead of the consumers."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
@@ -90,14 +93,12 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
     # head_dim 192 would have no registers left.)
     KEYS_FIRST: gl.constexpr = SLOTS == 1 and RANGE == 0
     BM: gl.constexpr = 64 * CONSUMERS
-    program = gl.program_id(0)
-    num_programs = gl.num_programs(0)
+    place = place_of(gl.program_id(0), num_heads, scales)
+    b, h, tile = place
+    turn = 0
     use = 0
     scrubs = 0
-    for turn in range(tiles_of_program(program, num_programs, all_heads * tiles_per_head)):
-        bh, tile = tile_at(turn, program, num_programs, tiles_per_head, all_heads, section)
-        b = bh // num_heads
-        h = bh % num_heads
+    while tile >= 0:
         kv_head = h // group
         m0 = tile * BM
         sequence = sequence_bounds(Range, b, numbers, RANGE)
@@ -116,6 +117,11 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
         # The copy engine itself gives zeros behind the last key.
         dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
 
+        # Late, or a program that takes a long tile shortly before the end would end late. But consumers wait for the
+        # next place before they release their last block: early, where one may have far fewer blocks than another.
+        draw_at = count * 0
+        if RANGE < 2:
+            draw_at = gl.where(m0 + BM <= num_queries, gl.maximum(count - DRAW_BLOCKS, 0), 0)
         if not KEYS_FIRST:
             _load_queries(descs, smem, bars, b, h, m0, turn, C)
         for j in range(count):
@@ -153,3 +159,9 @@ def produce(descs, smem, bars, pointers, numbers, scales, C: gl.constexpr):
                 if DV1 > 0:
                     tma_load(v1_desc, [b, kv_head, n, DV0], v_full.index(stage), v1_smem.index(stage))
             use += 1
+            # The answer takes a microsecond, which the consumers spend on blocks that are here already.
+            if j == draw_at:
+                place = place_of(number_after(turn, queue, all_heads * tiles_per_head), num_heads, scales)
+                hand_over(place, queue, turn)
+        b, h, tile = place
+        turn += 1

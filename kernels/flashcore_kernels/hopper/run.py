@@ -7,9 +7,11 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..counters import forget, zero
 from ..launch import launch, score_factors
 from ..plan import Plan
 from ..problem import Problem
+from ..tables.hopper import draws
 from .kernel import Config, flashcore_hopper
 from .schedule import heads_in_section
 
@@ -50,7 +52,7 @@ def make_config(problem: Problem, plan: Plan, lse: bool) -> Config:
 
 
 class HopperLaunch(NamedTuple):
-    """Everything about a launch of `flashcore_hopper` but lse, key range, sinks and output.
+    """Everything about a launch of `flashcore_hopper` but lse, key range, sinks, output and counter.
 
     Attributes:
         programs: size of the grid.
@@ -87,9 +89,11 @@ def hopper_launch(
     # Of a meta tensor the launch is only compiled, and for every grid alike.
     processors = 1 if query.is_meta else _processors(query.device)
     section = 1
-    if problem.right >= 0 or key_range is not None:  # tiles may differ in length
+    uneven = problem.right >= 0 or key_range is not None  # tiles may differ in length
+    drawn = draws(row, problem.head_dim, problem.num_keys, uneven)
+    if uneven:
         section = heads_in_section(
-            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors
+            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors, drawn
         )
     output = (None, None)
     if not row.one_copy:
@@ -107,7 +111,7 @@ def hopper_launch(
         (
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
             problem.left, problem.right, *range_strides, *(stride // 8 for stride in out.stride()[:3]),
-            problem.value_dim // 8, *score_factors(problem)[:2], all_heads, tiles_per_head, section,
+            problem.value_dim // 8, *score_factors(problem)[:2], all_heads, tiles_per_head, section, int(drawn),
         ),
         (make_config(problem, plan, has_lse),),
     )  # fmt: skip
@@ -145,5 +149,11 @@ def run_hopper(
 ) -> None:
     """Launch `flashcore_hopper`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
     setup = hopper_launch(problem, plan, query, key, value, key_range, out, lse is not None)
-    pointers = (*setup.descriptors, lse, key_range, sinks, out if setup.writes_itself else None)
-    launch(flashcore_hopper, setup.programs, pointers, setup.scalars, setup.constants, plan)
+    pointers = (
+        *setup.descriptors, lse, key_range, sinks, out if setup.writes_itself else None, zero(query.device),
+    )  # fmt: skip
+    try:
+        launch(flashcore_hopper, setup.programs, pointers, setup.scalars, setup.constants, plan)
+    except BaseException:
+        forget(query.device)
+        raise

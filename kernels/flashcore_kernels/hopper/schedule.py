@@ -1,23 +1,31 @@
-"""Which tile a program computes next: a fixed order, the same on every run.
+"""Which tile a program computes next: one that was dealt to it, or the first one that nobody has taken.
 
 Tiles (BLOCK_M queries of one head) are numbered so that neighbours share keys and values, and so that their lengths
 change slowly under causal attention: sections of a few heads, within a section by length, in one section falling, in
-the next rising, in the last falling. Program p of P takes tiles p, 2P - 1 - p, 2P + p, ...: back and forth, so that one
-that gets the longest of a round gets the shortest of the next. For 132 programs that leaves the longest within 3 % of
-the mean (test_hopper_schedule.py).
+the next rising, in the last falling. Which program computes a tile does not move a bit of it.
+
+Dealt, program p of P has tiles p, 2P - 1 - p, 2P + p, ...: back and forth, so that one that gets the longest of a round
+gets the shortest of the next. For 132 programs that leaves the longest within 3 % of the mean. But what a tile costs
+depends on more than its length, and SMs are not equally fast: with head_dim 64 and 512 queries programs end 10 % apart.
+So they may draw: program p begins with tile p, and takes each next number from a counter of the launch. Who draws the
+last number of all, one for each tile, sets the counter back to zero. An answer takes a microsecond, which long tiles of
+large heads, fetched two blocks ahead, do not make up for (rows of the table say where programs draw).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .triton_api import barrier
 
 # Keys and values of the heads that are in work at a time: what the L2 (50 MB) holds beside queries and outputs.
 SECTION_BYTES = 24 << 20
-# Rounds that a section lasts at least, or it would not balance.
-SECTION_ROUNDS = 4
+# Rounds that a section lasts at least, or it would not balance: of dealt tiles, of drawn ones.
+DEALT_ROUNDS, DRAWN_ROUNDS = 4, 2
 
 
 def heads_in_section(
-    num_keys: int, bytes_per_key: int, num_heads: int, group: int, tiles_per_head: int, processors: int
+    num_keys: int, bytes_per_key: int, num_heads: int, group: int, tiles_per_head: int, processors: int, drawn: bool
 ) -> int:
     """How many query heads are worked on side by side, where tiles differ in length.
 
@@ -26,32 +34,94 @@ def heads_in_section(
         num_heads: of all sequences.
         group: query heads that share a KV head.
     """
+    rounds = DRAWN_ROUNDS if drawn else DEALT_ROUNDS
     fit = max(SECTION_BYTES // (num_keys * bytes_per_key), 1) * group
-    heads = min(max(fit, -(-SECTION_ROUNDS * processors // tiles_per_head)), num_heads)
+    heads = min(max(fit, -(-rounds * processors // tiles_per_head)), num_heads)
     # Sections of one size, and none that begins within a group.
     heads = -(-num_heads // -(-num_heads // heads))
     return -(-heads // group) * group
 
 
 @gluon.jit
-def tiles_of_program(program, num_programs, num_tiles):
-    """How many tiles this program has."""
-    rounds = num_tiles // num_programs
-    left = num_tiles - rounds * num_programs
-    place = gl.where(rounds % 2 == 1, num_programs - 1 - program, program)
-    return gl.where(place < left, rounds + 1, rounds)
-
-
-@gluon.jit
-def tile_at(turn, program, num_programs, tiles_per_head, num_heads, section):
-    """(head of all sequences, tile within the head) of this program's tile number `turn`."""
-    place = gl.where(turn % 2 == 1, num_programs - 1 - program, program)
-    tile = turn * num_programs + place
-    which = tile // (tiles_per_head * section)
+def tile_at(number, tiles_per_head, num_heads, section):
+    """(head of all sequences, tile within the head) of the tile of this number."""
+    which = number // (tiles_per_head * section)
     first_head = which * section
     heads = gl.minimum(section, num_heads - first_head)
-    within = tile - first_head * tiles_per_head
+    within = number - first_head * tiles_per_head
     row = within // heads
     # The last queries of a head see most keys, under causal attention.
     falling = ((num_heads - 1) // section - which) % 2 == 0
     return first_head + within % heads, gl.where(falling, tiles_per_head - 1 - row, row)
+
+
+@gluon.jit
+def place_of(number, heads, scales):
+    """(sequence, head, tile within the head) of the tile of this number; the tile is -1 where there is none.
+
+    Args:
+        heads: of a sequence.
+    """
+    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
+    num_tiles = all_heads * tiles_per_head
+    bh, tile = tile_at(gl.minimum(number, num_tiles - 1), tiles_per_head, all_heads, section)
+    return bh // heads, bh % heads, gl.where(number < num_tiles, tile, -1)
+
+
+@gluon.jit
+def dealt(turn, program, num_programs):
+    """The number of this program's tile `turn`."""
+    return turn * num_programs + gl.where(turn % 2 == 1, num_programs - 1 - program, program)
+
+
+@gluon.jit
+def draw(Counter, num_tiles, num_programs):
+    """The number of the next tile that nobody has taken; from `num_tiles` on there is none.
+
+    Each program draws beside each of its tiles: `num_tiles` draws in all.
+    """
+    ticket = gl.atomic_add(Counter, 1, sem="relaxed", scope="gpu")
+    if ticket == num_tiles - 1:
+        gl.store(Counter, 0)
+    return num_programs + ticket
+
+
+@gluon.jit
+def number_after(turn, queue, num_tiles):
+    """The number of this program's tile `turn` + 1; from `num_tiles` on there is none."""
+    place_smem, place_full, Counter, drawn = queue
+    number = dealt(turn + 1, gl.program_id(0), gl.num_programs(0))
+    if drawn != 0:
+        number = draw(Counter, num_tiles, gl.num_programs(0))
+    return number
+
+
+@gluon.jit
+def hand_over(place, queue, turn):
+    """Tell the consumers the place of this program's tile `turn` + 1.
+
+    For use beside tile `turn`, whose queries were loaded already: then all consumers are done with the tile two before,
+    and have read the place that this one overwrites.
+    """
+    place_smem, place_full, Counter, drawn = queue
+    slot = turn % 2
+    b, h, tile = place
+    empty = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    place_smem.index(slot * 3).store(empty + b)
+    place_smem.index(slot * 3 + 1).store(empty + h)
+    place_smem.index(slot * 3 + 2).store(empty + tile)
+    barrier()
+    mbarrier.arrive(place_full.index(slot), count=1)
+
+
+@gluon.jit
+def taken_over(queue, turn, WARPS: gl.constexpr):
+    """What `hand_over` told beside tile `turn`."""
+    place_smem, place_full, Counter, drawn = queue
+    slot = turn % 2
+    mbarrier.wait(place_full.index(slot), turn // 2 & 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    b = gl.max(place_smem.index(slot * 3).load(layout), axis=0)
+    h = gl.max(place_smem.index(slot * 3 + 1).load(layout), axis=0)
+    tile = gl.max(place_smem.index(slot * 3 + 2).load(layout), axis=0)
+    return b, h, tile
