@@ -17,7 +17,7 @@ from .output import write
 from .schedule import place_of, taken_over
 from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums, tanh
 from .triton_api import ROUND_LATE
-from .visible import BITMAP, row_ranges, sequence_bounds, tile_blocks, tile_keys
+from .visible import row_ranges, sequence_bounds, tile_blocks, tile_keys
 
 
 @gluon.jit
@@ -132,7 +132,7 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     acc0, acc1, p, m, l, alpha = state
     q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
-    row_lo, row_hi, bitmap, holes, num_keys = masking
+    row_lo, row_hi, line, holes, num_keys = masking
     score_scale, unit = unit_cap
     stage = use % STAGES
     before = (use - 1) % STAGES
@@ -154,7 +154,7 @@ def _step(state, use, n, edge, q0, q1, smem, bars, masking, unit_cap, C: gl.cons
     if C.softcap:
         s = tanh(s * score_scale)
     if edge:
-        s = hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C)
+        s = hide(s, n, row_lo, row_hi, line, holes, num_keys, C)
     m, alpha = maxima(s, m, unit)
     p = _left_of_scores(s, m, unit, C)
     if not C.ahead:
@@ -182,7 +182,7 @@ def _tile(place, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.conste
 
     Returns (b, h, head of all sequences, first row; first key of the first block, how many blocks the tile visits, how
     many of them this consumer computes; the first `left_edge` of those and those from `right_edge` on with a look at
-    each row's range; these ranges; bitmap and holes of the KeyRange).
+    each row's range; these ranges; holes of the KeyRange).
     """
     Lse, Range, Sinks = pointers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
@@ -219,35 +219,33 @@ def _tile(place, pointers, numbers, scales, CONSUMER: gl.constexpr, C: gl.conste
     mine = gl.minimum(gl.maximum((hi - begin + BN - 1) // BN, 1), count)
     left_edge = gl.minimum(gl.maximum((full_lo - begin + BN - 1) // BN, 0), mine)
     right_edge = gl.maximum(gl.minimum(gl.maximum(full_hi - begin, 0) // BN, mine), left_edge)
-    bitmap = Range
     if RANGE == 1:
         left_edge = gl.where(holes != 0, mine, left_edge)
         right_edge = gl.where(holes != 0, mine, right_edge)
-        bitmap = Range + b.to(gl.int64) * stride_rb + BITMAP
-    return b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes
+    return b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes
 
 
 @gluon.jit
-def _first_block(s, tile, unit_cap, num_keys, C: gl.constexpr):
+def _first_block(s, tile, unit_cap, Range, stride_rb, num_keys, C: gl.constexpr):
     """Of a tile's first block: what `_left_of_scores` says, the maxima, and what older sums shrink by."""
-    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes = tile
     score_scale, unit = unit_cap
     ROWS: gl.constexpr = C.rows
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     if C.softcap:
         s = tanh(s * score_scale)
     if (left_edge > 0) | (right_edge == 0):
-        s = hide(s, begin, row_lo, row_hi, bitmap, holes, num_keys, C)
+        s = hide(s, begin, row_lo, row_hi, (Range, b, stride_rb), holes, num_keys, C)
     m, alpha = maxima(s, gl.full([ROWS], float("-inf"), gl.float32, ROWS_LAYOUT), unit)
     return _left_of_scores(s, m, unit, C), m, alpha
 
 
 @gluon.jit
-def _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, C: gl.constexpr):
+def _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, Range, stride_rb, num_keys, C: gl.constexpr):
     """All blocks of a tile but the first: those at the left edge, those that all rows see whole, the right edge."""
-    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes = tile
     BN: gl.constexpr = C.block_n
-    masking = (row_lo, row_hi, bitmap, holes, num_keys)
+    masking = (row_lo, row_hi, (Range, b, stride_rb), holes, num_keys)
     for j in range(1, mine):
         edge = (j < left_edge) | (j >= right_edge)
         state = _step(state, use, begin + j * BN, edge, q0, q1, smem, bars, masking, unit_cap, C)
@@ -258,7 +256,7 @@ def _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, C: g
 @gluon.jit
 def _leave_blocks(use, tile, bars, C: gl.constexpr):
     """Pass over the blocks that only other consumers see. Not before they are full: it would count for older ones."""
-    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes = tile
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     for _ in range(mine, count):
         stage = use % C.stages
@@ -324,7 +322,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, queue, output, pointers, 
             _pass_turn()
         s = warpgroup_mma_wait(0, deps=[s_async])
         _release(k_empty.index(stage))
-        p, m, alpha = _first_block(s, tile, unit_cap, num_keys, C)
+        p, m, alpha = _first_block(s, tile, unit_cap, pointers[1], stride_rb, num_keys, C)
         if C.ahead:
             l = row_sums(gl.full_like(p, 0.0))
         else:
@@ -339,7 +337,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, queue, output, pointers, 
         use += 1
 
         state = (acc0, acc1, p, m, l, alpha)
-        state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, num_keys, C)
+        state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, pointers[1], stride_rb, num_keys, C)
         acc0, acc1, p, m, l, alpha = state
 
         if SLOTS == 1 or C.one_copy:  # the output leaves elsewhere

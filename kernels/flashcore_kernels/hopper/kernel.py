@@ -175,9 +175,9 @@ def flashcore_hopper(
     """out = softmax(cap(scale * q k^T)) v over the keys that each query sees.
 
     Shapes: descriptors of Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]`, each for
-    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`; Counter a
-    zero, int32, and zero again at the end. With `C.one_copy` not
-    the descriptors of Out but its address, its strides and value_dim, these in units of 8 elements.
+    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`; Counter an int32 that
+    is 0, and 0 again at the end. With `C.one_copy` not the descriptors of Out but its address, its strides and
+    value_dim, these in units of 8 elements.
     Grid: as many programs as run at once, or as there are tiles; the warps of one partition of consumers, and those of
     the other partitions.
     """

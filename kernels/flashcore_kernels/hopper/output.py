@@ -41,7 +41,7 @@ def write(acc0, acc1, m, l, tile, descs, o_smem, output, pointers, num_queries, 
 
     Consumers of one partition would wait for each other before that copy: they write straight from the registers.
     """
-    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, bitmap, holes = tile
+    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes = tile
     q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
     Lse, Range, Sinks = pointers
     o0_smem, o1_smem = o_smem

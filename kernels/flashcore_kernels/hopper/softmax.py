@@ -3,6 +3,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .visible import BITMAP
+
 # A row's maximum follows the scores only where they exceed it by this much, in units of log2: P is at most 256 then,
 # which fp16 holds, and hardly a block has the sums so far rescaled.
 SLACK = gl.constexpr(8.0)
@@ -79,7 +81,7 @@ def _hide_by_constants(s, n, row_lo, row_hi):
 
 
 @gluon.jit
-def hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C: gl.constexpr):
+def hide(s, n, row_lo, row_hi, line, holes, num_keys, C: gl.constexpr):
     """-inf where a row does not see a key."""
     BN: gl.constexpr = s.shape[1]
     cols = n + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
@@ -89,6 +91,8 @@ def hide(s, n, row_lo, row_hi, bitmap, holes, num_keys, C: gl.constexpr):
         s = gl.where((cols[None, :] >= row_lo[:, None]) & (cols[None, :] < row_hi[:, None]), s, float("-inf"))
     if C.range_layout == 1:
         if holes != 0:
+            Range, b, stride_rb = line
+            bitmap = Range + b.to(gl.int64) * stride_rb + BITMAP
             word = gl.load(bitmap + (cols >> 5), mask=cols < num_keys, other=0)
             s = gl.where((((word >> (cols & 31)) & 1) == 1)[None, :], s, float("-inf"))
     return s
