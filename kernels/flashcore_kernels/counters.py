@@ -9,6 +9,8 @@ import torch
 # fp32 elements that a stream keeps for partial sums, 4 MiB: decodes of a few sequences, which wait for the host, need
 # less. An allocation takes a tenth of such a call.
 KEPT = 1 << 20
+# Words that captures get for good, 512 MiB: each decode of a long or large batch takes some MiB of slots.
+LENT = 1 << 27
 # In slots: bits of a NaN that no kernel writes as a partial sum.
 UNWRITTEN = -1
 
@@ -23,15 +25,18 @@ class Words:
 
     Buffers are slices of a pool, handed out once; the first call that is not being captured makes it. A capture that
     finds none left has its own words, filled again at each replay, and the next call outside of one makes another pool.
+    Nothing says when a graph is gone, so what a capture got stays taken. A process that captures again and again comes
+    to the end of what captures may have; from then on all of them fill their own, a microsecond or two a launch.
 
     Args:
         value: of all words.
         pool: words of a pool on a GPU.
         least, most: words of a buffer. A launch that needs more than `most` has its own, filled for it alone.
+        lent: words that captures get out of pools, all together.
     """
 
-    def __init__(self, value: int, pool: int, least: int, most: int):
-        self._value, self._pool, self._least, self._most = value, pool, least, most
+    def __init__(self, value: int, pool: int, least: int, most: int, lent: int = LENT):
+        self._value, self._pool, self._least, self._most, self._lent = value, pool, least, most, lent
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._pools: dict[tuple, tuple] = {}  # device -> words, and how many of them are handed out
         self._kept: list[torch.Tensor] = []  # all pools: kernels may still run on those that were used up
@@ -61,13 +66,16 @@ class Words:
         key, size = (device.type, device.index), max(self._least, 1 << (count - 1).bit_length())
         if not captured and count <= self._most and self._left(key) < size:
             self._make_pool(size, device)
-        if count > self._most or self._left(key) < size:
-            self._short = size if count <= self._most else self._short
+        may_have = count <= self._most and (not captured or size <= self._lent)
+        if not may_have or self._left(key) < size:
+            self._short = size if may_have else self._short
             return torch.full((count,), self._value, dtype=torch.int32, device=device)
         pool, used = self._pools[key]
         self._pools[key] = pool, used + size
-        if captured and self._left(key) < size:
-            self._short = size
+        if captured:
+            self._lent -= size
+            if self._left(key) < size <= self._lent:
+                self._short = size
         buffer = self._buffers[place] = pool[used : used + size]
         return buffer
 

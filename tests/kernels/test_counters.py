@@ -31,10 +31,10 @@ def own(monkeypatch):
     monkeypatch.setattr(counters_module, "_partials", {})
     monkeypatch.setattr(torch, "full", filled)
     monkeypatch.setattr(torch, "empty", lambda size, **options: empty(size, dtype=options["dtype"]))
-    state.words = Words(7, pool=20_000, least=1000, most=50_000)
+    state.words = Words(7, pool=20_000, least=1000, most=50_000, lent=200_000)
     for name in ("counters", "slots"):
         value = getattr(counters_module, name)._value
-        monkeypatch.setattr(counters_module, name, Words(value, pool=20_000, least=1000, most=50_000))
+        monkeypatch.setattr(counters_module, name, Words(value, pool=20_000, least=1000, most=50_000, lent=200_000))
     return state
 
 
@@ -91,6 +91,20 @@ class TestWords:
             own.words.get(30_000, GPU)
         assert own.filled == [30_000], "the first capture found none"
         assert own.made == [32768] * 5
+
+    def test_captures_without_end(self, own):
+        """What they take for good is bounded, and so are the pools; behind that they fill their own."""
+        for capture in range(1, 400):
+            own.capture = 0
+            own.words.get(5, GPU)
+            own.capture = capture
+            assert own.words.get(900, GPU).unique().tolist() == [7]
+        assert sum(own.made) <= 240_000, "200,000 for captures, and what streams have"
+        assert 200 <= len(own.filled) <= 220
+        own.capture, own.stream = 0, 5
+        before = len(own.filled)
+        assert own.words.get(900, GPU).data_ptr() == own.words.get(900, GPU).data_ptr()
+        assert len(own.filled) == before, "a stream's own launches are served as before"
 
     def test_more_than_a_pool_holds(self, own):
         own.words.get(5, GPU)
