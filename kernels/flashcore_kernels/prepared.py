@@ -110,7 +110,6 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
         mask, has_scales = (None,), False
     float32, length, units = torch.float32, setup.partial, setup.units
     lse = _allocated(float32) if return_lse else None
-    room = ()
     if not units:
         room = (_allocated(torch.int32) if length else None,)
     else:

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .decode_slots import clear_slots, join, pieces_of, read_slots, rows_layout, split, write_slot
-from .output import LN_2, LOG2_E
+from .output import end_of_rows
 
 
 @gluon.jit
@@ -21,22 +21,14 @@ def _shrink(m, l, r, once, Lse, Sinks, b, kv_head, num_queries, C: gl.constexpr)
     valid = r < num_queries * C.group
     head = kv_head * C.group + r % C.group
     token = r // C.group
+    sink = m
     if C.sinks:
-        sink = gl.load(Sinks + head, mask=valid, other=0.0).to(gl.float32) * LOG2_E
-        m_new = gl.maximum(m, sink)
-        m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = gl.exp2(m - m_finite)
-        l = l * alpha + gl.exp2(sink - m_finite)
-        m = m_new
-    else:
-        alpha = gl.full_like(m, 1.0)
-    # Not l > 0: a NaN in the inputs must stay one.
-    empty = l == 0.0
+        sink = gl.load(Sinks + head, mask=valid, other=0.0)
+    shrink, lse = end_of_rows(m, l, sink, C)
     if C.lse:
-        lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN_2)
         at = (b * C.num_kv_heads * C.group + head).to(gl.int64) * num_queries + token
         gl.store(Lse + at, lse, mask=valid & once)
-    return alpha / gl.where(empty, 1.0, l)
+    return shrink
 
 
 @gluon.jit

@@ -12,6 +12,29 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
+def end_of_rows(m, l, sink, C: gl.constexpr):
+    """What rows' sums are multiplied by in the end, 0 where a row saw no key, and their log-sum-exp.
+
+    Args:
+        m, l: maxima in units of log2, sums of probabilities.
+        sink: logits that enter the denominators, looked at with `C.sinks` alone.
+    """
+    if C.sinks:
+        sink = sink.to(gl.float32) * LOG2_E
+        m_new = gl.maximum(m, sink)
+        m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = gl.exp2(m - m_finite)
+        l = l * alpha + gl.exp2(sink - m_finite)
+        m = m_new
+    else:
+        alpha = gl.full_like(m, 1.0)
+    # Not l > 0: a NaN in the inputs must stay one.
+    empty = l == 0.0
+    whole = gl.where(empty, 1.0, l)
+    return alpha / whole, gl.where(empty, float("-inf"), (m + gl.log2(whole)) * LN_2)
+
+
+@gluon.jit
 def _normalised(acc, shrink):
     return acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
 
@@ -50,21 +73,12 @@ def write(acc0, acc1, m, l, tile, descs, o_smem, output, pointers, num_queries, 
     DV1: gl.constexpr = C.dv1
     dtype: gl.constexpr = o0_smem.dtype
     l = whole_sums(l, m)
+    sink = m
     if C.sinks:
-        sink = gl.load(Sinks + h).to(gl.float32) * LOG2_E
-        m_new = gl.maximum(m, sink)
-        m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = gl.exp2(m - m_finite)
-        l = l * alpha + gl.exp2(sink - m_finite)
-        m = m_new
-    else:
-        alpha = gl.full_like(m, 1.0)
-    # Not l > 0: a NaN in the inputs must stay one.
-    empty = l == 0.0
-    shrink = alpha / gl.where(empty, 1.0, l)
+        sink = gl.load(Sinks + h)
+    shrink, lse = end_of_rows(m, l, sink, C)
     if C.lse:
         rows = r0 + gl.arange(0, ROWS, m.type.layout)
-        lse = gl.where(empty, float("-inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN_2)
         gl.store(Lse + bh.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
     if C.one_copy:
         Out, stride_ob, stride_oh, stride_os, value_eights = output
