@@ -340,7 +340,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, queue, output, pointers, 
         state, use = _other_blocks(state, use, tile, q0, q1, smem, bars, unit_cap, pointers[1], stride_rb, num_keys, C)
         acc0, acc1, p, m, l, alpha = state
 
-        if SLOTS == 1 or C.one_copy:  # the output leaves elsewhere
+        if SLOTS == 1:  # the output leaves elsewhere
             _release(q_empty.index(slot))
         # The last block's product with V, and beside it what the next tile is.
         stage = (use - 1) % STAGES
@@ -348,6 +348,8 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, queue, output, pointers, 
             p, l = _probabilities(p, m, l, alpha, unit_cap[1], C)
         acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C)
         place = taken_over(queue, turn, C.warps)
+        if SLOTS == 2 and C.one_copy:  # elsewhere too, but not before the place was read, see hand_over
+            _release(q_empty.index(slot))
         next_tile = _tile(place, pointers, numbers, scales, CONSUMER, C)
         if DV1 > 0:
             acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async])

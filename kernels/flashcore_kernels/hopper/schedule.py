@@ -100,9 +100,11 @@ def number_after(turn, queue, num_tiles):
 def hand_over(place, queue, turn):
     """Tell the consumers the place of this program's tile `turn` + 1.
 
-    For use beside tile `turn`, whose queries were loaded already: then all consumers are done with the tile two before,
-    and have read the place that this one overwrites. (compute-sanitizer's racecheck reports these reads and writes: it
-    does not follow the arrivals at `q_empty`, by which a consumer's threads say that they are done.)
+    For use beside tile `turn`, whose queries were loaded already: then all consumers have released the queries of the
+    tile two before (with one slot, of the tile before), and read the place that this one overwrites: so each thread
+    does that before it releases them. One that had not would miss two phases of `place_full`, and wait for ever.
+    (compute-sanitizer's racecheck reports these reads and writes: it does not follow the arrivals at `q_empty`, by
+    which a consumer's threads say that they are done.)
     """
     place_smem, place_full, Counter, drawn = queue
     slot = turn % 2
