@@ -35,7 +35,7 @@ def install(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything, on the newest Transformers and Triton."""
     install(session)
-    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session
@@ -105,7 +105,7 @@ def run_suite(session: nox.Session, requirement: str, folder: str) -> dict:
     began = time.monotonic()
     # Any exit status: one version that fails must not hide the others.
     session.run(
-        "python", "-m", "pytest", folder, "-q", "-n", "auto", f"--junitxml={junit}",
+        "python", "-m", "pytest", folder, "-q", "-n", "auto", "--dist", "worksteal", f"--junitxml={junit}",
         env={"FLASHCORE_TEST_FULL": "1"}, success_codes=list(range(256)),
     )  # fmt: skip
     seconds = time.monotonic() - began

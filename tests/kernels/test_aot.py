@@ -24,12 +24,12 @@ FEATURES = ["none", "range-all", "fp8", "rows-all", "bool-mask", "mask-all"] if 
 ROWS = ["16", "64"] if FULL else ["64"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled():
     """compiled(*command line of aot.py) -> its reports.
 
-    From one process of its own for all tests: importing PyTorch and Triton costs as much as compiling a small kernel,
-    and this process interprets.
+    From one process of its own for all tests, whatever a worker steals between them: importing PyTorch and Triton costs
+    as much as compiling a small kernel, and this process interprets.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as environment:
