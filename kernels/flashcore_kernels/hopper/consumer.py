@@ -348,7 +348,7 @@ def consume(CONSUMER: gl.constexpr, descs, smem, bars, queue, output, pointers, 
             p, l = _probabilities(p, m, l, alpha, unit_cap[1], C)
         acc0_async, acc1_async = _add_values(p, v0_smem, v1_smem, stage, acc0, acc1, C)
         place = taken_over(queue, turn, C.warps)
-        if SLOTS == 2 and C.one_copy:  # elsewhere too, but not before the place was read, see hand_over
+        if SLOTS == 2 and C.one_copy:  # elsewhere too, but not before the place was read, see hand_out
             _release(q_empty.index(slot))
         next_tile = _tile(place, pointers, numbers, scales, CONSUMER, C)
         if DV1 > 0:

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .consumer import consume
 from .producer import produce
+from .schedule import hand_out
 from .triton_api import SHARED_WORKER_ARGUMENTS
 
 
@@ -234,6 +235,7 @@ def flashcore_hopper(
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     place_smem = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     place_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    place_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=2 * ROWS)
@@ -245,11 +247,12 @@ def flashcore_hopper(
     mbarrier.init(v_raw, count=1)
     for slot in gl.static_range(2):
         mbarrier.init(place_full.index(slot), count=1)
+    mbarrier.init(place_asked, count=1)
     fence_async_shared()
     descs = (q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc)
     smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
-    queue = (place_smem, place_full, Counter, drawn)
+    queue = (place_smem, place_full, place_asked, Counter, drawn)
     pointers = (Lse, Range, Sinks)
     numbers = (
         num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs,
@@ -261,33 +264,36 @@ def flashcore_hopper(
             _unseen(q_full), _unseen(q_empty), _unseen(k_full), _unseen(k_empty), _unseen(v_full), _unseen(v_empty),
             v_raw,
         )  # fmt: skip
-        unseen_queue = (_unseen(place_smem), _unseen(place_full), Counter, drawn)
+        unseen_queue = (_unseen(place_smem), _unseen(place_full), place_asked, Counter, drawn)
         output = (Out, stride_ob, stride_oh, stride_os, value_eights)
         if SHARED_WORKER_ARGUMENTS:
             gl.warp_specialize(
                 (descs, smem, unseen, unseen_queue, output, pointers, numbers, scales, C), _both_consumers,
-                (descs, smem, bars, queue, pointers, numbers, scales, C), [produce], [1], [C.producer_registers],
+                (descs, smem, bars, queue, pointers, numbers, scales, C), [produce, hand_out], [1, 1],
+                [C.producer_registers, C.producer_registers],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
                     (_both_consumers, (descs, smem, unseen, unseen_queue, output, pointers, numbers, scales, C)),
                     (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                    (hand_out, (descs, smem, bars, queue, pointers, numbers, scales, C)),
                 ],
-                [1], [C.producer_registers],
+                [1, 1], [C.producer_registers, C.producer_registers],
             )  # fmt: skip
     elif SHARED_WORKER_ARGUMENTS:
         if CONSUMERS == 2:
             gl.warp_specialize(
                 (descs, smem, bars, queue, pointers, numbers, scales, C), _consumer_0,
-                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, produce],
-                [4, 1], [C.consumer_registers, C.producer_registers],
+                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, produce, hand_out],
+                [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 (descs, smem, bars, queue, pointers, numbers, scales, C), _consumer_0,
-                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, _consumer_2, produce],
-                [4, 4, 1], [C.consumer_registers, C.consumer_registers, C.producer_registers],
+                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, _consumer_2, produce, hand_out],
+                [4, 4, 1, 1],
+                [C.consumer_registers, C.consumer_registers, C.producer_registers, C.producer_registers],
             )  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize(
@@ -295,8 +301,9 @@ def flashcore_hopper(
                 (_consumer_0, (descs, smem, bars, queue, pointers, numbers, scales, C)),
                 (_consumer_1, (descs, smem, bars, queue, pointers, numbers, scales, C)),
                 (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (hand_out, (descs, smem, bars, queue, pointers, numbers, scales, C)),
             ],
-            [4, 1], [C.consumer_registers, C.producer_registers],
+            [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -305,6 +312,8 @@ def flashcore_hopper(
                 (_consumer_1, (descs, smem, bars, queue, pointers, numbers, scales, C)),
                 (_consumer_2, (descs, smem, bars, queue, pointers, numbers, scales, C)),
                 (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (hand_out, (descs, smem, bars, queue, pointers, numbers, scales, C)),
             ],
-            [4, 4, 1], [C.consumer_registers, C.consumer_registers, C.producer_registers],
+            [4, 4, 1, 1],
+            [C.consumer_registers, C.consumer_registers, C.producer_registers, C.producer_registers],
         )  # fmt: skip

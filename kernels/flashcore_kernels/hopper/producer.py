@@ -4,12 +4,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .schedule import hand_over, number_after, place_of
+from .schedule import place_of, taken_over
 from .triton_api import barrier, tma_load
 from .visible import BITMAP, FAR, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
 
-# With how many blocks left to fetch a program draws its next tile.
-DRAW_BLOCKS = gl.constexpr(4)
+# With how many blocks left to fetch a program asks for its next tile.
+ASK_BLOCKS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -88,13 +88,12 @@ def produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     Lse, Range, Sinks = pointers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
+    place_smem, place_full, place_asked, Counter, drawn = queue
     # One slot for queries is free only when the tile before needs them no more. (With key ranges the consumers of
     # head_dim 192 would have no registers left.)
     KEYS_FIRST: gl.constexpr = SLOTS == 1 and RANGE == 0
     BM: gl.constexpr = 64 * CONSUMERS
-    place = place_of(gl.program_id(0), num_heads, scales)
-    b, h, tile = place
+    b, h, tile = place_of(gl.program_id(0), num_heads, scales)
     turn = 0
     use = 0
     scrubs = 0
@@ -119,9 +118,9 @@ def produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr
 
         # Late, or a program that takes a long tile shortly before the end would end late. But consumers wait for the
         # next place before they release their last block: early, where one may have far fewer blocks than another.
-        draw_at = count * 0
+        ask_at = count * 0
         if RANGE < 2:
-            draw_at = gl.where(m0 + BM <= num_queries, gl.maximum(count - DRAW_BLOCKS, 0), 0)
+            ask_at = gl.where(m0 + BM <= num_queries, gl.maximum(count - ASK_BLOCKS, 0), 0)
         if not KEYS_FIRST:
             _load_queries(descs, smem, bars, b, h, m0, turn, C)
         for j in range(count):
@@ -159,9 +158,7 @@ def produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr
                 if DV1 > 0:
                     tma_load(v1_desc, [b, kv_head, n, DV0], v_full.index(stage), v1_smem.index(stage))
             use += 1
-            # The answer takes a microsecond, which the consumers spend on blocks that are here already.
-            if j == draw_at:
-                place = place_of(number_after(turn, queue, all_heads * tiles_per_head), num_heads, scales)
-                hand_over(place, queue, turn)
-        b, h, tile = place
+            if j == ask_at:
+                mbarrier.arrive(place_asked, count=1)
+        b, h, tile = taken_over(queue, turn, 1)
         turn += 1

@@ -89,7 +89,7 @@ def draw(Counter, num_tiles, num_programs):
 @gluon.jit
 def number_after(turn, queue, num_tiles):
     """The number of this program's tile `turn` + 1; from `num_tiles` on there is none."""
-    place_smem, place_full, Counter, drawn = queue
+    place_smem, place_full, place_asked, Counter, drawn = queue
     number = dealt(turn + 1, gl.program_id(0), gl.num_programs(0))
     if drawn != 0:
         number = draw(Counter, num_tiles, gl.num_programs(0))
@@ -97,30 +97,40 @@ def number_after(turn, queue, num_tiles):
 
 
 @gluon.jit
-def hand_over(place, queue, turn):
-    """Tell the consumers the place of this program's tile `turn` + 1.
+def hand_out(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
+    """The scheduler warp: when the producer asks for the next tile, tells it and the consumers its place.
 
-    For use beside tile `turn`, whose queries were loaded already: then all consumers have released the queries of the
-    tile two before (with one slot, of the tile before), and read the place that this one overwrites: so each thread
+    A warp of its own, because the answer of the counter takes a microsecond and its place five divisions, and large
+    heads are fetched but two blocks ahead.
+
+    The producer asks beside tile `turn` when its queries are loaded: then all consumers have released the queries of
+    the tile two before (with one slot, of the tile before), and read the place that this one overwrites: so each thread
     does that before it releases them. One that had not would miss two phases of `place_full`, and wait for ever.
     (compute-sanitizer's racecheck reports these reads and writes: it does not follow the arrivals at `q_empty`, by
     which a consumer's threads say that they are done.)
     """
-    place_smem, place_full, Counter, drawn = queue
-    slot = turn % 2
-    b, h, tile = place
+    place_smem, place_full, place_asked, Counter, drawn = queue
+    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
+    num_heads = numbers[0]
     empty = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    place_smem.index(slot * 3).store(empty + b)
-    place_smem.index(slot * 3 + 1).store(empty + h)
-    place_smem.index(slot * 3 + 2).store(empty + tile)
-    barrier()
-    mbarrier.arrive(place_full.index(slot), count=1)
+    turn = 0
+    b, h, tile = place_of(gl.program_id(0), num_heads, scales)
+    while tile >= 0:
+        mbarrier.wait(place_asked, turn & 1)
+        b, h, tile = place_of(number_after(turn, queue, all_heads * tiles_per_head), num_heads, scales)
+        slot = turn % 2
+        place_smem.index(slot * 3).store(empty + b)
+        place_smem.index(slot * 3 + 1).store(empty + h)
+        place_smem.index(slot * 3 + 2).store(empty + tile)
+        barrier()
+        mbarrier.arrive(place_full.index(slot), count=1)
+        turn += 1
 
 
 @gluon.jit
 def taken_over(queue, turn, WARPS: gl.constexpr):
-    """What `hand_over` told beside tile `turn`."""
-    place_smem, place_full, Counter, drawn = queue
+    """What `hand_out` told beside tile `turn`."""
+    place_smem, place_full, place_asked, Counter, drawn = queue
     slot = turn % 2
     mbarrier.wait(place_full.index(slot), turn // 2 & 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
