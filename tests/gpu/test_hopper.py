@@ -1,6 +1,9 @@
 """The Gluon kernel against float64 by the error rule: features, head dimensions, seeded random calls; and its bits."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +148,27 @@ def test_counter_of_tiles(head_dim):
     assert not torch.equal(other.run(), -want)
     forget(device)
     assert torch.equal(other.run(), -want)
+
+
+def many_short_tiles(head_dim: int) -> None:
+    """Some thousand tiles of a block or a few, over and over: the producer is as far ahead as it ever gets."""
+    for length, window in ((1024, None), (1024, 64), (700, 1), (60, None)):
+        shape = (max(1, 16384 // max(length, 128)), length, 32, head_dim)
+        query, key, value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(3))
+        path_counts.clear()
+        first = attention(query, key, value, is_causal=True, window=window)
+        assert not first.isnan().any()
+        for _ in range(1000):
+            torch.full_like(first, float("nan"))  # what the output's memory holds before
+            assert torch.equal(attention(query, key, value, is_causal=True, window=window), first)
+        assert set(path_counts) == {"flashcore_hopper"}
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_short_tiles(head_dim):
+    """Whoever misses that the producer has gone on waits for ever: in a process of its own, which can be stopped."""
+    code = f"from tests.gpu.test_hopper import many_short_tiles; many_short_tiles({head_dim})"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=120)
 
 
 REPEATED = {

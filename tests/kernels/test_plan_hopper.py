@@ -85,14 +85,14 @@ class TestHopper:
             assert all(v <= k for k, v in zip(row.head_dim, row.value_dim))
             assert size + 2048 <= 232448, row
 
-    def test_draws_wait_for_no_consumer_that_waits_for_them(self):
+    def test_who_asks_waits_for_no_consumer_that_waits_for_the_answer(self):
         """A consumer that has computed its last block holds that and waits for the next place. The producer may still
-        fetch `stages` blocks from there on, and draws with DRAW_BLOCKS left.
+        fetch `stages` blocks from there on, and asks for it with ASK_BLOCKS left.
         """
         producer = pytest.importorskip("flashcore_kernels.hopper.producer")
         for row in HOPPER_ROWS:
             others = -(-64 * (row.consumers - 1) // row.block_n)  # blocks that only other consumers see
-            assert others <= row.stages - 1 + producer.DRAW_BLOCKS.value - 1, row
+            assert others <= row.stages - 1 + producer.ASK_BLOCKS.value - 1, row
 
     def test_the_next_wider_row_is_hidden_by_none(self):
         # Of one size: the special rows first, and last one for every call.

@@ -1,9 +1,9 @@
-"""The Hopper forward in Gluon: one producer warp, two or three consumer warpgroups of 64 queries each, persistent.
+"""The Hopper forward in Gluon: a scheduler and a producer warp, two or three consumer warpgroups of 64 queries each.
 
 The producer brings Q, K and V to shared memory with the bulk tensor copy engine. Each consumer computes, for its
 queries, S = Q K^T of one block while the softmax of the block before and its product P V are under way; P never leaves
-the registers. A program walks over the tiles that `schedule` gives it; the producer is already at the next tile while
-the consumers finish one.
+the registers. Programs are persistent: the scheduler draws one tile after the other (`schedule`), and the producer is
+already at the next one while the consumers finish one.
 
 What a block costs is the time from its scores to the next ones, along which the two consumers must keep the tensor
 cores busy for each other. So the loop has no barrier that can be left out: a consumer's threads arrive each for itself
@@ -133,7 +133,6 @@ def _consumer_2(descs, smem, bars, queue, pointers, numbers, scales, C: gl.const
 _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
     "stride_rs", "stride_ob", "stride_oh", "stride_os", "value_eights", "all_heads", "tiles_per_head", "section",
-    "drawn",
 ]  # fmt: skip
 
 
@@ -170,7 +169,6 @@ def flashcore_hopper(
     all_heads,
     tiles_per_head,
     section,
-    drawn,
     C: gl.constexpr,
 ):
     """out = softmax(cap(scale * q k^T)) v over the keys that each query sees.
@@ -252,7 +250,7 @@ def flashcore_hopper(
     descs = (q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc)
     smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
-    queue = (place_smem, place_full, place_asked, Counter, drawn)
+    queue = (place_smem, place_full, place_asked, Counter)
     pointers = (Lse, Range, Sinks)
     numbers = (
         num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs,
@@ -264,7 +262,7 @@ def flashcore_hopper(
             _unseen(q_full), _unseen(q_empty), _unseen(k_full), _unseen(k_empty), _unseen(v_full), _unseen(v_empty),
             v_raw,
         )  # fmt: skip
-        unseen_queue = (_unseen(place_smem), _unseen(place_full), place_asked, Counter, drawn)
+        unseen_queue = (_unseen(place_smem), _unseen(place_full), place_asked, Counter)
         output = (Out, stride_ob, stride_oh, stride_os, value_eights)
         if SHARED_WORKER_ARGUMENTS:
             gl.warp_specialize(

@@ -88,7 +88,7 @@ def produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     Lse, Range, Sinks = pointers
     num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    place_smem, place_full, place_asked, Counter, drawn = queue
+    place_smem, place_full, place_asked, Counter = queue
     # One slot for queries is free only when the tile before needs them no more. (With key ranges the consumers of
     # head_dim 192 would have no registers left.)
     KEYS_FIRST: gl.constexpr = SLOTS == 1 and RANGE == 0

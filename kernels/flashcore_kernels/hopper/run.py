@@ -11,7 +11,6 @@ from ..counters import forget, zero
 from ..launch import launch, score_factors
 from ..plan import Plan
 from ..problem import Problem
-from ..tables.hopper import draws
 from .kernel import Config, flashcore_hopper
 from .schedule import heads_in_section
 
@@ -89,11 +88,9 @@ def hopper_launch(
     # Of a meta tensor the launch is only compiled, and for every grid alike.
     processors = 1 if query.is_meta else _processors(query.device)
     section = 1
-    uneven = problem.right >= 0 or key_range is not None  # tiles may differ in length
-    drawn = draws(row, problem.head_dim, problem.num_keys, uneven)
-    if uneven:
+    if problem.right >= 0 or key_range is not None:  # tiles may differ in length
         section = heads_in_section(
-            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors, drawn
+            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors
         )
     output = (None, None)
     if not row.one_copy:
@@ -111,7 +108,7 @@ def hopper_launch(
         (
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
             problem.left, problem.right, *range_strides, *(stride // 8 for stride in out.stride()[:3]),
-            problem.value_dim // 8, *score_factors(problem)[:2], all_heads, tiles_per_head, section, int(drawn),
+            problem.value_dim // 8, *score_factors(problem)[:2], all_heads, tiles_per_head, section,
         ),
         (make_config(problem, plan, has_lse),),
     )  # fmt: skip

@@ -1,15 +1,11 @@
-"""Which tile a program computes next: one that was dealt to it, or the first one that nobody has taken.
+"""Which tile a program computes next: the first one that nobody has taken.
 
 Tiles (BLOCK_M queries of one head) are numbered so that neighbours share keys and values, and so that their lengths
 change slowly under causal attention: sections of a few heads, within a section by length, in one section falling, in
-the next rising, in the last falling. Which program computes a tile does not move a bit of it.
-
-Dealt, program p of P has tiles p, 2P - 1 - p, 2P + p, ...: back and forth, so that one that gets the longest of a round
-gets the shortest of the next. For 132 programs that leaves the longest within 3 % of the mean. But what a tile costs
-depends on more than its length, and SMs are not equally fast: with head_dim 64 and 512 queries programs end 10 % apart.
-So they may draw: program p begins with tile p, and takes each next number from a counter of the launch. Who draws the
-last number of all, one for each tile, sets the counter back to zero. An answer takes a microsecond, which long tiles of
-large heads, fetched two blocks ahead, do not make up for (rows of the table say where programs draw).
+the next rising, in the last falling. Program p begins with tile p, and takes each next number from a counter of the
+launch: what a tile costs depends on more than its length, and SMs are not equally fast, so that with fixed shares
+programs end up to 10 % apart. Who draws the last number of all, one for each tile, sets the counter back to zero. Which
+program computes a tile does not move a bit of it.
 """
 
 from triton.experimental import gluon
@@ -20,12 +16,12 @@ from .triton_api import barrier
 
 # Keys and values of the heads that are in work at a time: what the L2 (50 MB) holds beside queries and outputs.
 SECTION_BYTES = 24 << 20
-# Rounds that a section lasts at least, or it would not balance: of dealt tiles, of drawn ones.
-DEALT_ROUNDS, DRAWN_ROUNDS = 4, 2
+# Rounds that a section lasts at least, or it would not balance.
+LEAST_ROUNDS = 2
 
 
 def heads_in_section(
-    num_keys: int, bytes_per_key: int, num_heads: int, group: int, tiles_per_head: int, processors: int, drawn: bool
+    num_keys: int, bytes_per_key: int, num_heads: int, group: int, tiles_per_head: int, processors: int
 ) -> int:
     """How many query heads are worked on side by side, where tiles differ in length.
 
@@ -34,9 +30,8 @@ def heads_in_section(
         num_heads: of all sequences.
         group: query heads that share a KV head.
     """
-    rounds = DRAWN_ROUNDS if drawn else DEALT_ROUNDS
     fit = max(SECTION_BYTES // (num_keys * bytes_per_key), 1) * group
-    heads = min(max(fit, -(-rounds * processors // tiles_per_head)), num_heads)
+    heads = min(max(fit, -(-LEAST_ROUNDS * processors // tiles_per_head)), num_heads)
     # Sections of one size, and none that begins within a group.
     heads = -(-num_heads // -(-num_heads // heads))
     return -(-heads // group) * group
@@ -69,30 +64,17 @@ def place_of(number, heads, scales):
 
 
 @gluon.jit
-def dealt(turn, program, num_programs):
-    """The number of this program's tile `turn`."""
-    return turn * num_programs + gl.where(turn % 2 == 1, num_programs - 1 - program, program)
-
-
-@gluon.jit
 def draw(Counter, num_tiles, num_programs):
     """The number of the next tile that nobody has taken; from `num_tiles` on there is none.
 
-    Each program draws beside each of its tiles: `num_tiles` draws in all.
+    Each program draws beside each of its tiles: `num_tiles` draws in all. Where each has one tile nobody draws.
     """
-    ticket = gl.atomic_add(Counter, 1, sem="relaxed", scope="gpu")
-    if ticket == num_tiles - 1:
-        gl.store(Counter, 0)
-    return num_programs + ticket
-
-
-@gluon.jit
-def number_after(turn, queue, num_tiles):
-    """The number of this program's tile `turn` + 1; from `num_tiles` on there is none."""
-    place_smem, place_full, place_asked, Counter, drawn = queue
-    number = dealt(turn + 1, gl.program_id(0), gl.num_programs(0))
-    if drawn != 0:
-        number = draw(Counter, num_tiles, gl.num_programs(0))
+    number = num_tiles
+    if num_tiles > num_programs:
+        ticket = gl.atomic_add(Counter, 1, sem="relaxed", scope="gpu")
+        if ticket == num_tiles - 1:
+            gl.store(Counter, 0)
+        number = num_programs + ticket
     return number
 
 
@@ -109,7 +91,7 @@ def hand_out(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexp
     (compute-sanitizer's racecheck reports these reads and writes: it does not follow the arrivals at `q_empty`, by
     which a consumer's threads say that they are done.)
     """
-    place_smem, place_full, place_asked, Counter, drawn = queue
+    place_smem, place_full, place_asked, Counter = queue
     score_scale, cap_scale, all_heads, tiles_per_head, section = scales
     num_heads = numbers[0]
     empty = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -117,7 +99,7 @@ def hand_out(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexp
     b, h, tile = place_of(gl.program_id(0), num_heads, scales)
     while tile >= 0:
         mbarrier.wait(place_asked, turn & 1)
-        b, h, tile = place_of(number_after(turn, queue, all_heads * tiles_per_head), num_heads, scales)
+        b, h, tile = place_of(draw(Counter, all_heads * tiles_per_head, gl.num_programs(0)), num_heads, scales)
         slot = turn % 2
         place_smem.index(slot * 3).store(empty + b)
         place_smem.index(slot * 3 + 1).store(empty + h)
@@ -130,7 +112,7 @@ def hand_out(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexp
 @gluon.jit
 def taken_over(queue, turn, WARPS: gl.constexpr):
     """What `hand_out` told beside tile `turn`."""
-    place_smem, place_full, place_asked, Counter, drawn = queue
+    place_smem, place_full, place_asked, Counter = queue
     slot = turn % 2
     mbarrier.wait(place_full.index(slot), turn // 2 & 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])

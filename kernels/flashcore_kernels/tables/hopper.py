@@ -61,26 +61,6 @@ def hopper_configuration(
     return None
 
 
-ANY = 1 << 31
-# head_dim up to which -> most keys with which programs draw their tiles (hopper/schedule.py): where tiles differ in
-# length, and where they do not. Against dealt ones: 64 +12 % at S = 512, +5 to 7 % up to 8192, in full up to +6 %;
-# 96 +3 and +1 %; 128, 192 +3, +8 % at S = 512, -2, -3 % at 8192; 256 +20 % at S = 512, +1 % at 8192, in full -2 %.
-DRAWN_KEYS = {64: (ANY, ANY), 96: (ANY, 0), 128: (1024, 0), 192: (1024, 0), 256: (ANY, 0)}
-
-
-def draws(row: HopperRow, head_dim: int, num_keys: int, uneven: bool) -> bool:
-    """Whether programs draw their tiles, or have them dealt.
-
-    Args:
-        uneven: tiles may differ in length.
-    """
-    # 264 TFLOP/s at S = 512 where dealt ones reach 248; at 1024 they were not faster.
-    if row.one_copy:
-        return num_keys <= 512
-    most = next(most for size, most in DRAWN_KEYS.items() if head_dim <= size)
-    return num_keys <= most[0 if uneven else 1]
-
-
 # The reasons are us on an H200 with Triton 3.6, inside CUDA graphs, for 32 query heads on 8 KV heads if none are named.
 DECODE_ROWS = (
     HopperDecodeRow(
