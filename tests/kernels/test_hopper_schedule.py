@@ -94,7 +94,7 @@ def test_causal_work_is_balanced(length, heads, kv_heads, bytes_per_key):
     """
     tiles, group = length // 128, heads // kv_heads
     heads = heads * 16384 // length
-    section = schedule.heads_in_section(length, bytes_per_key, heads, group, tiles, 132)
+    section = schedule.heads_in_section(length, bytes_per_key, heads, group, tiles, 132, 2)
     blocks = 2 if bytes_per_key == 1024 else 1  # of a tile's own keys
     costs = [(tile + 1) * blocks + 0.5 for _, tile in tiles_in_order(tiles, heads, section)]
     speeds = [1.0 - 0.1 * (p * 37 % 132) / 132 for p in range(132)]
@@ -106,12 +106,31 @@ def test_causal_work_is_balanced(length, heads, kv_heads, bytes_per_key):
 
 
 def test_sections():
-    """As many heads as half of the L2 holds, whole groups, equal sections, and never so few that nothing balances."""
-    assert schedule.heads_in_section(2048, 512, 256, 4, 16, 132) == 88
-    assert schedule.heads_in_section(16384, 1024, 8, 1, 128, 132) == 3
-    assert schedule.heads_in_section(10**6, 512, 32, 4, 8000, 132) == 4
-    assert schedule.heads_in_section(16, 512, 32, 4, 1, 132) == 32
-    assert schedule.heads_in_section(512, 1024, 256, 1, 4, 132) == 64
+    """As many heads as a third of the L2 holds, whole groups, equal sections, and enough to keep all programs busy."""
+    assert schedule.heads_in_section(2048, 512, 256, 4, 16, 132, 2) == 64
+    assert schedule.heads_in_section(16384, 512, 32, 4, 128, 132, 2) == 8
+    assert schedule.heads_in_section(16384, 256, 32, 1, 86, 132, 2) == 4
+    assert schedule.heads_in_section(16384, 256, 32, 1, 86, 132, 5) == 8
+    assert schedule.heads_in_section(10**6, 512, 32, 4, 8000, 132, 2) == 4
+    assert schedule.heads_in_section(16, 512, 32, 4, 1, 132, 2) == 32
+    assert schedule.heads_in_section(512, 1024, 256, 1, 4, 132, 2) == 64
+
+
+def test_last_section_lacks_few_heads():
+    """What the last section lacks of the others' size: never more than of the size that fits best, mostly less."""
+
+    def lacks(groups, size):
+        return -groups % size / size
+
+    better = 0
+    for groups in range(1, 200):
+        for wanted in (1, 3, 4, 7, 16, 33):
+            size = schedule.heads_in_section(1, schedule.SECTION_BYTES // wanted, 2 * groups, 2, 10**6, 132, 2) // 2
+            assert min(groups, 2 / 3 * wanted) <= size <= 3 / 2 * wanted, (groups, wanted, size)
+            assert lacks(groups, size) <= lacks(groups, min(wanted, groups)), (groups, wanted, size)
+            better += lacks(groups, size) < lacks(groups, min(wanted, groups))
+    assert better > 400
+    assert schedule.heads_in_section(16384, 256, 32, 1, 10**6, 132, 2) == 4 and lacks(32, 6) == 2 / 3
 
 
 def test_nobody_draws_where_each_program_has_one_tile():

@@ -90,7 +90,7 @@ def hopper_launch(
     section = 1
     if problem.right >= 0 or key_range is not None:  # tiles may differ in length
         section = heads_in_section(
-            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors
+            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors, row.least_rounds
         )
     output = (None, None)
     if not row.one_copy:

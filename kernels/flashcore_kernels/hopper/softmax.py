@@ -27,16 +27,21 @@ def _rescale_asm(count: int) -> tuple[str, str]:
     return " ".join(lines), ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
 
 
-RESCALE, RESCALED = map(gl.constexpr, _rescale_asm(64))
+RESCALE_64, RESCALED_64 = map(gl.constexpr, _rescale_asm(64))
+RESCALE_32, RESCALED_32 = map(gl.constexpr, _rescale_asm(32))
 
 
 @gluon.jit
 def rescale(acc, alpha):
     """acc * alpha[:, None], of which a warp whose rows all have alpha = 1 skips everything where that is much."""
     factors = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    if acc.shape[1] >= 128:
+    # A thread has half as many registers of it as it has columns. Of 16 a look would cost as much as it saves.
+    if acc.shape[1] >= 64:
+        ASM: gl.constexpr = RESCALE_64 if acc.shape[1] >= 128 else RESCALE_32
+        CONSTRAINTS: gl.constexpr = RESCALED_64 if acc.shape[1] >= 128 else RESCALED_32
+        PACK: gl.constexpr = 64 if acc.shape[1] >= 128 else 32
         factors = gl.full_like(acc, 0.0) + factors
-        acc = gl.inline_asm_elementwise(RESCALE, RESCALED, [acc, factors], dtype=gl.float32, is_pure=True, pack=64)
+        acc = gl.inline_asm_elementwise(ASM, CONSTRAINTS, [acc, factors], dtype=gl.float32, is_pure=True, pack=PACK)
     else:
         acc = acc * factors
     return acc

@@ -46,7 +46,7 @@ class HopperRow(NamedTuple):
             Two blocks' numbers are in registers then, which key ranges and softcap need: such a row serves neither.
         consumer_registers, producer_registers: of a thread.
         why: what speaks for it.
-        min_queries: it serves calls with so many queries or more.
+        min_queries: it serves calls with so many queries or more; causal ones, and the others.
         short_masks: half as many instructions where a block is at an edge. ptxas then orders the loop of all blocks
             differently, by which some rows lose more: 3 to 5 % with head_dim 128.
         one_copy: both consumers are one partition of 8 warps and run one copy of the machine code, which then is
@@ -54,6 +54,8 @@ class HopperRow(NamedTuple):
             alone: with newer ones the consumers of a partition would wait for each other in each block.
         turns: with one copy, consumers take turns in issuing their products; else they drift into step.
         causal: it serves causal calls alone.
+        least_rounds: tiles of a program, where they differ in length, that a section of heads has at least
+            (hopper/schedule.py).
 
     Calls of the same head dimensions that take different rows, by features or by length, must give a sequence the same
     bits: their rows have one `block_n`.
@@ -69,11 +71,12 @@ class HopperRow(NamedTuple):
     consumer_registers: int
     producer_registers: int
     why: str
-    min_queries: int = 0
+    min_queries: tuple[int, int] = (0, 0)
     short_masks: bool = False
     one_copy: bool = False
     turns: bool = False
     causal: bool = False
+    least_rounds: int = 2
 
 
 class HopperDecodeRow(NamedTuple):
