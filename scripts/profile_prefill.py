@@ -28,6 +28,13 @@ CASES = (
     Case("prefill", 2, 8192, 8192, 32, 32, 64, 64, causal=False),
     Case("prefill", 32, 512, 512, 32, 32, 64, 64),
     Case("prefill", 2, 8192, 8192, 8, 8, 256, 256, causal=False),
+    Case("prefill", 2, 8192, 8192, 32, 8, 128, 128),
+    Case("prefill", 2, 8192, 8192, 32, 32, 64, 64),
+    Case("prefill", 32, 512, 512, 8, 8, 256, 256),
+    Case("prefill", 2, 8192, 8192, 32, 32, 96, 96, causal=False),
+    Case("prefill", 2, 8192, 8192, 16, 16, 192, 128),
+    Case("window", 1, 16384, 16384, 32, 8, 128, 128, window=4096),
+    Case("chunked", 1, 512, 8192, 32, 8, 128, 128),
 )
 KERNELS = "regex:flashcore|device_kernel"  # FlashAttention-3's are CUTLASS device kernels
 PIPE = "sm__pipe_{}_cycles_active.avg.pct_of_peak_sustained_active"

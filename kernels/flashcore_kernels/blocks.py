@@ -86,19 +86,24 @@ def power_of_2(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
-    """tanh, exact to fp32 rounding: a series near 0, where 1 - exp(-2|x|) would cancel."""
-    t = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|)
-    big = (1.0 - t) / (1.0 + t)
-    big = tl.where(x < 0, -big, big)
+def tanh(x, EXACT: tl.constexpr):
+    """tanh, exact to fp32 rounding, or with a relative error below 4e-6, which 16-bit inputs hide: a third the work."""
     x2 = x * x
-    # Taylor to x^11; at |x| = 0.3 the next term is below fp32 rounding.
-    series = -0.008863235529902197
-    series = series * x2 + 0.021869488536155203
-    series = series * x2 - 0.05396825396825397
-    series = series * x2 + 0.13333333333333333
-    series = series * x2 - 0.3333333333333333
-    return tl.where(tl.abs(x) < 0.3, x + x * x2 * series, big)
+    if EXACT:
+        t = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|)
+        far = (1.0 - t) / (1.0 + t)
+        far = tl.where(x < 0, -far, far)
+        # 1 - exp(-2|x|) cancels near 0. There Taylor's series, to x^11: at |x| = 0.3 the next term is below rounding.
+        near = -0.008863235529902197
+        near = near * x2 + 0.021869488536155203
+        near = near * x2 - 0.05396825396825397
+        near = near * x2 + 0.13333333333333333
+        near = near * x2 - 0.3333333333333333
+        return tl.where(tl.abs(x) < 0.3, x + x * x2 * near, far)
+    else:
+        far = 1.0 - 2.0 / (1.0 + tl.exp2(2.8853900817779268 * x))
+        near = x + x * x2 * (x2 * 0.13333333333333333 - 0.3333333333333333)
+        return tl.where(tl.abs(x) < 0.0625, near, far)
 
 
 @triton.jit
@@ -200,7 +205,7 @@ def attend_block(
     # s * unit are the scores in units of log2; multiplied out only with the maximum at hand, by one fma.
     unit = score_scale
     if SOFTCAP:
-        s = tanh(s * unit)
+        s = tanh(s * unit, EXACT)
         unit = cap_scale
     if CHECK == 2:
         if edge:

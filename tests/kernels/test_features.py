@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from flashcore_kernels import attention, make_key_range, path_counts
+from flashcore_kernels.blocks import tanh
 
 from .reference import DTYPES, FEATURES, PAIRS, assert_right, build, check
 
@@ -46,6 +49,27 @@ def test_pair_decode(pair, device):
 def test_pair_forward(pair, device):
     place = PAIRS.index(pair)
     checked(set(pair), (17, 127)[place % 2], (129, 127)[place // 2 % 2], device, heads=(2, 1), seed=place)
+
+
+def test_tanh():
+    """Relative errors, so that a softcap far above all scores leaves these as they are."""
+    x = torch.cat([torch.logspace(-30, 1.5, 5000), torch.tensor([0.0, 40.0])])
+    x = torch.cat([x, -x])
+    for exact, most in ((True, 4e-7), (False, 4e-6)):
+        got = torch.empty_like(x)
+        _tanh_kernel[(1,)](x, got, len(x), exact, 16384)
+        want = x.double().tanh()
+        assert ((got - want).abs() <= most * want.abs()).all()
+        assert ((got - want).abs() > most / 100 * want.abs()).any(), "negative control"
+    no_series = 1.0 - 2.0 / (1.0 + torch.exp2(2.8853900817779268 * x))
+    assert ((no_series - x.double().tanh()).abs() > 4e-6 * x.double().tanh().abs()).any()
+
+
+@triton.jit
+def _tanh_kernel(X, Out, count, EXACT: tl.constexpr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    x = tl.load(X + offs, mask=offs < count, other=0.0)
+    tl.store(Out + offs, tanh(x, EXACT), mask=offs < count)
 
 
 @pytest.mark.parametrize("num_queries", [3, 40])

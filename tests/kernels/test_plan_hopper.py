@@ -97,13 +97,13 @@ class TestHopper:
     def test_the_next_wider_row_is_hidden_by_none(self):
         # Of one size: the special rows first, and last one for every call.
         order = [
-            (sum(row.head_dim), sum(row.value_dim), -max(row.min_queries), not row.ahead, not row.one_copy)
+            (sum(row.head_dim), sum(row.value_dim), -max(row.min_queries), not row.plain, not row.one_copy)
             for row in HOPPER_ROWS
         ]
         assert order == sorted(order) and len(set(order)) == len(order)
         for last, following in zip(HOPPER_ROWS, [*HOPPER_ROWS[1:], None]):
             if following is None or (last.head_dim, last.value_dim) != (following.head_dim, following.value_dim):
-                assert not (last.ahead or any(last.min_queries) or last.one_copy or last.causal)
+                assert not (last.plain or any(last.min_queries) or last.one_copy or last.causal)
 
     def test_one_copy_of_the_code_is_of_two_consumers_and_two_slots(self):
         for row in HOPPER_ROWS:
@@ -128,18 +128,20 @@ class TestHopper:
         for row in HOPPER_ROWS:
             assert blocks.setdefault((row.head_dim, row.value_dim), row.block_n) == row.block_n
 
-    @pytest.mark.parametrize("sizes", [(64, 64), (96, 96), (128, 128), (256, 256)])
-    def test_ahead_where_there_is_neither_key_range_nor_softcap(self, sizes):
+    @pytest.mark.parametrize("sizes", [(128, 128), (192, 128)])
+    def test_short_masks_where_there_is_a_key_range_or_softcap(self, sizes):
         size = {"head_dim": sizes[0], "value_dim": sizes[1]}
         for plain in ({}, {"right": 0}, {"left": 7}, {"has_sinks": True}):
-            assert self.chosen(**size, **plain).hopper.ahead
+            assert not self.chosen(**size, **plain).hopper.short_masks
         for more in ({"range_layout": "sequence"}, {"range_layout": "rows"}, {"softcap": 5.0}):
-            assert not self.chosen(**size, **more).hopper.ahead
+            assert self.chosen(**size, **more).hopper.short_masks
 
     def test_three_consumers_for_many_queries_of_head_dim_64(self):
         assert self.chosen(num_queries=2048, num_keys=2048).hopper.consumers == 3
         assert self.chosen(num_queries=2047, num_keys=2047).hopper.consumers == 2
-        assert self.chosen(num_queries=2048, num_keys=2048, range_layout="sequence").hopper.consumers == 2
+        for queries, consumers in ((3072, 3), (3071, 2)):
+            assert self.chosen(num_queries=queries, num_keys=3072, right=0).hopper.consumers == consumers
+        assert self.chosen(num_queries=4096, num_keys=4096, range_layout="sequence").hopper.consumers == 2
         assert self.chosen(num_queries=2048, num_keys=2048, head_dim=72, value_dim=72).hopper.consumers == 2
 
 

@@ -10,36 +10,42 @@ ROWS = (
         (64, 0), (64, 0), 3, 128, 3, 2, True, 160, 32, "522 TFLOP/s at S = 8192 where 2 consumers have 453; 7 % "
         "more than them at 2048, 7 % less at 1024; causal 3 % more at 4096, 4 % less at 2048; not ahead 477, blocks of "
         "64 keys 444, pairs of tiles 402; sections of 2 rounds 390, 466 at S = 2048, 8192 causal, of 5 rounds 409, 510",
-        min_queries=(3072, 2048), short_masks=True, least_rounds=5,
+        min_queries=(3072, 2048), plain=True, short_masks=True, least_rounds=5,
     ),
     HopperRow(
         (64, 0), (64, 0), 2, 128, 3, 2, True, 240, 24, "where it is causal 18 % more than two copies at 512, 8 % at "
-        "1024, 3 % at 1536; without turns 13 % and 4 %; in full 3 % less at 1024", short_masks=True, one_copy=True,
-        turns=True, causal=True,
+        "1024, 3 % at 1536; without turns 13 % and 4 %; in full 3 % less at 1024", plain=True, short_masks=True,
+        one_copy=True, turns=True, causal=True,
     ),
     HopperRow(
-        (64, 0), (64, 0), 2, 128, 3, 2, True, 240, 24, "1.5 % more than not ahead; short masks 2 to 3 % more at "
-        "S = 512, at 1024 1 % less causal, 5 % more full", short_masks=True,
+        (64, 0), (64, 0), 2, 128, 3, 2, True, 240, 24, "1.5 % more than not ahead, padded 4 %; short masks 2 to 3 % "
+        "more at S = 512, at 1024 1 % less causal, 5 % more full; with 2 stages 367 of 368", short_masks=True,
     ),
-    HopperRow((64, 0), (64, 0), 2, 128, 3, 2, False, 240, 24, "368 TFLOP/s, with 2 stages 367; 3 consumers 329"),
     HopperRow(
         (64, 32), (64, 32), 2, 128, 2, 2, True, 240, 24, "1 % more than not ahead; with 64 keys 431 of 509; short "
-        "masks 6 % more where it is causal at S = 2048, 2 % less in full at 8192", short_masks=True,
-    ),
-    HopperRow((64, 32), (64, 32), 2, 128, 2, 2, False, 240, 24, "3 stages are 2 % slower"),
-    HopperRow((128, 0), (128, 0), 2, 128, 2, 2, True, 240, 24, "3 % more than not ahead; with 64 keys 511 of 593"),
-    HopperRow(
-        (128, 0), (128, 0), 2, 128, 2, 2, False, 240, 24, "595 TFLOP/s; with one slot for queries 522 where two had 566"
+        "masks 6 % more where it is causal at S = 2048, padded 2 %, 2 % less in full at 8192; 3 stages 2 % less",
+        short_masks=True,
     ),
     HopperRow(
-        (128, 64), (128, 0), 2, 128, 2, 1, False, 240, 24, "686 TFLOP/s, 656 where the output took the queries' slot; "
-        "ahead is 2 to 4 % slower where it is causal at S = 8192, else 1 to 3 % faster",
+        (128, 0), (128, 0), 2, 128, 2, 2, True, 240, 24, "3 % more than not ahead; with 64 keys 511 of 593; with one "
+        "slot for queries 522 where two had 566", plain=True,
+    ),
+    HopperRow(
+        (128, 0), (128, 0), 2, 128, 2, 2, True, 240, 24, "padded at S = 512, 2048, 8192 161, 313, 1039 us, without "
+        "short masks 172, 322, 1052, not ahead 175, 329, 1083", short_masks=True,
+    ),
+    HopperRow(
+        (128, 64), (128, 0), 2, 128, 2, 1, True, 240, 24, "4 % more than not ahead, with short masks 4 % less; 686 "
+        "TFLOP/s not ahead, 656 where the output took the queries' slot", plain=True,
+    ),
+    HopperRow(
+        (128, 64), (128, 0), 2, 128, 2, 1, True, 240, 24, "padded at S = 512, 2048, 8192 110, 194, 586 us, without "
+        "short masks 134, 223, 628, not ahead 134, 220, 634", short_masks=True,
     ),
     HopperRow(
         (256, 0), (256, 0), 2, 64, 2, 1, True, 240, 24, "702 TFLOP/s, 684 where the output took the queries' slot; "
-        "1.5 % more than not ahead; short masks 1 % more", short_masks=True,
+        "1.5 % more than not ahead; short masks 1 % more, padded 5 to 9 %", short_masks=True,
     ),
-    HopperRow((256, 0), (256, 0), 2, 64, 2, 1, False, 240, 24, "565 TFLOP/s; there is room for one slot alone"),
 )  # fmt: skip
 
 
@@ -57,7 +63,7 @@ def hopper_configuration(
         fits = head_dim <= sum(row.head_dim) and value_dim <= sum(row.value_dim)
         if not fits or num_queries < row.min_queries[0 if causal else 1]:
             continue
-        if (plain or not row.ahead) and (causal or not row.causal) and (one_copy or not row.one_copy):
+        if (plain or not row.plain) and (causal or not row.causal) and (one_copy or not row.one_copy):
             return row
     return None
 

@@ -53,6 +53,7 @@ class HopperRow(NamedTuple):
             fetched less often, and write their output straight from the registers. Such a row serves Triton 3.5 to 3.7
             alone: with newer ones the consumers of a partition would wait for each other in each block.
         turns: with one copy, consumers take turns in issuing their products; else they drift into step.
+        plain: it serves calls with neither a key range nor softcap alone.
         causal: it serves causal calls alone.
         least_rounds: tiles of a program, where they differ in length, that a section of heads has at least
             (hopper/schedule.py).
@@ -72,6 +73,7 @@ class HopperRow(NamedTuple):
     producer_registers: int
     why: str
     min_queries: tuple[int, int] = (0, 0)
+    plain: bool = False
     short_masks: bool = False
     one_copy: bool = False
     turns: bool = False
