@@ -49,7 +49,7 @@ def rescale(acc, alpha):
 
 @gluon.jit
 def tanh(x):
-    """tanh with a relative error below 4e-6, which is a thousandth of what 16-bit scores are rounded by."""
+    """tanh with a relative error below 4e-6, a hundredth of what 16 bits round by."""
     e = gl.exp2(2.8853900817779268 * x)  # exp(2 x)
     inverse = gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=gl.float32, is_pure=True, pack=1
