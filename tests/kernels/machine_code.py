@@ -46,11 +46,31 @@ def resources(cubin: bytes, wgmma: bool) -> dict:
     return report
 
 
+def _instructions(sass: str) -> list[tuple[int, str]]:
+    """(address, text) of each."""
+    return [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
+
+
+def _branches(code: list[tuple[int, str]], predicated: bool) -> list[tuple[int, int]]:
+    """(address, target) of each branch, or of those alone that have a predicate."""
+    pattern = re.compile((r"^@.*" if predicated else "") + r"\bBRA\b.*?\b0x([0-9a-f]+)")
+    found = [(at, pattern.search(what)) for at, what in code]
+    return [(at, int(target[1], 16)) for at, target in found if target]
+
+
+def _inner_wgmma_loops(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """(first, last address) of each innermost loop that multiplies by wgmma."""
+    # A branch without a predicate comes back from a barrier's second try, which ptxas sets behind everything else: from
+    # there to its target is no loop.
+    loops = [(target, at) for at, target in _branches(code, predicated=True) if target < at]
+    loops = [loop for loop in loops if any("HGMMA" in what for at, what in code if loop[0] <= at <= loop[1])]
+    return [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+
 def loop_spills(sass: str) -> int:
     """How many loads and stores of spilled registers stand within a loop: between a branch back and its target."""
-    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
-    branches = [(at, re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
-    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
+    code = _instructions(sass)
+    loops = [(target, at) for at, target in _branches(code, predicated=False) if target < at]
     spills = [at for at, what in code if re.search(r"\b(STL|LDL)\b", what)]
     return sum(any(begin <= at <= end for begin, end in loops) for at in spills)
 
@@ -62,19 +82,12 @@ def wgmma_loops(sass: str) -> list[tuple[int, int, int]]:
         (instructions; loads and stores of spilled registers; exponentials behind the wait for all products, which do
         not overlap with any of them).
     """
-    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
-    # A branch without a predicate comes back from a barrier's second try, which ptxas sets behind everything else: from
-    # there to its target is no loop.
-    branches = [(at, re.search(r"^@.*\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
-    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
-    loops = [loop for loop in loops if any("HGMMA" in what for at, what in code if loop[0] <= at <= loop[1])]
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    code = _instructions(sass)
+    branches = _branches(code, predicated=True)
     found = []
-    for begin, end in inner:
+    for begin, end in _inner_wgmma_loops(code):
         # What a branch within the loop skips is for the blocks at the edges, and to rescale, which hardly a block does.
-        skips = [
-            (at, int(target[1], 16)) for at, target in branches if target and begin <= at < int(target[1], 16) <= end
-        ]
+        skips = [(at, target) for at, target in branches if begin <= at < target <= end]
         body = [what for at, what in code if begin <= at <= end and not any(start < at < stop for start, stop in skips)]
         spills = sum(bool(re.search(r"\b(STL|LDL)\b", what)) for what in body)
         waits = [at for at, what in enumerate(body) if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", what)]
@@ -85,13 +98,10 @@ def wgmma_loops(sass: str) -> list[tuple[int, int, int]]:
 
 def loop_barriers(sass: str) -> int:
     """How many of Triton's barriers stand in innermost loops that multiply by wgmma."""
-    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
-    branches = [(at, re.search(r"^@.*\bBRA\b.*?\b0x([0-9a-f]+)", what)) for at, what in code]
-    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
-    loops = [loop for loop in loops if any("HGMMA" in what for at, what in code if loop[0] <= at <= loop[1])]
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    code = _instructions(sass)
     triton_barrier = re.compile(r"BAR\.SYNC\S* 0x")  # the kernel's own have their numbers in registers
-    return sum(bool(triton_barrier.search(what)) for begin, end in inner for at, what in code if begin <= at <= end)
+    loops = _inner_wgmma_loops(code)
+    return sum(bool(triton_barrier.search(what)) for begin, end in loops for at, what in code if begin <= at <= end)
 
 
 def _cuobjdump(option: str, path: str) -> str:

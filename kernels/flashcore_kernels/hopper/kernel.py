@@ -105,8 +105,8 @@ def _unseen(memory):
     It puts a barrier of the partition between any two waits for one array of barriers, for a thread that has slept
     through two phases. None can here, because each thread arrives for itself (at the queries' barrier when it has read
     the next place, see hand_out); and that barrier, in each block, would have two consumers of one partition wait for
-    each other. Triton keeps the memory for as long as it sees it used: by
-    the producer. Nothing is called: LLVM sees through it.
+    each other. Triton keeps the memory for as long as it sees it used: by the producer. Nothing is called: LLVM sees
+    through it.
     """
     return memory
 
