@@ -67,6 +67,12 @@ class TestHopper:
         full, causal = (launched(query, key, key, is_causal=c)[1][3][-1] for c in (False, True))
         assert full == 1 < causal
 
+    def test_sections_last_as_many_rounds_as_the_row_says(self, launched):
+        """Of these heads 4 fit; 3 consumers want five rounds, which 8 of them make."""
+        query = torch.empty(1, 32, 16384, 64, dtype=torch.float16)
+        chosen, (_, _, _, scalars, _, _) = launched(query, query, query, is_causal=True)
+        assert chosen.hopper.least_rounds == 5 and scalars[-1] == 8
+
 
 @pytest.mark.parametrize("queries", [1, 4, 16])
 @pytest.mark.parametrize("heads", [(8, 8), (32, 8), (32, 1)])
