@@ -16,7 +16,7 @@ from pathlib import Path
 import nox
 
 TORCH = os.environ.get("FLASHCORE_TORCH", "torch==2.13.0")
-# Here the helper is the way in (flashcore_hf/legacy.py); tests/hf leaves out what does not apply.
+# Here the helper is the way in (flashcore_hf/legacy); tests/hf leaves out what does not apply.
 LEGACY = ("4.40.2", "4.43.4", "4.45.2", "4.47.1", "4.48.3", "4.51.3", "4.52.4")
 TRANSFORMERS = ("4.53.3", "4.57.6", "5.0.0", "5.4.0", "5.17.0", "5.23.0")
 TRITON = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
@@ -76,7 +76,7 @@ def run_matrix(session: nox.Session, folders: dict[str, str], asked: list[str] |
     json_file, failed = RESULTS / "full-matrix.json", []
     for requirement in asked or folders:
         if requirement.startswith("triton"):
-            # The interpreters before 3.7 and NumPy 2.4 do not go together (op.py).
+            # The interpreters before 3.7 and NumPy 2.4 do not go together (device.py).
             session.install("--upgrade", "transformers", "numpy<2.4")
         row = run_suite(session, requirement, folders[requirement])
         known = json.loads(json_file.read_text())["rows"] if json_file.exists() else []

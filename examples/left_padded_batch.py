@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flashcore_hf  # noqa: F401
-from flashcore_hf.tiny_models import PAD_TOKEN_ID, make_config
+from flashcore_hf.parity.tiny_models import PAD_TOKEN_ID, make_config
 
 PROMPTS = ["Bread, salt, a knife, a rope,", "The ferry crosses", "What the mind does not need it should"]
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import flashcore_hf  # noqa: F401  importing it is what makes the name known
-from flashcore_hf.tiny_models import make_config
+from flashcore_hf.parity.tiny_models import make_config
 
 
 def load(name: str | None):

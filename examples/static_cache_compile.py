@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 import flashcore_hf  # noqa: F401
-from flashcore_hf.tiny_models import make_config
+from flashcore_hf.parity.tiny_models import make_config
 
 TEXT = "The cache is the desk on which"
 

@@ -30,8 +30,8 @@ except Exception as error:  # noqa: BLE001 - `env` must be able to report whatev
 
 
 _LAZY = {
-    "FlashCoreCache": "cache",
-    "use_flashcore_cache": "cache",
+    "FlashCoreCache": "cache.flashcore_cache",
+    "use_flashcore_cache": "cache.flashcore_cache",
     "graphed": "graphs",
     "replace_attention_with_flashcore": "legacy",
     "restore_attention": "legacy",

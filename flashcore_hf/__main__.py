@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
         help="greedy decoding beside eager and sdpa, token for token",
         description="Generate with flashcore and with a reference backend, and compare tokens and logits. Without "
         "--model two small checkpoints are trained first. Exit status 1 where a row fails, by the rule that "
-        "flashcore_hf/parity.py begins with.",
+        "flashcore_hf/parity/rules.py begins with.",
     )
     parity.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint of yours; default: two tiny trained ones")
     parity.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return env()
     _interpret_without_gpu(arguments.device, argv)
     try:
-        from .parity_command import main as parity
+        from .parity.command import main as parity
     except ImportError as error:
         print(f"parity cannot run: {error}\n`python -m flashcore_hf env` says more.", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ from flashcore_kernels.fallback import note_fallback, torch_attention
 from flashcore_kernels.op import attend, path_counts
 from flashcore_kernels.problem import check_problem
 
-from .quantize import SCALE_ATTRIBUTE
+from .cache.quantize import SCALE_ATTRIBUTE
 
 # Keywords that ride along through Transformers' layers and say nothing that attention would have to heed: positions
 # are in query and key already, and which keys exist is in the mask.

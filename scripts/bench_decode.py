@@ -119,7 +119,7 @@ class Inputs:
             part.copy_(torch.randn(part.shape, device="cuda", generator=generator))
         self.scales = (None, None)
         if case.fp8:
-            from flashcore_hf.quantize import head_scales, quantize
+            from flashcore_hf.cache.quantize import head_scales, quantize
 
             self.scales = tuple(head_scales(part) for part in self.pair)
             stored = torch.empty(shape, dtype=torch.float8_e4m3fn, device="cuda")

@@ -18,20 +18,21 @@ from pathlib import Path
 import benchmarking
 import torch
 from flashcore_kernels import attention as kernel_attention
-from flashcore_kernels import launch as launch_module
-from flashcore_kernels import op, prepared
+from flashcore_kernels import op
 from flashcore_kernels.plan import Device
+from flashcore_kernels.runtime import launch as launch_module
+from flashcore_kernels.runtime import prepared
 from transformers import DynamicCache
 from transformers.models.llama import LlamaConfig
 
 try:
-    from flashcore_kernels.hopper import run as hopper_run
+    from flashcore_kernels.hopper.prefill import launch as hopper_run
 except ImportError:  # a Triton without Gluon
     hopper_run = None
 
 import flashcore_hf
 from flashcore_hf.attention import flashcore_attention
-from flashcore_hf.cache import FlashCoreCache
+from flashcore_hf.cache.flashcore_cache import FlashCoreCache
 from flashcore_hf.masks import flashcore_mask
 
 BATCH, HEADS, KV_HEADS, KEYS, HEAD_DIM = 1, 32, 8, 2048, 128

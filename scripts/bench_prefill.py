@@ -132,7 +132,8 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
 
 
 def flashcore(case: Case, x: Inputs, portable: bool = False) -> Callable | None:
-    from flashcore_kernels import attention, make_key_range, op, path_counts, prepared
+    from flashcore_kernels import attention, make_key_range, op, path_counts
+    from flashcore_kernels.runtime import prepared
 
     arguments = {"is_causal": case.causal, "window": case.window}
     if case.lengths:

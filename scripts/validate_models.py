@@ -15,8 +15,8 @@ import benchmarking
 import torch
 from transformers import DynamicCache
 
-from flashcore_hf.parity import Settings, compare_model, largest_difference, top2_gap
-from flashcore_hf.parity_runs import Cell, Run, generate, load, unload, wrong_scale
+from flashcore_hf.parity.rules import Settings, compare_model, largest_difference, top2_gap
+from flashcore_hf.parity.runs import Cell, Run, generate, load, unload, wrong_scale
 from tests.gpu.large_models import SHAPES, make_model, random_prompts
 
 CELLS = {"dynamic-1": ("dynamic", 1), "dynamic-8": ("dynamic", 8), "static-1": ("static", 1), "static-8": ("static", 8)}

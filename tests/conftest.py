@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
-from flashcore_kernels import counters  # noqa: E402
-from flashcore_kernels.interpreter import quick_interpreter  # noqa: E402
+from flashcore_kernels.runtime import workspace  # noqa: E402
+from flashcore_kernels.runtime.interpreter import quick_interpreter  # noqa: E402
 
 
 def pytest_collection_modifyitems(config, items):
@@ -54,7 +54,7 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", wrap(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", wrap(torch.Tensor.new_empty))
     # Partial sums are allocated too, where a stream would keep room for them that holds those of the call before.
-    monkeypatch.setattr(counters, "KEPT", 0)
+    monkeypatch.setattr(workspace, "KEPT", 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -86,7 +86,7 @@ def test_editable_install_finds_every_module(checkout, tmp_path):
     (site_packages,) = tmp_path.rglob("site-packages")
     files = [name for name in sources() if name.endswith(".py")]
     modules = [name[:-3].replace("/", ".").removesuffix(".__init__") for name in files]
-    assert "flashcore_kernels.tables.sm90" in modules
+    assert "flashcore_kernels.portable.tables.sm90" in modules
     # Without `site`, and first on the path: an editable installation in use here has a finder of the same name.
     here = Path(torch.__file__).parents[1]
     origins = python(

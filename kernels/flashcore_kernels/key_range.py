@@ -108,7 +108,7 @@ def make_step_key_range(
     """
     fits = key_mask is not None and key_mask.shape == (batch_size, num_keys) and min(left, right) >= UNLIMITED
     if fits and _in_one_launch(key_mask, query_start, device):
-        from .key_range_kernel import run_key_range
+        from .portable.key_range_kernel import run_key_range
 
         words = torch.empty(batch_size, sequence_width(num_keys), dtype=torch.int32, device=key_mask.device)
         run_key_range(words, key_mask, query_start, min(left, FARTHEST), min(right, FARTHEST), HEADER_WORDS)
@@ -122,7 +122,7 @@ def _in_one_launch(key_mask: torch.Tensor, query_start: int | torch.Tensor, devi
     if not key_mask.is_cuda or torch.compiler.is_compiling() or key_mask.dtype != torch.bool:
         return False
     from .op import device_of  # they need this file
-    from .prepared import goes_past_dispatcher
+    from .runtime.prepared import goes_past_dispatcher
 
     if isinstance(query_start, torch.Tensor) and (
         query_start.device != key_mask.device or query_start.numel() not in (1, key_mask.shape[0])

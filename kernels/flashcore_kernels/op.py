@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from .ahead import prompt_attends
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
-from .prepared import find, prepare, remember
+from .precompile import prompt_attends
 from .problem import Problem, Window, check_problem, with_alignment
+from .runtime.prepared import find, prepare, remember
 
 # How many calls each path served since the process began (or since someone cleared it), by kernel name.
 path_counts: Counter[str] = Counter()
@@ -23,7 +23,7 @@ def device_of(device: torch.device) -> Device:
         import triton
         from triton.runtime.interpreter import InterpretedFunction
 
-        from .forward import flashcore_forward
+        from .portable.forward import flashcore_forward
     except ImportError as error:
         return Device("torch", reason=f"Triton cannot be imported ({error})")
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -248,19 +248,19 @@ def _serve(chosen: Plan, problem: Problem, return_lse: bool, query, key, value, 
 
 def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> None:
     if chosen.kernel == "flashcore_decode":
-        from .decode import run_decode
+        from .portable.decode import run_decode
 
         run_decode(problem, chosen, *tensors)
     elif chosen.kernel == "flashcore_hopper_decode":
-        from .hopper.decode_run import run_hopper_decode
+        from .hopper.decode.launch import run_hopper_decode
 
         run_hopper_decode(problem, chosen, *tensors)
     elif chosen.kernel == "flashcore_hopper":
-        from .hopper.run import run_hopper
+        from .hopper.prefill.launch import run_hopper
 
         run_hopper(problem, chosen, *tensors)
     else:
-        from .forward import run_forward
+        from .portable.forward import run_forward
 
         run_forward(problem, chosen, *tensors)
 

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from .hopper.prefill.table import hopper_configuration, hopper_decode_configuration
+from .portable.tables import configuration
+from .portable.tables.row import HopperDecodeRow, HopperRow
 from .problem import Problem
-from .tables import configuration
-from .tables.hopper import hopper_configuration, hopper_decode_configuration
-from .tables.row import HopperDecodeRow, HopperRow
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256

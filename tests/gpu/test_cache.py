@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from flashcore_hf.cache import FlashCoreCache
+from flashcore_hf.cache.flashcore_cache import FlashCoreCache
 
+from ..hf.cache.test_flashcore_cache import assert_same, layer_pair, tokens
 from ..hf.compare import greedy
 from ..hf.models import VOCABULARY, model_pair, prompts
-from ..hf.test_cache import assert_same, layer_pair, tokens
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "gemma3_text", "gpt_oss"])

@@ -7,8 +7,8 @@ import flashcore_hf
 
 from ..hf.compare import greedy
 from ..hf.models import model_pair, prompts
+from ..kernels.cache.test_kv_write import *  # noqa: F403
 from ..kernels.test_fp8 import *  # noqa: F403
-from ..kernels.test_kv_write import *  # noqa: F403
 
 E4M3 = torch.float8_e4m3fn
 

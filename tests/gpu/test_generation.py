@@ -53,7 +53,7 @@ def test_beams_and_prompt_lookup(pair):
 def test_a_compiled_decode_may_be_the_first_call():
     """torch.compile warms up inside a graph's memory pool; what the kernels keep must not come out of it."""
     from flashcore_kernels import attention
-    from flashcore_kernels.counters import counters, slots
+    from flashcore_kernels.runtime.workspace import counters, slots
 
     torch._dynamo.reset()
     for words in (counters, slots):

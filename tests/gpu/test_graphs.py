@@ -56,8 +56,8 @@ def test_tokens(pair, padding, recordings):
 
 
 def test_growth(pair, recordings, monkeypatch):
-    monkeypatch.setattr("flashcore_hf.cache_layer.FIRST_CAPACITY", 16)
-    monkeypatch.setattr("flashcore_hf.cache_layer.MARGIN", 3)
+    monkeypatch.setattr("flashcore_hf.cache.layer.FIRST_CAPACITY", 16)
+    monkeypatch.setattr("flashcore_hf.cache.layer.MARGIN", 3)
     plain, model = pair
     ids, mask = cuda_prompts(2, 9, "left")
     assert torch.equal(greedy(model, ids, mask, 150), greedy(plain, ids, mask, 150))

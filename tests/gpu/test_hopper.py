@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flashcore_kernels import attention, explain, make_key_range, path_counts
-from flashcore_kernels.counters import counters, forget
+from flashcore_kernels.runtime.workspace import counters, forget
 
 from ..kernels.reference import RANGES, assert_right, build, check, together
 

@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
-from flashcore_kernels import attention, counters, explain, make_key_range, path_counts, prepared
-from flashcore_kernels.hopper import decode_run
-from flashcore_kernels.tables import hopper as tables
+from flashcore_kernels import attention, explain, make_key_range, path_counts
+from flashcore_kernels.hopper.decode import launch as decode_run
+from flashcore_kernels.hopper.prefill import table as tables
+from flashcore_kernels.runtime import prepared, workspace
 
 from ..kernels import test_fp8
 from ..kernels.reference import RANGES, assert_right, build, check, together
@@ -305,8 +306,8 @@ def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
 @pytest.fixture
 def own_slots(monkeypatch):
     """Slots that no other test has used."""
-    own = counters.Words(counters.UNWRITTEN, pool=1 << 22, least=1 << 12, most=1 << 24)
-    monkeypatch.setattr(counters, "slots", own)
+    own = workspace.Words(workspace.UNWRITTEN, pool=1 << 22, least=1 << 12, most=1 << 24)
+    monkeypatch.setattr(workspace, "slots", own)
     return own
 
 
@@ -318,7 +319,7 @@ def test_slots_are_unwritten_behind_a_call(name, own_slots):
     want = on_hopper(call)
     (buffer,) = own_slots._buffers.values()
     torch.cuda.synchronize()
-    assert (buffer == counters.UNWRITTEN).all()
+    assert (buffer == workspace.UNWRITTEN).all()
     buffer.fill_(0)
     assert not torch.equal(call.run(), want)
     own_slots.forget(call.query.device)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from flashcore_hf.parity import check_paths, compare, largest_difference
-from flashcore_hf.parity_runs import Cell, caught_at, generate, wrong_scale
+from flashcore_hf.parity.rules import check_paths, compare, largest_difference
+from flashcore_hf.parity.runs import Cell, caught_at, generate, wrong_scale
 
 from .large_models import make_model, random_prompts
 

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from flashcore_kernels import attention, key_range, make_key_range, path_counts, prepared
+from flashcore_kernels import attention, key_range, make_key_range, path_counts
+from flashcore_kernels.runtime import prepared
 
 from ..kernels.reference import build, check
 

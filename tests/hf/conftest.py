@@ -15,8 +15,8 @@ transformers.logging.set_verbosity_error()
 
 # Before 4.53 there is the helper alone: neither `attn_implementation="flashcore"` nor its mask function nor our caches.
 if not compat.HAS_INTERFACE:
-    _OF_THE_HELPER = ("test_legacy.py", "test_legacy_restore.py", "test_environment.py", "test_parity.py")
-    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in _OF_THE_HELPER]
+    _OF_THE_HELPER = ("legacy", "parity", "test_environment.py")
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("*") if path.name not in _OF_THE_HELPER]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashcore_hf import compat
-from flashcore_hf.legacy import replace_attention_with_flashcore
+from flashcore_hf.legacy.helper import replace_attention_with_flashcore
 
 try:
     from huggingface_hub.errors import StrictDataclassError

@@ -21,7 +21,7 @@ if Version(transformers.__version__) < Version("4.57"):
 
 import flashcore_hf
 from flashcore_hf import graphs
-from flashcore_hf.cache import FlashCoreCache
+from flashcore_hf.cache.flashcore_cache import FlashCoreCache
 
 from . import tape
 
@@ -119,8 +119,8 @@ def test_holes_in_the_mask(recorded):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_buffers_double(model_type, recorded, monkeypatch):
     """Growth moves the buffers, so the next step is recorded anew; a sliding layer drops old tokens in place."""
-    monkeypatch.setattr("flashcore_hf.cache_layer.FIRST_CAPACITY", 16)
-    monkeypatch.setattr("flashcore_hf.cache_layer.MARGIN", 3)
+    monkeypatch.setattr("flashcore_hf.cache.layer.FIRST_CAPACITY", 16)
+    monkeypatch.setattr("flashcore_hf.cache.layer.MARGIN", 3)
     plain, model = graphed_pair(model_type)
     ids, mask = prompts(2, 9, "left")
     assert torch.equal(greedy(model, ids, mask, 60), greedy(plain, ids, mask, 60))

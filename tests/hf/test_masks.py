@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from flashcore_kernels import forward
 from flashcore_kernels.key_range import layout_of, visible
+from flashcore_kernels.portable import forward
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 

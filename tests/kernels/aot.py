@@ -85,8 +85,8 @@ def chosen_plan(variant: Variant):
 
 def source(variant: Variant, plan):
     """The ASTSource of the variant, specialised as a launch on aligned tensors would be."""
-    from flashcore_kernels.decode import flashcore_decode
-    from flashcore_kernels.forward import flashcore_forward
+    from flashcore_kernels.portable.decode import flashcore_decode
+    from flashcore_kernels.portable.forward import flashcore_forward
     from triton.compiler import ASTSource
 
     fn = {"flashcore_forward": flashcore_forward, "flashcore_decode": flashcore_decode}[variant.kernel]
@@ -152,8 +152,8 @@ def source(variant: Variant, plan):
 
 def hopper_source(variant: Variant, problem, plan):
     """The GluonASTSource of the variant of `flashcore_hopper`."""
-    from flashcore_kernels.hopper.kernel import flashcore_hopper
-    from flashcore_kernels.hopper.run import make_config, tile_layout
+    from flashcore_kernels.hopper.prefill.kernel import flashcore_hopper
+    from flashcore_kernels.hopper.prefill.launch import make_config, tile_layout
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]
@@ -188,8 +188,8 @@ def hopper_source(variant: Variant, problem, plan):
 
 def hopper_decode_source(variant: Variant, problem, plan):
     """As `hopper_source`, for `flashcore_hopper_decode` and the layout that caches have; and its DecodeConfig."""
-    from flashcore_kernels.hopper.decode import flashcore_hopper_decode
-    from flashcore_kernels.hopper.decode_run import make_decode_config, sharing
+    from flashcore_kernels.hopper.decode.kernel import flashcore_hopper_decode
+    from flashcore_kernels.hopper.decode.launch import make_decode_config, sharing
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]
@@ -230,7 +230,7 @@ def compile_variant(variant: Variant, **override) -> dict:
         code = hopper_source(variant, problem, plan)
         counted = {"one_copy": plan.hopper.one_copy}
     elif variant.kernel == "flashcore_hopper_decode":
-        from flashcore_kernels.hopper.decode_run import decode_options
+        from flashcore_kernels.hopper.decode.launch import decode_options
 
         code, config = hopper_decode_source(variant, problem, plan)
         options |= decode_options(config)

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from flashcore_kernels.plan import HOPPER_TRITON
-from flashcore_kernels.tables import configuration
+from flashcore_kernels.portable.tables import configuration
 
 from . import aot
 

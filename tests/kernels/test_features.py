@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from flashcore_kernels import attention, make_key_range, path_counts
-from flashcore_kernels.blocks import tanh
+from flashcore_kernels.portable.blocks import tanh
 
 from .reference import DTYPES, FEATURES, PAIRS, assert_right, build, check
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flashcore_kernels import blocks, key_range, op
+from flashcore_kernels import key_range, op
 from flashcore_kernels.key_range import (
     FIRST,
     HEADER_WORDS,
@@ -16,6 +16,7 @@ from flashcore_kernels.key_range import (
     visible,
 )
 from flashcore_kernels.plan import Device
+from flashcore_kernels.portable import blocks
 
 
 def test_kernels_read_the_words_that_the_host_writes():
@@ -115,7 +116,7 @@ class TestKernel:
 
     @pytest.fixture
     def both(self, device):
-        kernel = pytest.importorskip("flashcore_kernels.key_range_kernel")
+        kernel = pytest.importorskip("flashcore_kernels.portable.key_range_kernel")
 
         def both(key_mask, query_start=0, left=-1, right=-1):
             batch_size, num_keys = key_mask.shape
@@ -154,7 +155,7 @@ class TestKernel:
 
     def test_steps_on_a_gpu_take_it(self, monkeypatch):
         """And whatever it cannot say, or a compiler fuses, takes the operators."""
-        kernel = pytest.importorskip("flashcore_kernels.key_range_kernel")
+        kernel = pytest.importorskip("flashcore_kernels.portable.key_range_kernel")
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)

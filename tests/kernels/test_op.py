@@ -8,19 +8,12 @@ import warnings
 
 import pytest
 import torch
-from flashcore_kernels import (
-    FlashcoreFallbackWarning,
-    attention,
-    counters,
-    decode,
-    make_key_range,
-    naive_attention,
-    op,
-    path_counts,
-)
-from flashcore_kernels.counters import Words
+from flashcore_kernels import FlashcoreFallbackWarning, attention, make_key_range, naive_attention, op, path_counts
 from flashcore_kernels.fallback import forget_warnings, torch_attention
+from flashcore_kernels.portable import decode
 from flashcore_kernels.problem import check_problem
+from flashcore_kernels.runtime import workspace
+from flashcore_kernels.runtime.workspace import Words
 from torch._dynamo.testing import CompileCounter
 
 from .reference import build, check
@@ -253,28 +246,28 @@ class TestCounters:
 
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch):
-        monkeypatch.setattr(counters, "counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
+        monkeypatch.setattr(workspace, "counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
 
     def test_left_at_zero(self, device):
         check(self.split_call(device))
-        (buffer,) = counters.counters._buffers.values()
+        (buffer,) = workspace.counters._buffers.values()
         assert not buffer.any()
 
     def test_one_buffer_serves_all_launches(self, device):
         check(self.split_call(device))
-        (before,) = counters.counters._buffers.values()
+        (before,) = workspace.counters._buffers.values()
         check(self.split_call(device))
-        (after,) = counters.counters._buffers.values()
+        (after,) = workspace.counters._buffers.values()
         assert before is after
 
     def test_a_larger_launch_has_a_larger_buffer(self, device):
-        small = counters.counters.get(1, device)
-        large = counters.counters.get(small.numel() + 1, device)
+        small = workspace.counters.get(1, device)
+        large = workspace.counters.get(small.numel() + 1, device)
         assert large.numel() > small.numel() and not large.any()
 
     def test_an_aborted_launch_poisons_nothing(self, device, monkeypatch):
         def abort(*_):
-            (buffer,) = counters.counters._buffers.values()
+            (buffer,) = workspace.counters._buffers.values()
             buffer.fill_(3)  # as programs that were cut off would leave it
             raise KeyboardInterrupt
 
@@ -291,7 +284,7 @@ class TestCounters:
         """
         call = self.split_call(device)
         right = call.run()
-        (buffer,) = counters.counters._buffers.values()
+        (buffer,) = workspace.counters._buffers.values()
         buffer.fill_(1)
         assert not torch.equal(call.run(), right)
 
@@ -305,8 +298,8 @@ class TestCounters:
     def test_threads_do_not_share(self, device):
         import threading
 
-        mine, theirs = counters.counters.get(1, torch.device("cpu")), []
-        thread = threading.Thread(target=lambda: theirs.append(counters.counters.get(1, torch.device("cpu"))))
+        mine, theirs = workspace.counters.get(1, torch.device("cpu")), []
+        thread = threading.Thread(target=lambda: theirs.append(workspace.counters.get(1, torch.device("cpu"))))
         thread.start()
         thread.join()
         assert theirs[0] is not mine
@@ -350,7 +343,7 @@ def test_cpu_tensors_without_the_interpreter_work():
     result = python("""
         import sys, torch, warnings
         import flashcore_kernels as fk
-        import flashcore_kernels.decode, flashcore_kernels.forward
+        import flashcore_kernels.portable.decode, flashcore_kernels.portable.forward
         assert "transformers" not in sys.modules
         query = torch.randn(1, 4, 5, 16)
         with warnings.catch_warnings(record=True) as caught:

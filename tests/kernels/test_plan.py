@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from flashcore_kernels import explain, launch
+from flashcore_kernels import explain
+from flashcore_kernels.hopper.prefill.table import ROWS as HOPPER_ROWS
 from flashcore_kernels.plan import (
     MAX_DECODE_QUERIES,
     MAX_HEAD_DIM,
@@ -15,9 +16,9 @@ from flashcore_kernels.plan import (
     padded,
     plan,
 )
+from flashcore_kernels.portable.tables import TABLES, configuration
 from flashcore_kernels.problem import check_problem, with_alignment
-from flashcore_kernels.tables import TABLES, configuration
-from flashcore_kernels.tables.hopper import ROWS as HOPPER_ROWS
+from flashcore_kernels.runtime import launch
 
 H200 = Device("cuda", 90)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -394,8 +395,8 @@ class TestLaunchCache:
 
     def test_arguments_are_the_kernels_parameters(self):
         """Positions, not names, go to Triton: a parameter moved in one place alone would go unnoticed."""
-        from flashcore_kernels.decode import flashcore_decode
-        from flashcore_kernels.forward import flashcore_forward
+        from flashcore_kernels.portable.decode import flashcore_decode
+        from flashcore_kernels.portable.forward import flashcore_forward
 
         for kernel in (flashcore_forward, flashcore_decode):
             parameters = inspect.signature(kernel.fn).parameters

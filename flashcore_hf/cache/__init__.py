@@ -1,0 +1,1 @@
+"""FlashCoreCache: its layers, and its fp8."""

@@ -1,0 +1,1 @@
+"""`python -m flashcore_hf parity`: greedy decoding beside eager and SDPA."""

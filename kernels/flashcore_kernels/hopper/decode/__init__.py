@@ -1,0 +1,1 @@
+"""Decode: up to 16 query tokens on many keys, which are cut into chunks."""

@@ -1,0 +1,1 @@
+"""Prefill: many queries, in tiles of 64 or 128 of one head."""

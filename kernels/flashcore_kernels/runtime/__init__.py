@@ -1,0 +1,1 @@
+"""From Python to a launch: compiled kernels, calls like one before, workspaces, Triton's interpreter."""

@@ -1,0 +1,373 @@
+"""FlashCoreCache beside DynamicCache: the same tokens and the same contents, without concatenation."""
+
+import pytest
+import torch
+import transformers
+from flashcore_kernels import op
+from flashcore_kernels.plan import Device
+from packaging.version import Version
+from transformers import DynamicCache
+
+from ..compare import greedy
+from ..models import VOCABULARY, model_pair, prompts, tiny_config
+
+if Version(transformers.__version__) < Version("4.57"):
+    pytest.skip("FlashCoreCache needs 4.57", allow_module_level=True)
+
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from flashcore_hf.cache.flashcore_cache import FlashCoreCache, use_flashcore_cache
+from flashcore_hf.cache.layer import CROP_TAKES_LENGTH, FIRST_CAPACITY, MARGIN, FlashCoreLayer
+from flashcore_hf.cache.quantize import LARGEST, dequantize, head_scales, quantize
+
+MODELS = ("llama", "mistral", "gemma3_text")
+
+
+@pytest.fixture
+def torch_attention(monkeypatch):
+    """PyTorch in place of the interpreter, which is slow; the views of a cache are tried with kernels elsewhere."""
+    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="this test is about the cache"))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return model_pair(request.param)[1]
+
+
+def tokens(batch_size: int, count: int, seed: int = 0, heads: int = 2, head_dim: int = 8, value_dim: int = 4):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(batch_size, heads, count, head_dim, generator=generator),
+        torch.randn(batch_size, heads, count, value_dim, generator=generator),
+    )
+
+
+def layer_pair(window: int | None, **options):
+    """(ours, Transformers')"""
+    return FlashCoreLayer(window, **options), DynamicSlidingWindowLayer(window) if window else DynamicLayer()
+
+
+def crop(layer, remove: int) -> None:
+    layer.crop(layer.get_seq_length() - remove if CROP_TAKES_LENGTH else -remove)
+
+
+def assert_same(ours, other) -> None:
+    assert torch.equal(ours.keys, other.keys) and torch.equal(ours.values, other.values)
+    assert ours.get_seq_length() == other.get_seq_length()
+
+
+@pytest.mark.parametrize("ways", ["greedy", "sampled", "beams", "prompt lookup"])
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
+def test_generate(model, ways, padding, torch_attention):
+    """The prompt is longer than the sliding window already."""
+    options = {
+        "greedy": {},
+        "sampled": {"do_sample": True},
+        "beams": {"num_beams": 3, "num_return_sequences": 2},
+        "prompt lookup": {"prompt_lookup_num_tokens": 4, "eos_token_id": VOCABULARY - 1},
+    }[ways]
+    ids, mask = prompts(3, 9, padding)
+    if ways == "prompt lookup":
+        ids = torch.arange(3, 9).repeat(3)[None]
+        mask = torch.ones_like(ids)
+    answers = []
+    # Up to 5.4, sliding layers of a DynamicCache cannot be cropped, and generate() has full ones instead.
+    for cache in (DynamicCache() if ways == "prompt lookup" else None, FlashCoreCache(model.config)):
+        torch.manual_seed(3)
+        answers.append(greedy(model, ids, mask, 20, past_key_values=cache, **options))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_kernels_read_the_views(model_type, paths):
+    eager, model = model_pair(model_type)
+    ids, mask = prompts(2, 9, "left")
+    assert torch.equal(
+        greedy(model, ids, mask, 8, past_key_values=FlashCoreCache(model.config)), greedy(eager, ids, mask, 8)
+    )
+    assert paths["torch"] == 0 and paths.total() > 0
+
+
+@pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
+def test_a_second_turn_continues_the_first(model, torch_attention):
+    ids, mask = prompts(2, 9)
+    answers = []
+    for cache in (DynamicCache(config=model.config), FlashCoreCache(model.config)):
+        first = greedy(model, ids, mask, 5, past_key_values=cache)
+        ids_two = torch.cat([first, ids[:, :4]], dim=1)
+        answers.append(greedy(model, ids_two, torch.ones_like(ids_two), 5, past_key_values=cache))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
+def test_as_the_default_of_generate(model, torch_attention):
+    """One line on, one line off; other caches are left alone."""
+    ids, mask = prompts(2, 9, "left")
+
+    def run(**options):
+        return greedy(model, ids, mask, 6, return_dict_in_generate=True, **options)
+
+    expected = run()
+    before = {name for name in vars(model) if "prepare" in name}
+    assert use_flashcore_cache(model) is model
+    got = run()
+    assert type(got.past_key_values) is FlashCoreCache
+    assert torch.equal(got.sequences, expected.sequences)
+    assert type(run(past_key_values=DynamicCache(config=model.config)).past_key_values) is DynamicCache
+    assert type(run(cache_implementation="static").past_key_values).__name__ == "StaticCache"
+    use_flashcore_cache(model, False)
+    assert type(run().past_key_values) is DynamicCache
+    assert {name for name in vars(model) if "prepare" in name} == before == set()
+
+
+@pytest.mark.parametrize("window", [None, 6, 300])
+@pytest.mark.parametrize("sizes", [[9] + [1] * 200, [3, 5, 1, 400, 1, 1, 7], [700, 1, 1, 2, 300, 1]], ids=str)
+def test_contents(window, sizes):
+    """Keys and values of every step; long prompts, growth, and old tokens dropped on the way."""
+    ours, other = layer_pair(window)
+    for step, count in enumerate(sizes):
+        pair = tokens(2, count, seed=step)
+        size, offset = ours.get_mask_sizes(count)
+        for got, want in zip(ours.update(*pair), other.update(*pair)):
+            assert torch.equal(got, want)
+            assert size == got.shape[2] and offset == ours.get_seq_length() - size
+        assert_same(ours, other)
+    if window:
+        assert ours.capacity <= max(2 * (window + MARGIN), FIRST_CAPACITY)
+
+
+def test_a_token_moves_nothing():
+    """1,000 tokens: buffers change when they double, and only then."""
+    layer = FlashCoreLayer()
+    addresses = set()
+    for step in range(1000):
+        layer.update(*tokens(1, 1, seed=step % 7))
+        addresses.add((layer.key_buffer.data_ptr(), layer.capacity))
+    assert sorted(capacity for _, capacity in addresses) == [256, 512, 1024]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_crop(window):
+    """Candidates are taken back, also across the window's edge and after 100 tokens that were dropped."""
+    ours, other = layer_pair(window)
+    if window is not None and not hasattr(other, "activate_past_recording"):
+        other = DynamicLayer()  # older ones cannot crop a window; what is visible is compared below
+    if hasattr(other, "activate_past_recording"):
+        other.activate_past_recording()
+    for step, (count, remove) in enumerate([(9, 0), (5, 3), (1, 1), (100, 2), (150, 4), (6, 5)]):
+        pair = tokens(2, count, seed=step)
+        for layer in (ours, other):
+            layer.update(*pair)
+            crop(layer, torch.tensor(remove) if layer is ours else remove)  # as assisted decoding does
+        assert type(ours.length) is int
+        assert ours.get_seq_length() == other.get_seq_length()
+        visible = ours.keys.shape[2]
+        assert torch.equal(ours.keys, other.keys[:, :, other.keys.shape[2] - visible :])
+        assert visible == (other.keys.shape[2] if window is None else min(window - 1, ours.length))
+    if window:
+        with pytest.raises(ValueError, match="activate_past_recording"):
+            crop(ours, 200)
+        assert ours.get_seq_length() == other.get_seq_length()
+
+
+def test_past_recording_keeps_whatever_may_be_taken_back():
+    layer = FlashCoreLayer(6)
+    reference, _ = tokens(1, 500)
+    layer.update(*tokens(1, 10))
+    layer.update(reference[:, :, :90], reference[:, :, :90, :4])
+    layer.activate_past_recording()
+    for step in range(90, 490):
+        layer.update(reference[:, :, step : step + 1], reference[:, :, step : step + 1, :4])
+    crop(layer, 400)
+    assert torch.equal(layer.keys, reference[:, :, 85:90])
+    # Without it, so many tokens are gone.
+    layer = FlashCoreLayer(6)
+    for step in range(490):
+        layer.update(reference[:, :, step : step + 1], reference[:, :, step : step + 1, :4])
+    with pytest.raises(ValueError, match="has dropped the tokens"):
+        crop(layer, 400)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn])
+def test_batch_operations(window, dtype):
+    layer = FlashCoreLayer(window, dtype=dtype)
+    layer.update(*tokens(3, 9))
+    layer.update(*tokens(3, 1))
+
+    def contents():
+        return [part.clone() for part in layer.copied()] if layer.length else None
+
+    layer.dtype = torch.float32
+    keys, values = contents()
+    address = layer.key_buffer.data_ptr()
+    beams = torch.tensor([2, 0, 0])
+    layer.reorder_cache(beams)
+    assert layer.key_buffer.data_ptr() == address
+    assert torch.equal(contents()[0], keys[beams]) and torch.equal(contents()[1], values[beams])
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(contents()[0], keys[beams].repeat_interleave(2, dim=0))
+    layer.batch_select_indices(torch.tensor([5, 0]))
+    assert torch.equal(contents()[0], keys[beams].repeat_interleave(2, dim=0)[[5, 0]])
+    layer.batch_select_indices(torch.tensor([False, True]))
+    assert torch.equal(contents()[1], values[[2]])
+    layer.update(*tokens(1, 1))
+    assert layer.get_seq_length() == 11
+
+
+def test_overflow_loses_nothing(model):
+    cache = FlashCoreCache(model.config, max_length=12)
+    ids, mask = prompts(2, 9)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        before = [(layer.keys.clone(), layer.length) for layer in cache.layers]
+        with pytest.raises(ValueError, match="holds 9 tokens and has max_length=12, and 4 more"):
+            model(ids[:, :4], attention_mask=torch.ones(2, 13, dtype=torch.long), past_key_values=cache)
+        for layer, (keys, length) in zip(cache.layers, before):
+            assert torch.equal(layer.keys, keys) and layer.length == length
+        model(ids[:, :3], attention_mask=torch.ones(2, 12, dtype=torch.long), past_key_values=cache)
+    assert cache.get_seq_length() == 12
+    assert all(layer.capacity <= FIRST_CAPACITY for layer in cache.layers)
+
+
+@pytest.mark.parametrize("length", [4, 9, 200])
+def test_to_and_from_dynamic(length):
+    config = tiny_config("gemma3_text")
+    dynamic = DynamicCache(config=config)
+    for step, count in enumerate((length, 1)):
+        for index in range(len(dynamic.layers)):
+            dynamic.update(*tokens(2, count, seed=step), index)
+    ours = FlashCoreCache.from_dynamic(dynamic)
+    back = ours.to_dynamic()
+    for index, (a, b, c) in enumerate(zip(ours.layers, dynamic.layers, back.layers)):
+        assert type(b) is type(c)
+        assert_same(a, b)
+        assert_same(c, b)
+        assert c.keys.data_ptr() != a.key_buffer.data_ptr()
+        more = tokens(2, 3, seed=9)
+        wanted = dynamic.update(*more, index)
+        for cache in (ours, back):
+            for got, want in zip(cache.update(*more, index), wanted):
+                assert torch.equal(got, want)
+
+
+def test_reset_keeps_the_buffers():
+    layer = FlashCoreLayer()
+    layer.update(*tokens(2, 300))
+    address = layer.key_buffer.data_ptr()
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.keys.shape[2] == 0
+    layer.update(*tokens(2, 20))
+    assert layer.key_buffer.data_ptr() == address
+    # Another batch makes new ones.
+    layer.reset()
+    layer.update(*tokens(3, 20))
+    assert layer.keys.shape[0] == 3
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="float16"):
+        FlashCoreCache(model.config, dtype=torch.float16)
+    with pytest.raises(ValueError, match="max_length: got 0"):
+        FlashCoreCache(model.config, max_length=0)
+    layer = FlashCoreLayer()
+    layer.update(*tokens(2, 3))
+    with pytest.raises(ValueError, match="another batch or model"):
+        layer.update(*tokens(1, 1))  # would broadcast
+    assert layer.get_seq_length() == 3
+    with pytest.raises(ValueError, match="gradients"):
+        layer.update(*(part.requires_grad_() for part in tokens(2, 1)))
+
+
+def test_fp8_error_is_that_of_three_bits():
+    """Whatever the size of a head's values; and saturating where a later token is far larger."""
+    sizes = torch.tensor([1e-3, 1.0, 300.0, 1e4])
+    states = torch.randn(2, 4, 50, 32, generator=torch.Generator().manual_seed(0)) * sizes[:, None, None]
+    scale = head_scales(states[:, :, :10])
+    stored = dequantize(quantize(states, scale), scale, torch.float32)
+    relative = (stored - states).abs() / states.abs().clamp(min=4e-3 * sizes[:, None, None])
+    assert relative.max() <= 2**-4
+    assert torch.equal(torch.log2(scale), torch.log2(scale).round())
+    # A constant scale of 1 saturates the large head and loses the small one.
+    plain = quantize(states, torch.ones_like(scale)).float()
+    assert ((plain - states).abs() / states.abs())[:, 3].max() > 0.5
+    huge = quantize(states * 1e4, scale).float()
+    assert huge.abs().max() == LARGEST and not huge.isnan().any()
+    assert quantize(torch.full((1, 1, 1, 1), torch.nan), torch.ones(1, 1)).float().isnan().all()
+
+
+def test_fp8_does_not_depend_on_padding():
+    """Scales are powers of two: a large value in a padding token changes what no other token is rounded to."""
+    states = torch.randn(1, 2, 20, 16, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([30 * torch.ones(1, 2, 4, 16), states], dim=2)
+    answers = []
+    for given in (states, padded):
+        scale = head_scales(given)
+        answers.append(dequantize(quantize(given, scale), scale, torch.float32)[:, :, -20:])
+    big = states.abs() > 2**-4
+    assert torch.equal(answers[0][big], answers[1][big])
+    assert not torch.equal(head_scales(states), head_scales(padded))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_fp8_layer(window):
+    """Half a 16-bit cache's bytes; what comes back is within e4m3's rounding; scales are set once a sequence."""
+    layer, other = layer_pair(window, dtype=torch.float8_e4m3fn)
+    for step, count in enumerate((9, 1, 30, 150, 1)):
+        pair = tokens(2, count, seed=step)
+        got, want = layer.update(*pair), other.update(*pair)
+        if step == 0:
+            assert got[0] is pair[0]  # the first tokens are read as they came
+            scales = layer.key_scale.clone()
+            continue
+        assert got[0].dtype == torch.float8_e4m3fn and torch.equal(got[0].flashcore_scale, scales)
+        for part, wanted, scale in zip(got, want, (layer.key_scale, layer.value_scale)):
+            error = (dequantize(part, scale, torch.float32) - wanted).abs()
+            assert (error <= wanted.abs() * 2**-4 + 1e-3).all()
+    assert layer.key_buffer.element_size() == 1
+    layer.reset()
+    layer.update(*(100 * part for part in tokens(2, 9)))
+    assert (layer.key_scale > 10 * scales).all()
+
+
+def fp8_logits(model, ids, mask, cache) -> list[torch.Tensor]:
+    """Logits of three chunks of a text, the later two of which read what the cache stored."""
+    logits, start = [], 0
+    with torch.no_grad():
+        for count in (6, 4, 1):
+            part = slice(start, start + count)
+            start += count
+            out = model(ids[:, part], attention_mask=mask[:, :start], past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, -1])
+    return logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_fp8_model(model_type, paths):
+    """Chunks and single tokens read e4m3 by kernel; logits near those of the exact cache, and generate() runs."""
+    _, model = model_pair(model_type)
+    ids, mask = prompts(2, 11, "left")
+    exact = fp8_logits(model, ids, mask, DynamicCache(config=model.config))
+    paths.clear()
+    got = fp8_logits(model, ids, mask, FlashCoreCache(model.config, dtype=torch.float8_e4m3fn))
+    assert paths["torch"] == 0
+    torch.testing.assert_close(got[0], exact[0])  # nothing was read from the cache yet
+    for a, b in zip(got[1:], exact[1:]):
+        assert 0 < (a - b).abs().max() < 0.25 * b.abs().max()
+    cache = FlashCoreCache(model.config, dtype=torch.float8_e4m3fn)
+    assert greedy(model, ids, mask, 6, past_key_values=cache).shape == (2, 17)
+    assert cache.layers[0].key_buffer.dtype == torch.float8_e4m3fn
+
+
+def test_fp8_whose_scales_are_lost_is_refused():
+    from flashcore_hf.attention import flashcore_attention
+
+    layer = FlashCoreLayer(dtype=torch.float8_e4m3fn)
+    layer.update(*tokens(1, 5, value_dim=8))
+    keys, values = layer.update(*tokens(1, 1, value_dim=8))
+    query = torch.randn(1, 2, 1, 8)
+    module = torch.nn.Module()
+    flashcore_attention(module, query, keys, values, None, is_causal=False)
+    with pytest.raises(ValueError, match="scales are lost"):
+        flashcore_attention(module, query, keys.clone(), values, None, is_causal=False)

@@ -1,0 +1,337 @@
+"""Calls like one before, which skip checks and plan: what the host then hands to a GPU, caught before the launch.
+
+No GPU is needed. tests/gpu/test_prepared.py sees what such launches compute.
+"""
+
+import gc
+import sys
+import weakref
+
+import pytest
+import torch
+from flashcore_kernels import make_key_range, op
+from flashcore_kernels.plan import Device, plan
+from flashcore_kernels.problem import check_problem, with_alignment
+from flashcore_kernels.runtime import launch, prepared, workspace
+from flashcore_kernels.runtime.workspace import Words
+
+pytest.importorskip("triton")
+
+from flashcore_kernels.portable import (
+    decode,  # noqa: E402
+    forward,  # noqa: E402
+)
+
+H200 = Device("cuda", 90, triton=(3, 9))
+A100 = Device("cuda", 80, triton=(3, 9))
+
+
+def tensors_of(num_queries=1, num_keys=500, dtype=torch.bfloat16, batch_size=2):
+    """query, key, value; key and value are views of larger buffers, as a cache's are."""
+    query = torch.randn(batch_size, num_queries, 8, 64, dtype=dtype).transpose(1, 2)
+    key, value = torch.randn(2, batch_size, 2, 640, 64, dtype=dtype)[:, :, :, :num_keys]
+    return query, key, value
+
+
+class FakeCompiled:
+    """A compiled kernel that keeps what it was launched with."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.launches = []
+
+    def run(self, *arguments):
+        self.launches.append(arguments)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    fake = FakeCompiled()
+    monkeypatch.setattr(prepared, "compiled_kernel", lambda *args: fake)
+    monkeypatch.setattr(prepared, "_prepared", {})
+    monkeypatch.setattr(workspace, "counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
+    monkeypatch.setattr(workspace, "slots", Words(-1, pool=1 << 20, least=1 << 12, most=1 << 31))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    return fake
+
+
+def prepare(query, key, value, sinks=None, return_lse=False, scales=(None, None), device=A100):
+    problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, *scales)
+    chosen = plan(with_alignment(problem, query, key, value), device)
+    return problem, chosen, prepared.prepare(problem, chosen, (query, key, value, None, sinks, *scales), return_lse)
+
+
+class TestPrepared:
+    @pytest.mark.parametrize("return_lse", [False, True])
+    def test_arguments_are_those_of_a_full_launch(self, compiled, monkeypatch, return_lse):
+        first, second = tensors_of(), tensors_of()
+        sinks = torch.zeros(8)
+        problem, chosen, call = prepare(*first, sinks, return_lse)
+        output, lse = call(*second, None, sinks, None, None)
+        assert output.shape == (2, 1, 8, 64) and output.is_contiguous()
+        assert lse is None or lse.shape == (2, 8, 1) and lse.dtype == torch.float32
+        (arguments,) = compiled.launches
+        *programs, one, stream, function, metadata = arguments[:6]
+        assert (one, stream, function, metadata) == (1, 77, "function", "metadata")
+        assert arguments[6:9] == (None, None, None)
+        pointers, rest = arguments[9:19], arguments[19:]
+        addresses = [t.data_ptr() for t in (*second, output)]
+        assert list(pointers[:4]) == addresses and pointers[7] == sinks.data_ptr()
+        assert pointers[4] == (lse.data_ptr() if return_lse else None) and pointers[5] is pointers[6] is None
+        assert pointers[8] and pointers[9], "500 keys are several chunks: a workspace and counters"
+
+        caught = []
+        monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
+        decode.run_decode(problem, chosen, *second, None, None, sinks, output.transpose(1, 2), lse)
+        ((_, full_programs, full, scalars, constants, _),) = caught
+        assert tuple(programs) == full_programs
+        assert rest == (*full[10:], *scalars, *constants)
+
+    @pytest.mark.parametrize("fp8", [False, True])
+    def test_arguments_of_the_hopper_kernel(self, compiled, monkeypatch, fp8):
+        pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+        decode_run = pytest.importorskip("flashcore_kernels.hopper.decode.launch")
+        first, second = tensors_of(), tensors_of()
+        scales = (None, None)
+        if fp8:
+            first, second = (
+                (query, key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)) for query, key, value in
+                (first, second)
+            )  # fmt: skip
+            scales = (torch.ones(2, 2), torch.ones(2, 2))
+        problem, chosen, call = prepare(*first, scales=scales, device=H200)
+        assert chosen.kernel == "flashcore_hopper_decode"
+        output, _ = call(*second, None, None, *scales)
+        (arguments,) = compiled.launches
+        programs, pointers, rest = arguments[:2], arguments[9:19], arguments[19:]
+        assert pointers[:4] == tuple(t.data_ptr() for t in (*second, output))
+        assert pointers[4:9] == (None, None, None, *(None if t is None else t.data_ptr() for t in scales))
+        assert pointers[9] == workspace.slots.get(1, torch.device("cpu")).data_ptr(), "partial sums have a place each"
+
+        caught = []
+        monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
+        decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output.transpose(1, 2), None, *scales)
+        ((kernel, full_programs, full, scalars, constants, _),) = caught
+        assert programs == full_programs and rest == (*full[10:], *scalars, *constants)
+        assert len(full) + len(scalars) + len(constants) == len(kernel.arg_names)
+
+    def test_a_call_in_one_chunk_has_no_workspace(self, compiled):
+        tensors = tensors_of(num_keys=64)
+        *_, call = prepare(*tensors)
+        call(*tensors, None, None, None, None)
+        assert compiled.launches[0][17:19] == (None, None)
+
+    def test_a_launch_that_fails_takes_its_counters_with_it(self, compiled, monkeypatch):
+        tensors = tensors_of()
+        *_, call = prepare(*tensors)
+        call(*tensors, None, None, None, None)
+        (before,) = workspace.counters._buffers.values()
+        monkeypatch.setattr(compiled, "launches", None)
+        with pytest.raises(AttributeError):
+            call(*tensors, None, None, None, None)
+        assert not workspace.counters._buffers
+        monkeypatch.setattr(compiled, "launches", [])
+        call(*tensors, None, None, None, None)
+        (after,) = workspace.counters._buffers.values()
+        assert before.data_ptr() != after.data_ptr()
+
+    def test_nothing_is_prepared_where_no_launch_was_made(self):
+        assert prepare(*tensors_of())[2] is None
+
+    def test_the_oldest_are_forgotten(self, monkeypatch):
+        monkeypatch.setattr(prepared, "_prepared", {"another": print})
+        monkeypatch.setattr(prepared, "MOST", 1)
+        prepared.remember("a call", "its kernel", min)
+        assert prepared._prepared == {"a call": ("its kernel", min)}
+
+
+class OnAGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+class TestSignature:
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch):
+        """Tensors that say they are on the current GPU, and are plain all the same."""
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+
+    def signature(self, *tensors, key_range=None, sinks=None, scales=(None, None), options=()):
+        return prepared.find(*tensors, key_range, sinks, *scales, *options)[0]
+
+    def test_equal_calls_have_equal_signatures(self):
+        assert self.signature(*tensors_of()) == self.signature(*tensors_of()) is not None
+
+    def test_whatever_decides_is_in_it(self):
+        query, key, value = tensors_of()
+        off = torch.empty(key.numel() + 1, dtype=key.dtype)[1:].view(key.shape)
+        others = [
+            tensors_of(num_keys=499), tensors_of(num_queries=2), tensors_of(dtype=torch.float16),
+            tensors_of(batch_size=3), (query, key.contiguous(), value), (query, off, value),
+        ]  # fmt: skip
+        all_of_them = [self.signature(*tensors) for tensors in [(query, key, value), *others]]
+        all_of_them.append(self.signature(query, key, value, sinks=torch.zeros(8)))
+        all_of_them.append(self.signature(query, key, value, key_range=torch.zeros(2, 6, dtype=torch.int32)))
+        all_of_them.append(self.signature(query, key, value, scales=(torch.ones(2, 2), None)))
+        all_of_them.append(self.signature(query, key, value, scales=(None, torch.ones(2, 2))))
+        all_of_them.append(self.signature(query, key, value, options=(True, None)))
+        assert None not in all_of_them and len(set(all_of_them)) == len(all_of_them)
+
+    def test_what_must_not_be_taken_for_another(self):
+        query, key, value = tensors_of()
+        assert self.signature(query.as_subclass(OnAGpu), key, value) is None, "a subclass may want the dispatcher"
+        assert self.signature(query.float().requires_grad_(), key, value) is None
+        assert self.signature(query, "no tensor", value) is None
+        assert self.signature(query, key, value, options=([1, 2],)) is None, "not hashable; the checks name it"
+        with torch.no_grad():
+            assert self.signature(query.float().requires_grad_(), key, value) is not None
+
+
+class TestServedAgain:
+    """Prefill calls like one before."""
+
+    @pytest.fixture
+    def launches(self, compiled, monkeypatch):
+        """What would be launched the long way, on tensors that say they are on a Hopper GPU; it compiles the kernel."""
+        hopper_run = pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
+        monkeypatch.setattr(op, "device_of", lambda device: H200)
+        monkeypatch.setattr(hopper_run, "_processors", lambda device: 132)
+        caught, there = [], set()
+
+        def long_launch(kernel, programs, arguments, scalars, constants, plan):
+            caught.append((kernel, programs, arguments, scalars, constants, plan))
+            there.add(launch._key(kernel, arguments, constants, plan))
+
+        monkeypatch.setattr(hopper_run, "launch", long_launch)
+        monkeypatch.setattr(
+            prepared, "compiled_kernel", lambda *args: compiled if launch._key(*args) in there else None
+        )
+        return caught
+
+    @pytest.mark.parametrize("return_lse", [False, True])
+    @pytest.mark.parametrize("with_range", [False, True])
+    @pytest.mark.parametrize("triton", [(3, 6), (3, 9)])
+    def test_without_checks_and_with_the_same_launch(
+        self, launches, compiled, monkeypatch, triton, return_lse, with_range
+    ):
+        monkeypatch.setattr(op, "device_of", lambda device: H200._replace(triton=triton))
+        first, second = tensors_of(num_queries=100), tensors_of(num_queries=100)
+        options = {"sinks": torch.zeros(8), "return_lse": return_lse, "is_causal": True, "window": 70}
+        if with_range:
+            options |= {"is_causal": False, "window": None, "key_range": make_key_range(2, 500, right=0)}
+        op.attention(*first, **options)
+        monkeypatch.setattr(op, "check_problem", None)
+        monkeypatch.setattr(op, "plan", None)
+        op.path_counts.clear()
+        answer = op.attention(*second, **options)
+        output, lse = answer if return_lse else (answer, None)
+        assert dict(op.path_counts) == {"flashcore_hopper": 1}
+        assert output.shape == (2, 8, 100, 64) and output.transpose(1, 2).is_contiguous()
+        assert lse is None or (lse.shape, lse.dtype) == ((2, 8, 100), torch.float32)
+        ((kernel, long_programs, long, scalars, constants, _),) = launches
+        (arguments,) = compiled.launches
+        programs, *one, stream, function, metadata = arguments[:6]
+        assert (programs, one, stream, function, metadata) == (long_programs, [1, 1], 77, "function", "metadata")
+        assert arguments[6:9] == (None, None, None)
+        descriptors, pointers, rest = arguments[9:17], arguments[17:22], arguments[22:]
+        assert rest == (*scalars, *constants)
+        assert len(arguments) - 9 == len(kernel.arg_names)
+        one_copy = triton == (3, 6) and not with_range
+        assert (descriptors[6] is None) == one_copy
+        described = second if one_copy else (*second, output)
+        for descriptor, before, tensor in zip(descriptors[::2], long[::2], described):
+            assert type(descriptor) is type(before) and descriptor.base.data_ptr() == tensor.data_ptr()
+            assert {**vars(descriptor), "base": None} == {**vars(before), "base": None}
+            assert descriptor.strides == list(tensor.stride())
+        assert descriptors[1::2] == (None,) * 4
+        given = (lse, options.get("key_range"), options["sinks"], output if one_copy else None, long[-1])
+        assert pointers == tuple(None if t is None else t.data_ptr() for t in given)
+
+    def test_a_launch_that_fails_takes_its_counter_with_it(self, launches, compiled, monkeypatch):
+        call = tensors_of(num_queries=100)
+        op.attention(*call)
+        (before,) = workspace.counters._buffers.values()
+        monkeypatch.setattr(compiled, "launches", None)
+        with pytest.raises(AttributeError):
+            op.attention(*call)
+        assert not workspace.counters._buffers
+        monkeypatch.setattr(compiled, "launches", [])
+        op.attention(*call)
+        (after,) = workspace.counters._buffers.values()
+        assert before.data_ptr() != after.data_ptr() == compiled.launches[0][21]
+
+        def fail(*args):
+            raise RuntimeError("no such launch")
+
+        monkeypatch.setattr(sys.modules["flashcore_kernels.hopper.prefill.launch"], "launch", fail)
+        with pytest.raises(RuntimeError, match="no such launch"):
+            op.attention(*tensors_of(num_queries=100, dtype=torch.float16))
+        assert not workspace.counters._buffers, "the long way"
+
+    def test_rows_in_two_pieces(self, launches, compiled):
+        """Each piece of a head_dim that is no power of two has its own tiles."""
+        first, second = ([torch.randn(1, 4, 100, size, dtype=torch.float16) for size in (192, 192, 128)] for _ in "ab")
+        op.attention(*first)
+        op.attention(*second)
+        descriptors = compiled.launches[0][9:17]
+        assert [d and d.block_shape for d in descriptors] == [d and d.block_shape for d in launches[0][2][:8]]
+        assert descriptors[1].base is second[0] and descriptors[3].base is second[1]
+
+    def test_threads_do_not_share_descriptors(self, launches, compiled):
+        calls = [tensors_of(num_queries=100) for _ in range(3)]
+        for call in calls:
+            op.attention(*call)
+        _, second, third = (launches[0][2], *(each[9:17] for each in compiled.launches))
+        assert second[0] is not third[0] and second[0].base is calls[1][0] and third[0].base is calls[2][0]
+
+    def test_no_tensor_is_kept(self, launches, compiled):
+        first = tensors_of(num_queries=100)
+        kept = [weakref.ref(tensor) for tensor in first]
+        op.attention(*first)
+        launches.clear()
+        assert len(prepared._prepared) == 1
+        del first
+        gc.collect()
+        assert [ref() for ref in kept] == [None] * 3
+
+    def test_what_differs_is_checked_and_planned_anew(self, launches, compiled, monkeypatch):
+        """Never a launch with the descriptors of another shape, stride, dtype, alignment or option."""
+        query, key, value = tensors_of(num_queries=100)
+        op.attention(query, key, value, is_causal=True)
+        with pytest.raises(ValueError, match="window"):
+            op.attention(query, key, value, is_causal=True, window=0)
+        different = [
+            tensors_of(num_queries=101), tensors_of(num_queries=100, num_keys=499),
+            tensors_of(num_queries=100, batch_size=3), tensors_of(num_queries=100, dtype=torch.float16),
+            (query.contiguous(), key, value), (query, key.contiguous(), value), (query, key, value.contiguous()),
+        ]  # fmt: skip
+        for each in different:
+            op.attention(*each, is_causal=True)
+        op.attention(query, key, value)
+        assert len(launches) == 2, "float16 is another kernel; the others are launched the short way at once"
+        assert len(launches) + len(compiled.launches) == len(different) + 2 == len(prepared._prepared)
+        others = [each for each in (*different, (query, key, value)) if each[0].dtype == torch.bfloat16]
+        for tensors, arguments in zip(others, compiled.launches, strict=True):
+            for tensor, descriptor in zip(tensors, arguments[9:15:2]):
+                assert (descriptor.shape, descriptor.strides) == (list(tensor.shape), list(tensor.stride()))
+                assert descriptor.base is tensor
+        assert [arguments[28] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
+        compiled.launches.clear()
+
+        portable = []
+        monkeypatch.setattr(forward, "run_forward", lambda *args: portable.append(args))
+        buffer = torch.empty(2, 2, 640 * 64 + 8, dtype=key.dtype).flatten()
+        off = buffer[1 : 1 + 2 * 2 * 640 * 64].view(2, 2, 640, 64)[:, :, :500]
+        assert off.stride() == key.stride() and off.data_ptr() % 16
+        op.attention(query, off, value, is_causal=True)
+        assert portable and not compiled.launches, "the copy engine needs multiples of 16 bytes"
+        op.attention(query, key, value, is_causal=True)
+        assert len(compiled.launches) == 1
