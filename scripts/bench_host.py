@@ -19,7 +19,7 @@ import benchmarking
 import torch
 from flashcore_kernels import attention as kernel_attention
 from flashcore_kernels import op
-from flashcore_kernels.plan import Device
+from flashcore_kernels.device import Device
 from flashcore_kernels.runtime import launch as launch_module
 from flashcore_kernels.runtime import prepared
 from transformers import DynamicCache

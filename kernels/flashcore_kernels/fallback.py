@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .naive import dequantized, hide_unseen, naive_attention, visible_mask
-from .problem import Problem
+from .problem import Inputs, Problem
 
 _warned: set[str] = set()
 
@@ -37,25 +37,18 @@ def forget_warnings() -> None:
 
 
 def torch_attention(
-    problem: Problem,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: bool = False,
-    dropout: float = 0.0,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
+    problem: Problem, inputs: Inputs, return_lse: bool = False, dropout: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by PyTorch's own operators: any dtype and device, with gradients and dropout.
 
-    Args: as `flashcore_kernels.attention`, and `dropout`, the probability of dropping an attention weight.
+    Args:
+        problem: what `inputs` ask; its window counts where there is no KeyRange.
+        dropout: the probability of dropping an attention weight.
 
     Returns:
         output `[B, H, Q, Dv]`; lse `[B, H, Q]` (float64 for float64 inputs, else float32) or None.
     """
+    query, key, value, key_range, mask, sinks, key_scale, value_scale = inputs
     if problem.fp8:
         key, value = dequantized(key, key_scale, query.dtype), dequantized(value, value_scale, query.dtype)
     sdpa_can = not (problem.softcap or problem.has_sinks or return_lse or problem.head_dim != problem.value_dim)

@@ -3,7 +3,7 @@
 import torch
 
 from .key_range import visible
-from .problem import Problem, Window, check_problem
+from .problem import Inputs, Problem, Window, check_problem
 
 
 def naive_attention(
@@ -38,9 +38,8 @@ def naive_attention(
     Returns:
         output `[B, H, Q, Dv]` in query's dtype, and lse `[B, H, Q]` (natural logarithm, sinks included) in `dtype`.
     """
-    problem = check_problem(
-        query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale
-    )
+    inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
+    problem = check_problem(inputs, is_causal, window, scale, softcap)
     if dtype is None:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if problem.fp8:

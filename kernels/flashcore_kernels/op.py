@@ -1,46 +1,21 @@
 """The operators: `attention` for callers, and `torch.ops.flashcore.attention`, which torch.compile keeps whole."""
 
-import functools
 from collections import Counter
-from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
+from .choose import choose, fallback_reason
+from .device import Device, device_of
+from .dispatch import empty_outputs, make_launch, serve
 from .fallback import note_fallback, torch_attention
-from .plan import Device, Plan, fallback_reason, plan
+from .plan import Plan
 from .precompile import prompt_attends
-from .problem import Problem, Window, check_problem, with_alignment
-from .runtime.prepared import find, prepare, remember
+from .problem import Inputs, Problem, Window, check_problem, split_arguments, with_alignment
+from .runtime.prepared import find, make_call, remember
 
 # How many calls each path served since the process began (or since someone cleared it), by kernel name.
 path_counts: Counter[str] = Counter()
-
-
-@functools.cache
-def device_of(device: torch.device) -> Device:
-    """What `plan` needs to know of `device`."""
-    try:
-        import triton
-        from triton.runtime.interpreter import InterpretedFunction
-
-        from .portable.forward import flashcore_forward
-    except ImportError as error:
-        return Device("torch", reason=f"Triton cannot be imported ({error})")
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if isinstance(flashcore_forward, InterpretedFunction):
-        import numpy
-
-        if version < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):
-            # It takes arrays of one element for ints.
-            found = f"Triton {triton.__version__} and NumPy {numpy.__version__}"
-            return Device("torch", reason=f"Triton's interpreter before 3.7 needs NumPy before 2.4; here are {found}")
-        return Device("interpreter")
-    if device.type != "cuda" or torch.version.hip:
-        return Device("torch", reason=f"the kernels run on NVIDIA GPUs, and the tensors are on '{device.type}'")
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return Device("torch", reason=f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
-    return Device("cuda", major * 10 + minor, triton=version)
 
 
 def attention(
@@ -90,26 +65,18 @@ def attention(
         ValueError: an argument does not fit; the message names it, what it was, and what is accepted.
         NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
     """
-    output, lse = attend(
-        query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale, return_lse
-    )
+    inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
+    output, lse = attend(inputs, is_causal, window, scale, softcap, return_lse)
     output = output.transpose(1, 2)
     return (output, lse) if return_lse else output
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    inputs: Inputs,
     is_causal: bool = False,
     window: Window = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention` for callers that want output as models do, `[B, Q, H, Dv]` (contiguous where a kernel wrote it).
@@ -117,55 +84,49 @@ def attend(
     lse is `[B, H, Q]` with return_lse, and means nothing without.
     """
     signature = None
-    if mask is None and not torch.compiler.is_compiling():
-        tensors = (query, key, value, key_range, sinks, key_scale, value_scale)
-        signature, call = find(*tensors, is_causal, window, scale, softcap, return_lse)
-        if call is not None:
-            kernel, run = call
+    if inputs.mask is None and not torch.compiler.is_compiling():
+        signature, known = find(inputs, (is_causal, window, scale, softcap, return_lse))
+        if known is not None:
+            kernel, call = known
             path_counts[kernel] += 1
-            return run(*tensors)
-    problem = check_problem(
-        query, key, value, key_range, mask, is_causal, window, scale, softcap, sinks, key_scale, value_scale
-    )
-    chosen = None
-    if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in (query, key, value)):
-        chosen = plan(with_alignment(problem, query, key, value), device_of(query.device))
-        # A step of a generation is like the one before but for its length: the kernel is there, and only a launch left.
-        call = _prepared(signature, problem, chosen, tensors, return_lse)
-        if chosen.kernel != "torch":
-            prompt_attends(problem, sinks, query.device, call is not None)
-        if call is not None:
-            path_counts[chosen.kernel] += 1
-            return call(*tensors)
+            return call(inputs)
+    problem = check_problem(inputs, is_causal, window, scale, softcap)
+    # Nobody listens to the dispatcher, and the kernels take the tensors as they are: straight to a launch.
+    if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in inputs[:3]):
+        problem = with_alignment(problem, inputs)
+        plan = choose(problem, device_of(inputs.query.device))
+        if plan.kernel != "torch":
+            path_counts[plan.kernel] += 1
+            return _first_of_its_kind(signature, plan, problem, inputs, return_lse)
     if problem.needs_grad:
         note_fallback(fallback_reason(problem, Device("torch")))
         path_counts["torch"] += 1
-        output, lse = torch_attention(
-            problem, query, key, value, key_range, mask, sinks, return_lse, 0.0, key_scale, value_scale
-        )
+        output, lse = torch_attention(problem, inputs, return_lse)
     else:
         output, lse = torch.ops.flashcore.attention(
-            query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
-            return_lse, key_scale, value_scale,
+            *inputs[:4], inputs.mask, inputs.sinks, problem.left, problem.right, problem.scale, problem.softcap,
+            return_lse, inputs.key_scale, inputs.value_scale,
         )  # fmt: skip
-    if chosen is not None:
-        _prepared(signature, problem, chosen, tensors, return_lse)
     return output.transpose(1, 2), lse
 
 
-def _prepared(
-    signature: tuple, problem: Problem, chosen: Plan, tensors: tuple, return_lse: bool
-) -> Callable[..., tuple] | None:
-    """The function that serves calls of this signature from now on, or None while its kernel is not compiled."""
-    if chosen.kernel == "torch":
-        return None
-    if chosen.kernel == "flashcore_forward":
-        call = functools.partial(_serve, chosen, problem, return_lse)
-    else:
-        call = prepare(problem, chosen, tensors, return_lse)
+def _first_of_its_kind(
+    signature: tuple, plan: Plan, problem: Problem, inputs: Inputs, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Serve a call on the current GPU, and remember how for those like it.
+
+    Its kernel may be there already: a step of a generation is like the one before but for its length.
+    """
+    launch = make_launch(plan, problem, inputs, empty_outputs(inputs.query, inputs.value, False)[0], return_lse)
+    call = make_call(launch, problem, inputs, return_lse)
+    prompt_attends(problem, inputs.sinks, inputs.query.device, call is not None)
     if call is not None:
-        remember(signature, chosen.kernel, call)
-    return call
+        remember(signature, plan.kernel, call)
+        return call(inputs)
+    output, lse = empty_outputs(inputs.query, inputs.value, return_lse)
+    serve(plan, problem, inputs, output, lse if return_lse else None)
+    remember(signature, plan.kernel, make_call(launch, problem, inputs, return_lse))
+    return output.transpose(1, 2), lse
 
 
 def explain(
@@ -175,12 +136,13 @@ def explain(
 
     Args: as `attention`; `device` asks about another device than the tensors', such as `Device("cuda", 90)`.
     """
-    problem = with_alignment(check_problem(query, key, value, **arguments), query, key, value)
-    chosen = plan(problem, device or device_of(query.device))
-    if chosen.kernel == "torch":
-        return f"torch: {chosen.reason}"
-    tiles = f"{chosen.block_m}x{chosen.block_n}, {chosen.num_warps} warps, {chosen.num_stages} stages"
-    return f"{chosen.kernel} ({tiles}): {chosen.reason}"
+    inputs, options = split_arguments(query, key, value, **arguments)
+    plan = choose(with_alignment(check_problem(inputs, **options), inputs), device or device_of(query.device))
+    if plan.kernel == "torch":
+        return f"torch: {plan.reason}"
+    config = plan.config
+    tiles = f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
+    return f"{plan.kernel} ({tiles}): {plan.reason}"
 
 
 _library = torch.library.Library("flashcore", "DEF")
@@ -191,84 +153,44 @@ _library.define(
 )
 
 
-def _empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Q, Dv]` with the heads inside the sequence in memory, and lse `[B, H, Q]` (or `[0]`)."""
-    batch_size, num_heads, num_queries, _ = query.shape
-    output = query.new_empty(batch_size, num_queries, num_heads, value.shape[3]).transpose(1, 2)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return output, query.new_empty((batch_size, num_heads, num_queries) if return_lse else (0,), dtype=dtype)
-
-
 def _run(
     query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
 ):
     """The operator's implementation on every device."""
-    problem = check_problem(
-        query, key, value, key_range, mask, False, None, scale, softcap, sinks, key_scale, value_scale
-    )
-    problem = problem._replace(left=left, right=right)
+    inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
+    problem = check_problem(inputs, scale=scale, softcap=softcap)._replace(left=left, right=right)
     device = device_of(query.device)
-    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    inputs = inputs._replace(
+        **{name: t if t.stride(3) == 1 else t.contiguous() for name, t in zip(Inputs._fields[:3], inputs)}
+    )
     if problem.scale <= 0.0 and fallback_reason(problem, device) is None:
         # The kernels take the largest product for the largest score.
-        query = query * (-1.0 if problem.scale < 0.0 else 0.0)
+        inputs = inputs._replace(query=inputs.query * (-1.0 if problem.scale < 0.0 else 0.0))
         problem = problem._replace(scale=-problem.scale or 1.0)
-    chosen = plan(with_alignment(problem, query, key, value), device)
-    path_counts[chosen.kernel] += 1
-    output, lse = _empty_outputs(query, value, return_lse)
-    if chosen.kernel == "torch":
-        note_fallback(chosen.reason)
-        answer, answer_lse = torch_attention(
-            problem, query, key, value, key_range, mask, sinks, return_lse, 0.0, key_scale, value_scale
-        )
+    problem = with_alignment(problem, inputs)
+    plan = choose(problem, device)
+    path_counts[plan.kernel] += 1
+    output, lse = empty_outputs(query, value, return_lse)
+    if plan.kernel == "torch":
+        note_fallback(plan.reason)
+        answer, answer_lse = torch_attention(problem, inputs, return_lse)
         output.copy_(answer)
         return output, (answer_lse if return_lse else lse)
+    if problem.mask_kind == "bool":
+        inputs = inputs._replace(mask=mask.view(torch.uint8))
     if device.kind == "interpreter" and query.dtype == torch.bfloat16:
         # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
-        query = query.float()
-        if not problem.fp8:
-            key, value = key.float(), value.float()
-    scales = (key_scale, value_scale) if problem.fp8 else ()
-    tensors = (query, key, value, key_range, mask, sinks, output, lse if return_lse else None, *scales)
-    if query.is_cuda and query.device.index != torch.cuda.current_device():
-        with torch.cuda.device(query.device):
-            _launch(chosen, problem, *tensors)
-    else:
-        _launch(chosen, problem, *tensors)
+        names = ("query",) if problem.fp8 else ("query", "key", "value")
+        inputs = inputs._replace(**{name: getattr(inputs, name).float() for name in names})
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        serve(plan, problem, inputs, output, lse if return_lse else None)
     return output, lse
-
-
-def _serve(chosen: Plan, problem: Problem, return_lse: bool, query, key, value, key_range, sinks, *scales):
-    """A call like one that was checked and planned before: allocate and launch, without torch's dispatcher."""
-    output, lse = _empty_outputs(query, value, return_lse)
-    scales = scales if problem.fp8 else ()
-    _launch(chosen, problem, query, key, value, key_range, None, sinks, output, lse if return_lse else None, *scales)
-    return output.transpose(1, 2), lse
-
-
-def _launch(chosen: Plan, problem: Problem, *tensors: torch.Tensor | None) -> None:
-    if chosen.kernel == "flashcore_decode":
-        from .portable.decode import run_decode
-
-        run_decode(problem, chosen, *tensors)
-    elif chosen.kernel == "flashcore_hopper_decode":
-        from .hopper.decode.launch import run_hopper_decode
-
-        run_hopper_decode(problem, chosen, *tensors)
-    elif chosen.kernel == "flashcore_hopper":
-        from .hopper.prefill.launch import run_hopper
-
-        run_hopper(problem, chosen, *tensors)
-    else:
-        from .portable.forward import run_forward
-
-        run_forward(problem, chosen, *tensors)
 
 
 def _fake(
     query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
 ):
-    return _empty_outputs(query, value, return_lse)
+    return empty_outputs(query, value, return_lse)
 
 
 for _key in ("CPU", "CUDA"):

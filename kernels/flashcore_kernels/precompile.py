@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 
+from .choose import choose
+from .device import Device, device_of
+from .dispatch import serve
 from .key_range import HEADER_WORDS, sequence_width
-from .plan import Device, plan
-from .problem import Problem, check_problem
+from .problem import Inputs, Problem, check_problem
 
 # CPython 3.11 up to 3.11.7 fails where two threads parse at once (its issue 106905); Triton before 3.5 hashes without a
 # lock.
@@ -62,7 +64,7 @@ def begin(device: torch.device, prompt: Prompt | None = None) -> None:
     # Here, for two threads that import the same modules at once may find them half made.
     from .portable import decode, forward, key_range_kernel, kv_write_kernel  # noqa: F401
 
-    kind = _device_of(device)
+    kind = device_of(device)
     if kind.arch == 90:
         from .hopper.decode import launch as decode_launch  # noqa: F401
         from .hopper.prefill import launch as prefill_launch  # noqa: F401
@@ -72,8 +74,6 @@ def begin(device: torch.device, prompt: Prompt | None = None) -> None:
 
 def compile_first(prompt: Prompt | None, kind: Device) -> None:
     """Compile for the current device the kernel for a prompt, or that of KeyRanges where more must be known for it."""
-    from .op import _launch
-
     if prompt is not None:
         query = torch.empty(1, 1, SLOTS, prompt.head_dim, dtype=prompt.dtype, device="meta")
         key = torch.empty_like(query)
@@ -81,11 +81,12 @@ def compile_first(prompt: Prompt | None, kind: Device) -> None:
         key_range = key.new_empty(1, 1, 1, sequence_width(SLOTS), dtype=torch.int32)
         sinks = None if prompt.sinks is None else key.new_empty(1, dtype=prompt.sinks)
         softcap = 1.0 if prompt.softcap else None
-        problem = check_problem(query, key, value, key_range, softcap=softcap, sinks=sinks)._replace(aligned=True)
-        chosen = plan(problem, kind)
-        if chosen.kernel == "flashcore_hopper":
+        inputs = Inputs(query, key, value, key_range, sinks=sinks)
+        problem = check_problem(inputs, softcap=softcap)._replace(aligned=True)
+        plan = choose(problem, kind)
+        if plan.kernel == "flashcore_hopper":
             out = value.new_empty(1, SLOTS, 1, prompt.value_dim).transpose(1, 2)
-            _launch(chosen, problem, query, key, value, key_range, None, sinks, out, None)
+            serve(plan, problem, inputs, out, None)
             return
     compile_key_range()
 
@@ -128,7 +129,7 @@ def prompt_attends(problem: Problem, sinks: torch.Tensor | None, device: torch.d
     kind = device, step, None if sinks is None else sinks.dtype
     if kind not in _begun:
         _begun.add(kind)
-        _in_background(device, compile_step, step, sinks, _device_of(device), 0.0 if compiled else HEAD_START)
+        _in_background(device, compile_step, step, sinks, device_of(device), 0.0 if compiled else HEAD_START)
 
 
 def step_after(prompt: Problem, fp8: bool) -> Problem:
@@ -138,14 +139,8 @@ def step_after(prompt: Problem, fp8: bool) -> Problem:
     )
 
 
-def _device_of(device: torch.device) -> Device:
-    from .op import device_of  # it needs this file
-
-    return device_of(device)
-
-
 def _can_compile(device: torch.device) -> bool:
-    kind = _device_of(device)
+    kind = device_of(device)
     return THREADS_MAY_PARSE and kind.kind == "cuda" and kind.triton >= TRITON
 
 
@@ -168,7 +163,6 @@ def compile_step(problem: Problem, sinks: torch.Tensor | None, kind: Device, wai
         problem: see `step_after`.
         wait: seconds before it begins.
     """
-    from .op import _launch
     from .portable.kv_write_kernel import run_write  # needs Triton
 
     batch, heads, kv_heads = problem.batch_size, problem.num_heads, problem.num_kv_heads
@@ -189,6 +183,5 @@ def compile_step(problem: Problem, sinks: torch.Tensor | None, kind: Device, wai
     time.sleep(wait)
     compile_key_range()
     run_write(key_buffer, value_buffer, new_key, new_value, slot, 0, *scales)
-    out = token(heads, problem.value_dim)
-    tensors = (token(heads, problem.head_dim), key_buffer, value_buffer, key_range, None, sinks, out, None)
-    _launch(plan(problem, kind), problem, *tensors, *(scales if problem.fp8 else ()))
+    inputs = Inputs(token(heads, problem.head_dim), key_buffer, value_buffer, key_range, None, sinks, *scales)
+    serve(choose(problem, kind), problem, inputs, token(heads, problem.value_dim), None)

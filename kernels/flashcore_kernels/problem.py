@@ -9,6 +9,36 @@ from .key_range import FARTHEST, UNLIMITED, layout_of
 
 Window = int | tuple[int, int] | None
 
+LOG2_E = 1.4426950408889634
+
+
+class Inputs(NamedTuple):
+    """The tensors of one attention call: the one record in which they travel.
+
+    Attributes:
+        query: `[B, H, Q, D]`.
+        key, value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`.
+        key_range: a KeyRange (see key_range.py), or None.
+        mask: bool or floating point, broadcastable to `[B, H, Q, K]`, or None.
+        sinks: logits `[H]`, or None.
+        key_scale, value_scale: float32 `[B, Hkv]` for key and value in float8_e4m3fn, else None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_range: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+
+def split_arguments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> tuple[Inputs, dict]:
+    """(tensors, options) of a call with the keywords of `flashcore_kernels.attention`."""
+    tensors = {name: arguments.pop(name) for name in Inputs._fields if name in arguments}
+    return Inputs(query, key, value, **tensors), arguments
+
 
 class Problem(NamedTuple):
     """What one call asks, as plain values: enough to choose a kernel, and nothing that needs a GPU.
@@ -56,24 +86,24 @@ class Problem(NamedTuple):
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def score_factors(self) -> tuple[float, float, float]:
+        """(score_scale, cap_scale, one) for the kernels: factors that leave the scores in units of log2."""
+        if self.softcap:
+            return self.scale / self.softcap, self.softcap * LOG2_E, 1.0
+        return self.scale * LOG2_E, 0.0, 1.0
+
 
 def _fail(what: str, got, accepted: str):
     raise ValueError(f"{what}: got {got}; {accepted}")
 
 
 def check_problem(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    inputs: Inputs,
     is_causal: bool = False,
     window: Window = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
 ) -> Problem:
     """Check the arguments of an attention call and say in a Problem what they ask.
 
@@ -82,6 +112,7 @@ def check_problem(
     Raises:
         ValueError: names the argument, what it was, and what is accepted.
     """
+    query, key, value, key_range, mask, sinks, key_scale, value_scale = inputs
     batch_size, num_heads, num_queries, head_dim = _check_shapes(query, key, value)
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
     fp8 = key_scale is not None or value_scale is not None or torch.float8_e4m3fn in (key.dtype, value.dtype)
@@ -129,14 +160,14 @@ def check_problem(
         right,
         num_keys - num_queries,
         sinks is not None,
-        torch.is_grad_enabled() and _any_requires_grad(query, key, value, mask, sinks),
+        torch.is_grad_enabled() and any_requires_grad(*inputs),
         fp8=fp8,
     )
 
 
-def with_alignment(problem: Problem, *tensors: torch.Tensor) -> Problem:
+def with_alignment(problem: Problem, inputs: Inputs) -> Problem:
     """`problem`, its `aligned` filled in from query, key and value, which must not be fakes."""
-    return problem._replace(aligned=all(map(_is_aligned, tensors)))
+    return problem._replace(aligned=all(map(_is_aligned, inputs[:3])))
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -147,7 +178,8 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     )
 
 
-def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of these tensors wants a gradient."""
     return any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import transformers
 from flashcore_kernels import op, path_counts
+from flashcore_kernels.device import Device
 from flashcore_kernels.fallback import forget_warnings
-from flashcore_kernels.plan import Device
 
 import flashcore_hf  # noqa: F401
 from flashcore_hf import compat

@@ -62,7 +62,8 @@ def chosen_plan(variant: Variant):
     """A call of this kind, and the Plan that it gets."""
     import torch
     import triton
-    from flashcore_kernels.plan import Device, plan
+    from flashcore_kernels.choose import choose
+    from flashcore_kernels.device import Device
     from flashcore_kernels.problem import Problem
 
     features = FEATURES[variant.features]
@@ -78,7 +79,7 @@ def chosen_plan(variant: Variant):
         has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True, fp8=bool(features.get("fp8")),
     )  # fmt: skip
     version = tuple(map(int, triton.__version__.split(".")[:2])) if variant.kernel in GLUON else (0, 0)
-    chosen = plan(problem, Device("cuda", variant.arch, triton=version))
+    chosen = choose(problem, Device("cuda", variant.arch, triton=version))
     assert chosen.kernel == variant.kernel, chosen
     return problem, chosen
 

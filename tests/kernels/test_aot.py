@@ -11,8 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from flashcore_kernels.plan import HOPPER_TRITON
-from flashcore_kernels.portable.tables import configuration
+from flashcore_kernels.portable.tables import row_for
 
 from . import aot
 
@@ -60,7 +59,7 @@ def test_tables(arch, kernel, dtype, compiled):
     assert not any(report["problems"] for report in reports), "\n".join(wrong)
     used = {tuple(report["tile"]) for report in reports}
     for gaps in (False, True):
-        row = configuration(kernel, arch, torch.float32 if dtype == "fp32" else torch.float16, 128, gaps, whole=True)
+        row = row_for(kernel, arch, torch.float32 if dtype == "fp32" else torch.float16, 128, gaps, whole=True)
         assert (row.block_m, row.block_n, row.num_warps, row.num_stages) in used
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from flashcore_kernels import attention, explain, make_key_range
-from flashcore_kernels.plan import Device, max_splits_for, plan
+from flashcore_kernels.choose import choose
+from flashcore_kernels.device import Device
 from flashcore_kernels.problem import check_problem
 
 from .reference import Call, assert_right, build
@@ -76,7 +77,7 @@ class TestSplits:
     """Decode over so many keys that a head's work is cut and merged."""
 
     def used(self, query, key, value, device):
-        chosen = plan(check_problem(query, key, value), Device("interpreter"))
+        chosen = choose(check_problem(query, key, value), Device("interpreter"))
         return max_splits_for(key.shape[2], chosen)
 
     @pytest.mark.parametrize("dtype", DTYPES)

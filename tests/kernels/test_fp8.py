@@ -3,8 +3,9 @@
 import pytest
 import torch
 from flashcore_kernels import attention, make_key_range, naive_attention, path_counts
+from flashcore_kernels.choose import choose
+from flashcore_kernels.device import Device
 from flashcore_kernels.op import explain
-from flashcore_kernels.plan import Device, plan
 from flashcore_kernels.problem import check_problem
 
 E4M3 = torch.float8_e4m3fn
@@ -107,9 +108,9 @@ def test_through_pytorch(device):
 def test_older_gpus_say_so():
     query, key, value, scales = call(1, 50, torch.float16, "cpu")
     problem = check_problem(query, key, value, **scales)
-    assert plan(problem, Device("cuda", 80)).kernel == "torch"
+    assert choose(problem, Device("cuda", 80)).kernel == "torch"
     assert "compute capability 8.9" in explain(query, key, value, **scales, device=Device("cuda", 80))
-    assert plan(problem, Device("cuda", 90)).kernel.startswith("flashcore_")
+    assert choose(problem, Device("cuda", 90)).kernel.startswith("flashcore_")
 
 
 def test_bad_input():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from flashcore_kernels import key_range, op
+from flashcore_kernels.device import Device
 from flashcore_kernels.key_range import (
     FIRST,
     HEADER_WORDS,
@@ -15,7 +16,6 @@ from flashcore_kernels.key_range import (
     sequence_width,
     visible,
 )
-from flashcore_kernels.plan import Device
 from flashcore_kernels.portable import blocks
 
 

@@ -6,17 +6,11 @@ import itertools
 import pytest
 import torch
 from flashcore_kernels import explain
+from flashcore_kernels.choose import MAX_HEAD_DIM, choose, fallback_reason
+from flashcore_kernels.device import Device
 from flashcore_kernels.hopper.prefill.table import ROWS as HOPPER_ROWS
-from flashcore_kernels.plan import (
-    MAX_DECODE_QUERIES,
-    MAX_HEAD_DIM,
-    Device,
-    fallback_reason,
-    max_splits_for,
-    padded,
-    plan,
-)
-from flashcore_kernels.portable.tables import TABLES, configuration
+from flashcore_kernels.plan import MAX_DECODE_QUERIES, most_chunks, power_of_2_from
+from flashcore_kernels.portable.tables import TABLES, row_for
 from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.runtime import launch
 
@@ -38,19 +32,19 @@ def problem(num_queries=64, num_keys=64, *, heads=(4, 2), head_dim=64, value_dim
 class TestWhichKernel:
     @pytest.mark.parametrize("num_queries", [1, 2, MAX_DECODE_QUERIES])
     def test_few_queries_decode(self, num_queries):
-        assert plan(problem(num_queries), H200).kernel == "flashcore_decode"
+        assert choose(problem(num_queries), H200).kernel == "flashcore_decode"
 
     @pytest.mark.parametrize("num_queries", [MAX_DECODE_QUERIES + 1, 4096])
     def test_more_queries_prefill(self, num_queries):
-        assert plan(problem(num_queries), H200).kernel == "flashcore_forward"
+        assert choose(problem(num_queries), H200).kernel == "flashcore_forward"
 
     def test_a_range_for_each_query_prefills(self):
-        assert plan(problem(1, range_layout="rows"), H200).kernel == "flashcore_forward"
-        assert plan(problem(1, range_layout="sequence"), H200).kernel == "flashcore_decode"
+        assert choose(problem(1, range_layout="rows"), H200).kernel == "flashcore_forward"
+        assert choose(problem(1, range_layout="sequence"), H200).kernel == "flashcore_decode"
 
     def test_the_reason_says_the_rule(self):
-        assert "1 query tokens, at most 16" in plan(problem(1), H200).reason
-        assert "64 query tokens, more than 16" in plan(problem(64), H200).reason
+        assert "1 query tokens, at most 16" in choose(problem(1), H200).reason
+        assert "64 query tokens, more than 16" in choose(problem(64), H200).reason
 
 
 class TestValueColumns:
@@ -59,13 +53,13 @@ class TestValueColumns:
     @pytest.mark.parametrize("value_dim", [17, 20, 24, 31])
     def test_no_partly_filled_tile_of_32_on_hopper(self, value_dim):
         for dtype in (torch.float16, torch.bfloat16):
-            assert plan(problem(head_dim=40, value_dim=value_dim, dtype=dtype), H200).block_dv == 64
+            assert choose(problem(head_dim=40, value_dim=value_dim, dtype=dtype), H200).config.block_dv == 64
 
     def test_everything_else_is_padded_to_a_power_of_two(self):
         for value_dim, columns in ((8, 16), (16, 16), (32, 32), (33, 64), (64, 64), (72, 128)):
-            assert plan(problem(head_dim=40, value_dim=value_dim), H200).block_dv == columns
-        assert plan(problem(head_dim=40, value_dim=24, dtype=torch.float32), H200).block_dv == 32
-        assert plan(problem(head_dim=40, value_dim=24), Device("cuda", 80)).block_dv == 32
+            assert choose(problem(head_dim=40, value_dim=value_dim), H200).config.block_dv == columns
+        assert choose(problem(head_dim=40, value_dim=24, dtype=torch.float32), H200).config.block_dv == 32
+        assert choose(problem(head_dim=40, value_dim=24), Device("cuda", 80)).config.block_dv == 32
 
 
 class TestAlignment:
@@ -92,7 +86,7 @@ class TestFallback:
         assert "gradients" in fallback_reason(problem(needs_grad=True), H200)
 
     def test_no_device(self):
-        chosen = plan(problem(), Device("torch", reason="no Triton here"))
+        chosen = choose(problem(), Device("torch", reason="no Triton here"))
         assert chosen.kernel == "torch" and chosen.reason == "no Triton here"
 
     @pytest.mark.parametrize("dtype", [torch.float64])
@@ -115,60 +109,68 @@ class TestSameForEveryBatch:
     @pytest.mark.parametrize("num_queries", [1, 64])
     def test_batch_and_length(self, num_queries):
         plans = {
-            plan(problem(num_queries, num_keys)._replace(batch_size=batch), H200)
+            choose(problem(num_queries, num_keys)._replace(batch_size=batch), H200)
             for batch, num_keys in itertools.product((1, 2, 64), (1, 100, 10**6))
         }
         assert len(plans) == 1
 
     def test_no_state(self):
-        assert plan(problem(), H200) == plan(problem(), H200)
+        assert choose(problem(), H200) == choose(problem(), H200)
 
 
 class TestDecodeTiles:
     @pytest.mark.parametrize("group, num_queries", [(1, 1), (7, 1), (4, 4), (16, 1)])
     def test_at_least_16_rows(self, group, num_queries):
         """tl.dot takes no fewer."""
-        assert plan(problem(num_queries, heads=(group, 1)), H200).block_m == 16
+        assert choose(problem(num_queries, heads=(group, 1)), H200).config.block_m == 16
 
     def test_whole_group_in_a_tile(self):
-        assert plan(problem(2, heads=(16, 1), head_dim=64), H200).block_m == 32
+        assert choose(problem(2, heads=(16, 1), head_dim=64), H200).config.block_m == 32
 
     def test_no_more_than_the_row_says(self):
-        chosen = plan(problem(16, heads=(64, 1)), H200)
-        assert chosen.block_m == configuration("flashcore_decode", 90, torch.float16, 64).block_m
+        chosen = choose(problem(16, heads=(64, 1)), H200)
+        assert chosen.config.block_m == row_for("flashcore_decode", 90, torch.float16, 64).block_m
 
     def test_splits(self):
-        chosen = plan(problem(1), H200)
-        assert max_splits_for(1, chosen) == max_splits_for(chosen.min_chunk, chosen) == 1
-        assert max_splits_for(chosen.min_chunk + 1, chosen) == 2
-        assert max_splits_for(10**9, chosen) == chosen.max_splits
+        chosen = choose(problem(1), H200)
+        assert (
+            most_chunks(1, chosen.config.min_chunk, chosen.config.max_chunks)
+            == most_chunks(chosen.config.min_chunk, chosen.config.min_chunk, chosen.config.max_chunks)
+            == 1
+        )
+        assert most_chunks(chosen.config.min_chunk + 1, chosen.config.min_chunk, chosen.config.max_chunks) == 2
+        assert most_chunks(10**9, chosen.config.min_chunk, chosen.config.max_chunks) == chosen.config.max_chunks
 
     @pytest.mark.parametrize("num_keys", [1, 17, 129, 1000, 4097, 100_000])
     def test_no_sequence_needs_more_programs_than_there_are(self, num_keys):
         """The kernel's own arithmetic: chunks of a sequence of any length within the slots."""
-        chosen = plan(problem(1), H200)
+        chosen = choose(problem(1), H200)
         for length in {1, num_keys // 3 + 1, num_keys - 1 or 1, num_keys}:
-            even = -(-length // chosen.max_splits)
-            chunk = max((even + 31) // 32 * 32, chosen.min_chunk)
-            assert -(-length // chunk) <= max_splits_for(num_keys, chosen)
+            even = -(-length // chosen.config.max_chunks)
+            chunk = max((even + 31) // 32 * 32, chosen.config.min_chunk)
+            assert -(-length // chunk) <= most_chunks(num_keys, chosen.config.min_chunk, chosen.config.max_chunks)
 
     @pytest.mark.parametrize("num_kv_heads, most", [(1, 128), (2, 64), (8, 16), (10, 16), (32, 4), (200, 1)])
     def test_few_kv_heads_are_cut_finer(self, num_kv_heads, most):
         """So that one sequence fills a GPU; a power of two, which the merge needs."""
-        assert plan(problem(1, heads=(num_kv_heads, num_kv_heads)), H200).max_splits == most
+        assert choose(problem(1, heads=(num_kv_heads, num_kv_heads)), H200).config.max_chunks == most
 
 
 class TestBlockSizes:
     @pytest.mark.parametrize("head_dim, block", [(1, 16), (16, 16), (40, 64), (72, 128), (112, 128), (176, 256)])
     def test_head_dim_is_padded(self, head_dim, block):
-        chosen = plan(problem(head_dim=head_dim), H200)
-        assert chosen.block_d == chosen.block_dv == block
-        assert chosen.block_d1 == chosen.block_dv1 == 0
+        chosen = choose(problem(head_dim=head_dim), H200)
+        assert chosen.config.block_d == chosen.config.block_dv == block
+        assert chosen.config.block_d1 == chosen.config.block_dv1 == 0
 
     @pytest.mark.parametrize("head_dim, first", [(48, 32), (80, 64), (96, 64), (144, 128), (160, 128), (192, 128)])
     def test_sums_of_two_powers_of_two_are_not(self, head_dim, first):
-        chosen = plan(problem(head_dim=head_dim, aligned=True), H200)
-        assert (chosen.block_d, chosen.block_d1) == (chosen.block_dv, chosen.block_dv1) == (first, head_dim - first)
+        chosen = choose(problem(head_dim=head_dim, aligned=True), H200)
+        assert (
+            (chosen.config.block_d, chosen.config.block_d1)
+            == (chosen.config.block_dv, chosen.config.block_dv1)
+            == (first, head_dim - first)
+        )
 
     @pytest.mark.parametrize(
         "other",
@@ -179,12 +181,22 @@ class TestBlockSizes:
     )  # fmt: skip
     def test_but_by_the_kernel_of_prefill_alone_in_16_bits_that_are_aligned(self, other):
         """The story: on an H200, 64 + 32 columns gave wrong answers with a mask, and read where they may not in fp8."""
-        chosen = plan(problem(head_dim=96, **other), H200)
-        assert (chosen.block_d, chosen.block_d1, chosen.block_dv, chosen.block_dv1) == (128, 0, 128, 0)
+        chosen = choose(problem(head_dim=96, **other), H200)
+        assert (chosen.config.block_d, chosen.config.block_d1, chosen.config.block_dv, chosen.config.block_dv1) == (
+            128,
+            0,
+            128,
+            0,
+        )
 
     def test_value_dim_of_its_own(self):
-        chosen = plan(problem(head_dim=192, value_dim=128, aligned=True), H200)
-        assert (chosen.block_d, chosen.block_d1, chosen.block_dv, chosen.block_dv1) == (128, 64, 128, 0)
+        chosen = choose(problem(head_dim=192, value_dim=128, aligned=True), H200)
+        assert (chosen.config.block_d, chosen.config.block_d1, chosen.config.block_dv, chosen.config.block_dv1) == (
+            128,
+            64,
+            128,
+            0,
+        )
 
     @pytest.mark.parametrize(
         "head_dim, value_dim, whole",
@@ -192,42 +204,42 @@ class TestBlockSizes:
     )
     def test_rows_for_columns_that_are_all_there(self, head_dim, value_dim, whole):
         row = next(row for row in TABLES[90] if row[:3] == ("flashcore_forward", 16, 128) and row.whole == whole)
-        chosen = plan(problem(head_dim=head_dim, value_dim=value_dim, aligned=True), H200)
-        assert (chosen.block_m, chosen.num_warps) == (row.block_m, row.num_warps)
+        chosen = choose(problem(head_dim=head_dim, value_dim=value_dim, aligned=True), H200)
+        assert (chosen.config.block_m, chosen.config.num_warps) == (row.block_m, row.num_warps)
 
     @pytest.mark.parametrize("head_dim", [16, 40, 48, 64, 80, 96, 128, 192, 256])
     @pytest.mark.parametrize("arch", ARCHS)
     def test_a_key_range_leaves_the_blocks_as_they_are(self, arch, head_dim):
         """Or a sequence would have other bits in a padded batch than alone."""
-        both = [plan(problem(head_dim=head_dim, aligned=True, range_layout=layout), Device("cuda", arch))
+        both = [choose(problem(head_dim=head_dim, aligned=True, range_layout=layout), Device("cuda", arch))
                 for layout in (None, "sequence")]  # fmt: skip
         assert both[0].block_n == both[1].block_n
 
     def test_on_hopper_tiles_of_head_dim_64_are_higher_with_a_key_range(self):
-        both = [plan(problem(head_dim=64, range_layout=layout), H200).block_m for layout in (None, "sequence")]
+        both = [choose(problem(head_dim=64, range_layout=layout), H200).config.block_m for layout in (None, "sequence")]
         assert both == [64, 128]
 
     def test_padded(self):
-        assert [padded(n) for n in (1, 2, 3, 16, 17, 255, 256)] == [1, 2, 4, 16, 32, 256, 256]
+        assert [power_of_2_from(n) for n in (1, 2, 3, 16, 17, 255, 256)] == [1, 2, 4, 16, 32, 256, 256]
 
     @pytest.mark.parametrize(
         "changed", [{"mask_kind": "bool"}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str
     )
     def test_masks_have_rows_of_their_own(self, changed):
-        row = configuration("flashcore_forward", 90, torch.float16, 64, gaps=True)
-        chosen = plan(problem(**changed), H200)
-        assert (chosen.block_m, chosen.block_n) == (row.block_m, row.block_n)
+        row = row_for("flashcore_forward", 90, torch.float16, 64, gaps=True)
+        chosen = choose(problem(**changed), H200)
+        assert (chosen.config.block_m, chosen.config.block_n) == (row.block_m, row.block_n)
 
     def test_fp8_has_rows_of_its_own_where_the_table_has_some(self):
         wide = {"head_dim": 256, "value_dim": 256, "num_queries": 100}
         portable = H200._replace(triton=(3, 4))
-        chosen = {fp8: plan(problem(**wide, fp8=fp8), portable) for fp8 in (True, False)}
+        chosen = {fp8: choose(problem(**wide, fp8=fp8), portable) for fp8 in (True, False)}
         for fp8, bits in ((True, 8), (False, 16)):
             row = next(row for row in TABLES[90] if row[:3] == ("flashcore_forward", bits, 256) and not row.gaps)
             assert (chosen[fp8].block_m, chosen[fp8].block_n, chosen[fp8].num_warps) == row[3:6]
         assert chosen[True].block_n != chosen[False].block_n
-        assert configuration("flashcore_forward", 89, torch.float16, 64, fp8=True).bits == 16
-        assert configuration("flashcore_forward", 90, torch.float32, 64, fp8=True).bits == 32
+        assert row_for("flashcore_forward", 89, torch.float16, 64, fp8=True).bits == 16
+        assert row_for("flashcore_forward", 90, torch.float32, 64, fp8=True).bits == 32
 
 
 class TestTables:
@@ -237,14 +249,14 @@ class TestTables:
     @pytest.mark.parametrize("kernel", ["flashcore_forward", "flashcore_decode"])
     def test_a_row_for_everything(self, kernel, arch, dtype, gaps):
         for head_dim in range(1, MAX_HEAD_DIM + 1):
-            row = configuration(kernel, arch, dtype, head_dim, gaps)
+            row = row_for(kernel, arch, dtype, head_dim, gaps)
             assert row.head_dim >= head_dim and row.gaps == gaps
 
     @pytest.mark.parametrize("arch", TABLES)
     def test_rows_are_sane(self, arch):
         for row in TABLES[arch]:
             for size in (row.block_m, row.block_n, row.num_warps):
-                assert size == padded(size), row
+                assert size == power_of_2_from(size), row
             assert row.block_m >= 16 and row.block_n >= 16, "tl.dot takes no less"
             assert row.num_stages >= 1 and row.min_chunk % 32 == 0 and row.chunks >= 1
             assert len(row.why) > 10, f"no reason given: {row}"
@@ -261,14 +273,14 @@ class TestTables:
             seen[(*kind, row.whole, row.ranges)] = row.head_dim
 
     def test_unknown_capabilities_take_the_next_below(self):
-        assert configuration("flashcore_decode", 103, torch.float16, 64) in TABLES[100]
-        assert configuration("flashcore_decode", 87, torch.float16, 64) in TABLES[86]
+        assert row_for("flashcore_decode", 103, torch.float16, 64) in TABLES[100]
+        assert row_for("flashcore_decode", 87, torch.float16, 64) in TABLES[86]
 
     def test_nothing_fits(self):
         with pytest.raises(LookupError, match="sm_90, 16 bits, head_dim 300"):
-            configuration("flashcore_decode", 90, torch.float16, 300)
+            row_for("flashcore_decode", 90, torch.float16, 300)
         with pytest.raises(LookupError, match="64 bits"):
-            configuration("flashcore_decode", 90, torch.float64, 64)
+            row_for("flashcore_decode", 90, torch.float64, 64)
 
 
 class TestExplain:
@@ -342,7 +354,7 @@ class TestLaunchCache:
 
     def launched(self, first, second, plans=(None, None)):
         kernel = FakeKernel()
-        usual = plan(problem(), H200)
+        usual = choose(problem(), H200)
         for call, chosen in zip((first, second), plans):
             launch.launch(kernel, 7, *call, chosen or usual)
         return kernel.compiled, kernel.reused
@@ -386,12 +398,12 @@ class TestLaunchCache:
 
     @pytest.mark.parametrize("field", ["num_warps", "num_stages"])
     def test_compiled_anew_for_options(self, field):
-        usual = plan(problem(), H200)
+        usual = choose(problem(), H200)
         assert self.launched(self.BASE, self.BASE, (usual, usual._replace(**{field: 7}))) == (2, 0)
 
     def test_a_grid_too_large_is_refused(self):
         with pytest.raises(ValueError, match="more than a grid holds"):
-            launch.launch(FakeKernel(), 2**31, *self.BASE, plan(problem(), H200))
+            launch.launch(FakeKernel(), 2**31, *self.BASE, choose(problem(), H200))
 
     def test_arguments_are_the_kernels_parameters(self):
         """Positions, not names, go to Triton: a parameter moved in one place alone would go unnoticed."""

@@ -6,8 +6,10 @@ import threading
 import pytest
 import torch
 from flashcore_kernels import op, precompile
+from flashcore_kernels.choose import choose
+from flashcore_kernels.device import Device
 from flashcore_kernels.key_range import make_key_range, sequence_width
-from flashcore_kernels.plan import Device, Plan, plan
+from flashcore_kernels.plan import Plan
 from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.runtime import launch
 
@@ -67,7 +69,7 @@ def step(problem, sinks, fp8, capacity, softcap):
     key_range = words[:, None, None]
     scales = scales if fp8 else ()
     asked = check_problem(query, *buffers, key_range, None, False, None, None, softcap, sinks, *scales)
-    chosen = plan(with_alignment(asked, query, *buffers), H200)
+    chosen = choose(with_alignment(asked, query, *buffers), H200)
     output, _ = op._empty_outputs(query, new_value, False)
     op._launch(chosen, asked, query, *buffers, key_range, None, sinks, output, None, *scales)
 
@@ -101,7 +103,7 @@ def test_the_prompts_kernel_is_told_by_a_layer(keys, shape, value_dim, softcap, 
     key_range = make_key_range(batch_size, length, right=0)
     logits = None if sinks is None else torch.zeros(num_heads, dtype=sinks)
     problem = check_problem(query, key, value, key_range, softcap=softcap, sinks=logits)
-    chosen = plan(with_alignment(problem, query, key, value), H200)
+    chosen = choose(with_alignment(problem, query, key, value), H200)
     assert chosen.kernel == "flashcore_hopper"
     op._launch(
         chosen, problem, query, key, value, key_range, None, logits, op._empty_outputs(query, value, False)[0], None

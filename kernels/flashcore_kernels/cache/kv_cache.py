@@ -6,7 +6,7 @@ import torch
 
 from ..key_range import make_key_range
 from ..op import attention
-from ..problem import Window, check_problem
+from ..problem import Problem, Window, check_problem, split_arguments
 
 _FIRST_CAPACITY = 256
 
@@ -177,7 +177,7 @@ def attention_with_kv_cache(
             raise ValueError("key and value are None and the cache holds nothing: there is nothing to attend to")
         return _attend(query, cache, 0, None, options, return_lse), cache
 
-    problem = check_problem(query, key, value, **options)  # before anything is made or written
+    problem = _checked(query, key, value, options)  # before anything is made or written
     if problem.num_queries != problem.num_keys:
         raise ValueError(
             f"length of query and key: got {[problem.num_queries, problem.num_keys]}; the queries are the new tokens, "
@@ -198,6 +198,11 @@ def attention_with_kv_cache(
     return output, (cache if update_cache else past_key_value)
 
 
+def _checked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict) -> Problem:
+    inputs, options = split_arguments(query, key, value, **options)
+    return check_problem(inputs, **options)
+
+
 def _attend(
     query: torch.Tensor, cache: KVCache, new: int, new_lengths: torch.Tensor | None, options: dict, return_lse: bool
 ):
@@ -208,7 +213,7 @@ def _attend(
         return attention(query, key, value, return_lse=return_lse, **options)
     # Read before the lengths advance: a KeyRange never aliases them.
     end = cache.lengths + (new if new_lengths is None else new_lengths)
-    problem = check_problem(query, key, value, **options)
+    problem = _checked(query, key, value, options)
     key_range = make_key_range(
         query.shape[0], total, end=end, query_start=cache.lengths if new else end - query.shape[2],
         left=problem.left, right=problem.right,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..op import device_of
+from ..device import device_of
 
 E4M3_LARGEST = 448.0
 _library = torch.library.Library("flashcore", "FRAGMENT")

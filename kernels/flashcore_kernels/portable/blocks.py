@@ -1,12 +1,13 @@
 """What the Triton kernels share: one block of keys under an online softmax, and the question which keys a row sees.
 
 Names: M rows (queries) and N keys in a block, D and DV the head dimensions padded to powers of two. Scores are kept in
-units of log2, so that exp2 serves; `score_scale` and `cap_scale` fold log2(e) in (see `launch.score_factors`).
+units of log2, so that exp2 serves; `score_scale` and `cap_scale` fold log2(e) in (see `Problem.score_factors`).
 
 A row's bits must not depend on whether its block was checked for visibility or not, since that depends on the tile it
 is in. So whatever a compiler could contract in one of the two loops and not in the other is an explicit fma in both.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,6 +24,13 @@ BITMAP = tl.constexpr(6)
 FAR = tl.constexpr(1 << 29)
 # Scores from here on are so coarse that another rounding of them does not count.
 FAR_SCORE = tl.constexpr(1048576.0)
+
+
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
+    """Strides of a dense mask over `[B, H, Q, K]`, 0 where it is broadcast."""
+    if mask is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
 
 
 @triton.jit

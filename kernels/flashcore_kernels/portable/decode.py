@@ -1,16 +1,23 @@
 """Split-KV decode in one launch: few queries on many keys, cut into chunks; the last program of a head merges them."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ..plan import Plan, max_splits_for
-from ..problem import Problem
-from ..runtime.launch import launch, mask_argument, score_factors
-from ..runtime.workspace import forget, workspace
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, normalised, power_of_2, sequence_bounds
+from ..plan import most_chunks
+from ..problem import Inputs, Problem
+from ..runtime.launch import Launch
+from .blocks import (
+    BITMAP,
+    attend_block,
+    finish_rows,
+    load_tile,
+    mask_strides,
+    normalised,
+    power_of_2,
+    sequence_bounds,
+)
+from .choose import DecodeConfig
 
 
 @triton.jit
@@ -226,91 +233,37 @@ def flashcore_decode(
             )  # fmt: skip
 
 
-class DecodeLaunch(NamedTuple):
-    """Everything about a launch of `flashcore_decode` but the tensors.
-
-    Attributes:
-        kernel: the jitted function.
-        programs: size of the grid, (x, y).
-        units: how many counters the merge needs.
-        partial: fp32 elements of the workspace, 0 where no sequence can have two chunks.
-        integers, scalars, constants: the parameters behind the pointers, see `launch`.
-        options: of the compiler, see `launch`.
-    """
-
-    kernel: object
-    programs: tuple[int, int]
-    units: int
-    partial: int
-    integers: tuple
-    scalars: tuple
-    constants: tuple
-    options: dict = {}
-
-
-def decode_launch(
-    problem: Problem,
-    plan: Plan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    key_range: torch.Tensor | None,
-    mask_strides: tuple[int, ...],
-    has_lse: bool,
-) -> DecodeLaunch:
-    """Grid, workspace and parameters for tensors with these strides."""
+def make_launch(problem: Problem, config: DecodeConfig, inputs: Inputs, output: torch.Tensor, has_lse: bool) -> Launch:
+    """The launch of `flashcore_decode` that writes output `[B, H, Q, Dv]` and, where wanted, lse `[B, H, Q]` fp32."""
+    query, key, value, key_range = inputs[:4]
     rows = problem.num_queries * problem.group
     heads = problem.batch_size * problem.num_kv_heads
-    units = heads * triton.cdiv(rows, plan.block_m)
-    num_splits = max_splits_for(problem.num_keys, plan)
-    return DecodeLaunch(
-        flashcore_decode,
-        (num_splits * units, 1),
-        units,
-        heads * num_splits * rows * (plan.block_dv + 2) if num_splits > 1 else 0,
-        (
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-            0 if key_range is None else key_range.stride(0), *mask_strides, problem.num_kv_heads, problem.group,
+    units = heads * triton.cdiv(rows, config.block_m)
+    num_splits = most_chunks(problem.num_keys, config.min_chunk, config.max_chunks)
+    may_split = num_splits > 1
+    return Launch(
+        kernel=flashcore_decode,
+        grid=(num_splits * units, 1),
+        operands=(
+            "query", "key", "value", "output", "lse", "key_range", "mask", "sinks", "partials", "counters",
         ),
-        (
+        integers=(
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+            0 if key_range is None else key_range.stride(0), *mask_strides(inputs.mask), problem.num_kv_heads,
+            problem.group,
+        ),
+        scalars=(
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
-            *score_factors(problem),
+            *problem.score_factors,
         ),
-        (
-            problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_m, plan.block_n,
-            max(min(plan.block_m, 512 // plan.block_dv), 1), problem.dtype == torch.float32,
-            plan.min_chunk,
-            plan.max_splits, num_splits > 1, problem.range_layout is not None,
+        constants=(
+            problem.head_dim, problem.value_dim, config.block_d, config.block_dv, config.block_m, config.block_n,
+            max(min(config.block_m, 512 // config.block_dv), 1), problem.dtype == torch.float32,
+            config.min_chunk, config.max_chunks, may_split, problem.range_layout is not None,
             (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0, has_lse,
         ),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        partials=heads * num_splits * rows * (config.block_dv + 2) if may_split else 0,
+        counters=units if may_split else 0,
     )  # fmt: skip
-
-
-def run_decode(
-    problem: Problem,
-    plan: Plan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Launch `flashcore_decode`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
-    mask, mask_strides = mask_argument(problem, mask)
-    setup = decode_launch(problem, plan, query, key, value, out, key_range, mask_strides, lse is not None)
-    launch_decode(setup, plan, (query, key, value, out, lse, key_range, mask, sinks))
-
-
-def launch_decode(setup: DecodeLaunch, plan: Plan, tensors: tuple[torch.Tensor | None, ...]) -> None:
-    """Launch with `tensors` and, behind them, a workspace and counters."""
-    device = tensors[0].device
-    arguments = (*tensors, *workspace(setup.units, setup.partial, device), *setup.integers)
-    try:
-        launch(setup.kernel, setup.programs, arguments, setup.scalars, setup.constants, plan, **setup.options)
-    except BaseException:
-        forget(device)
-        raise

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..plan import Plan
-from ..problem import Problem
-from ..runtime.launch import launch, mask_argument, score_factors
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, normalised, sequence_bounds
+from ..problem import Inputs, Problem
+from ..runtime.launch import Launch
+from .blocks import BITMAP, attend_block, finish_rows, load_tile, mask_strides, normalised, sequence_bounds
+from .choose import ForwardConfig
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right"])
@@ -201,42 +201,32 @@ def flashcore_forward(
         tl.store(Lse + bh.to(tl.int64) * num_queries + offs_m, lse, mask=row_valid)
 
 
-def run_forward(
-    problem: Problem,
-    plan: Plan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
-) -> None:
-    """Launch `flashcore_forward`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
-    mask, mask_strides = mask_argument(problem, mask)
+def make_launch(problem: Problem, config: ForwardConfig, inputs: Inputs, output: torch.Tensor, has_lse: bool) -> Launch:
+    """The launch of `flashcore_forward` that writes output `[B, H, Q, Dv]` and, where wanted, lse `[B, H, Q]` fp32."""
+    query, key, value, key_range = inputs[:4]
     range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
-    num_tiles = triton.cdiv(problem.num_queries, plan.block_m)
-    launch(
-        flashcore_forward,
-        num_tiles * problem.batch_size * problem.num_heads,
-        (
-            query, key, value, out, lse, key_range, mask, sinks, key_scale, value_scale,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *range_strides,
-            *mask_strides, problem.num_heads, problem.group,
+    num_tiles = triton.cdiv(problem.num_queries, config.block_m)
+    return Launch(
+        kernel=flashcore_forward,
+        grid=(num_tiles * problem.batch_size * problem.num_heads, 1),
+        operands=(
+            "query", "key", "value", "output", "lse", "key_range", "mask", "sinks", "key_scale", "value_scale",
         ),
-        (
+        integers=(
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *range_strides,
+            *mask_strides(inputs.mask), problem.num_heads, problem.group,
+        ),
+        scalars=(
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right,
-            *score_factors(problem),
+            *problem.score_factors,
         ),
-        (
-            problem.head_dim, problem.value_dim, plan.block_d, plan.block_dv, plan.block_d1, plan.block_dv1,
-            plan.block_m, plan.block_n,
+        constants=(
+            problem.head_dim, problem.value_dim, config.block_d, config.block_dv, config.block_d1, config.block_dv1,
+            config.block_m, config.block_n,
             problem.dtype == torch.float32,
             (None, "sequence", "rows").index(problem.range_layout), (None, "bool", "float").index(problem.mask_kind),
-            problem.has_sinks, problem.softcap > 0.0, lse is not None,
+            problem.has_sinks, problem.softcap > 0.0, has_lse,
         ),
-        plan,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip

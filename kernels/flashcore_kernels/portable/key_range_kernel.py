@@ -4,12 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..plan import Plan
 from ..runtime.launch import launch
 
 # Keys that a program looks at at once.
 BLOCK = 4096
-_PLAN = Plan("flashcore_key_range", "", num_warps=4)
 
 
 _NUMBERS = ["width", "stride_mb", "stride_mk", "num_keys", "query_start", "left", "right"]
@@ -90,5 +88,4 @@ def run_key_range(
         ),
         (words.shape[1], *key_mask.stride(), key_mask.shape[1], 0 if given else query_start, left, right),
         (header, BLOCK),
-        _PLAN,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..plan import Plan, padded
+from ..plan import power_of_2_from
 from ..runtime.launch import launch
 
 
@@ -79,7 +79,6 @@ def flashcore_write_kv(
 
 
 # A few tokens a program: a decode step has one, and a prompt fills the GPU either way.
-_PLAN = Plan("flashcore_write_kv", "", num_warps=4)
 BLOCK_TOKENS = 16
 
 
@@ -105,8 +104,7 @@ def run_write(
             *value.stride()[:3], num_kv_heads,
         ),
         (first, count, key_buffer.shape[2]),
-        (head_dim, value_dim, padded(head_dim), padded(value_dim), block),
-        _PLAN,
+        (head_dim, value_dim, power_of_2_from(head_dim), power_of_2_from(value_dim), block),
     )  # fmt: skip
     if key.is_cuda and key.device.index != torch.cuda.current_device():
         with torch.cuda.device(key.device):

@@ -36,9 +36,9 @@ def quick_interpreter() -> Iterator[None]:
         import triton.language as tl
         from triton.runtime import interpreter
 
-        from ..portable.forward import flashcore_forward
+        from ..device import interprets
 
-        if not isinstance(flashcore_forward, interpreter.InterpretedFunction):
+        if not interprets():
             yield
             return
         run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang

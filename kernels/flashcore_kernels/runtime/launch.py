@@ -5,35 +5,111 @@ that it returns costs 5. So the compiled kernel is kept under a key made of what
 """
 
 import functools
+import operator
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from ..plan import Plan
-from ..problem import Problem
+from ..problem import Inputs
+from .workspace import forget, workspace
 
 _compiled: dict[tuple, object] = {}
-# Held while a kernel is compiled: another thread that wants the same one waits for it. See `ahead`.
+# Held while a kernel is compiled: another thread that wants the same one waits for it. See `precompile`.
 _compiling: defaultdict[tuple, threading.Lock] = defaultdict(threading.Lock)
-LOG2_E = 1.4426950408889634
+
+# The tensors that a kernel of attention may take, by name. "absent" stands for a parameter that this variant lacks.
+OPERANDS = (*Inputs._fields, "output", "lse", "partials", "counters", "absent")
+_POSITION = {name: position for position, name in enumerate(OPERANDS)}
 
 
-def score_factors(problem: Problem) -> tuple[float, float, float]:
-    """(score_scale, cap_scale, one) for blocks.attend_block: factors that leave the scores in units of log2."""
-    if problem.softcap:
-        return problem.scale / problem.softcap, problem.softcap * LOG2_E, 1.0
-    return problem.scale * LOG2_E, 0.0, 1.0
+class Tile(NamedTuple):
+    """A tensor descriptor of an operand, without the tensor, which would otherwise be kept alive.
+
+    Attributes:
+        operand: whose tensor it describes, one of OPERANDS.
+        kind: the descriptor's class.
+        fields: everything that a descriptor says but its tensor.
+    """
+
+    operand: str
+    kind: type
+    fields: dict
+
+    @classmethod
+    def of(cls, operand: str, descriptor) -> "Tile":
+        """What a validated descriptor says."""
+        return cls(operand, type(descriptor), {**vars(descriptor), "base": None})
+
+    def on(self, tensor: torch.Tensor):
+        """The descriptor on another tensor of the same shape, strides, dtype and alignment.
+
+        It was validated when it was made, which costs more than all the rest of a launch. Always a new object: another
+        thread may be launching with its own.
+        """
+        descriptor = object.__new__(self.kind)
+        descriptor.__dict__ = {**self.fields, "base": tensor}
+        return descriptor
 
 
-def mask_argument(problem: Problem, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, ...]]:
-    """The dense mask as the kernels read it (bytes where bool), and its strides over `[B, H, Q, K]`."""
-    if mask is None:
-        return None, (0, 0, 0, 0)
-    if problem.mask_kind == "bool":
-        mask = mask.view(torch.uint8)
-    return mask, tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+class Launch(NamedTuple):
+    """Everything about the launch of a kernel of attention but its tensors.
+
+    Attributes:
+        kernel: a jitted function. Its parameters are `operands`, `integers`, `scalars` and `constants`, in this order.
+        grid: number of programs, (x, y).
+        operands: what each of the first parameters is: a name out of OPERANDS, or a Tile.
+        integers: ints that Triton specialises on.
+        scalars: floats, and ints under `do_not_specialize`.
+        constants: the constexpr parameters.
+        num_warps, num_stages: of a program.
+        partials, counters: what it needs of `workspace`.
+        options: more of the compiler's, always the same ones with the same constants.
+    """
+
+    kernel: object
+    grid: tuple[int, int]
+    operands: tuple[str | Tile, ...]
+    integers: tuple[int, ...]
+    scalars: tuple
+    constants: tuple
+    num_warps: int
+    num_stages: int
+    partials: int = 0
+    counters: int = 0
+    options: dict = {}
+
+    @property
+    def tiles(self) -> tuple[Tile | None, ...]:
+        """The Tile of each operand, None for those that are passed as they are."""
+        return tuple(part if isinstance(part, Tile) else None for part in self.operands)
+
+    @property
+    def pick(self) -> Callable[[tuple], tuple]:
+        """From the tensors of OPERANDS to those of this kernel's parameters."""
+        names = (part.operand if isinstance(part, Tile) else part for part in self.operands)
+        return operator.itemgetter(*(_POSITION[name] for name in names))
+
+    def arguments(self, tensors: tuple[torch.Tensor | None, ...]) -> tuple:
+        """What Triton specialises on: tensors and descriptors from those of OPERANDS, and the integers."""
+        picked = zip(self.tiles, self.pick(tensors))
+        return (*(tensor if tile is None else tile.on(tensor) for tile, tensor in picked), *self.integers)
+
+
+def run(launch_: Launch, inputs: Inputs, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Launch on the current stream, with what it needs of the workspace."""
+    device = inputs.query.device
+    try:
+        tensors = (*inputs, output, lse, *workspace(launch_.partials, launch_.counters, device), None)
+        launch(
+            launch_.kernel, launch_.grid, launch_.arguments(tensors), launch_.scalars, launch_.constants,
+            num_warps=launch_.num_warps, num_stages=launch_.num_stages, **launch_.options,
+        )  # fmt: skip
+    except BaseException:
+        forget(device)
+        raise
 
 
 def _specialization(argument) -> object:
@@ -47,15 +123,16 @@ def _specialization(argument) -> object:
     return argument == 1, argument % 16 == 0, argument > 0x7FFFFFFF
 
 
-def _key(kernel, arguments: tuple, constants: tuple, plan: Plan) -> tuple:
+def _key(kernel, arguments: tuple, constants: tuple, num_warps: int, num_stages: int) -> tuple:
     device = getattr(arguments[0], "base", arguments[0]).device
     index = torch.cuda.current_device() if device.type == "meta" else device.index
-    return kernel, index, plan.num_warps, plan.num_stages, constants, *map(_specialization, arguments)
+    return kernel, index, num_warps, num_stages, constants, *map(_specialization, arguments)
 
 
-def compiled_kernel(kernel, arguments: tuple, constants: tuple, plan: Plan):
-    """The compiled kernel that a `launch` with such arguments made before, or None."""
-    return _compiled.get(_key(kernel, arguments, constants, plan))
+def compiled_kernel(launch: Launch, tensors: tuple[torch.Tensor | None, ...]):
+    """The compiled kernel that a `run` with such tensors of OPERANDS made before, or None."""
+    arguments = launch.arguments(tensors)
+    return _compiled.get(_key(launch.kernel, arguments, launch.constants, launch.num_warps, launch.num_stages))
 
 
 def launcher(compiled) -> tuple[Callable, tuple]:
@@ -79,7 +156,15 @@ def _has_known_launcher() -> bool:
 
 
 def launch(
-    kernel, programs: int | tuple[int, int], arguments: tuple, scalars: tuple, constants: tuple, plan: Plan, **options
+    kernel,
+    programs: int | tuple[int, int],
+    arguments: tuple,
+    scalars: tuple,
+    constants: tuple,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    **options,
 ) -> None:
     """Run `kernel` on the device and stream that are current; on meta tensors only compile it for that device.
 
@@ -89,7 +174,7 @@ def launch(
         arguments: tensors, tensor descriptors (or None), and ints that Triton specialises on.
         scalars: floats, and ints under `do_not_specialize`.
         constants: the constexpr parameters.
-        plan: gives num_warps and num_stages.
+        num_warps, num_stages: of a program.
         options: more of Triton's, always the same ones with the same constants.
     """
     grid = (*programs, 1) if isinstance(programs, tuple) else (programs, 1, 1)
@@ -101,13 +186,13 @@ def launch(
     if device.type not in ("cuda", "meta"):  # Triton's interpreter
         kernel[grid](*parameters)
         return
-    key = _key(kernel, arguments, constants, plan)
+    key = _key(kernel, arguments, constants, num_warps, num_stages)
     compiled = _compiled.get(key)
     if compiled is None:
         with _compiling[key]:
             compiled = _compiled.get(key)
             if compiled is None:
-                options |= {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+                options |= {"num_warps": num_warps, "num_stages": num_stages}
                 if device.type == "meta":
                     compiled = kernel.warmup(*parameters, grid=grid, **options)
                     compiled.run  # noqa: B018 - loads it, and has its launcher compiled

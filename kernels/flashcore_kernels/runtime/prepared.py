@@ -1,53 +1,42 @@
 """Calls like one that was made before: what was checked and chosen then holds, and only a launch is left.
 
-Checking, planning and torch's dispatcher cost several times what a decode layer's kernel does, and a model asks the
+Checking, choosing and torch's dispatcher cost several times what a decode layer's kernel does, and a model asks the
 same of every layer. So a call's signature (shapes, strides, dtypes, devices, alignments, options: all that checks and
-plans look at) leads to a function that allocates and launches.
+choices look at) leads to a function that allocates and launches.
 """
 
 import functools
 from collections.abc import Callable
 
 import torch
-from torch import _C, Tensor
 
-from ..plan import Plan
-from ..problem import Problem
-from .launch import compiled_kernel, launcher
-from .workspace import forget, workspace, zero
+from ..device import goes_past_dispatcher
+from ..problem import Inputs, Problem
+from .launch import Launch, compiled_kernel, launcher
+from .workspace import forget, workspace
 
 # Lengths grow, so signatures come and go; a few thousand are some megabytes.
 MOST = 4096
-_prepared: dict[tuple, tuple[str, Callable]] = {}
+_calls: dict[tuple, tuple[str, Callable]] = {}
 _is_grad_enabled = torch.is_grad_enabled
 
 
-def goes_past_dispatcher(tensor: torch.Tensor) -> bool:
-    """Whether a kernel may be launched on this tensor without asking torch's dispatcher.
-
-    It is a plain one on the current GPU, and nobody listens: no mode, no function transform, no tracer.
-    """
-    return (
-        tensor.is_cuda
-        and type(tensor) is Tensor
-        and not _C._len_torch_dispatch_stack()
-        and _C._functorch.peek_interpreter_stack() is None
-        and _C._get_tracing_state() is None
-        and tensor.get_device() == _C._cuda_getDevice()
-    )
-
-
-def find(
-    query, key, value, key_range, sinks, key_scale, value_scale, *options
-) -> tuple[tuple | None, tuple[str, Callable] | None]:
+def find(inputs: Inputs, options: tuple) -> tuple[tuple | None, tuple[str, Callable] | None]:
     """(the call's signature, the kernel's name and the function for it if one like it was made before).
 
     The signature is what decides how a call is served; None where it has to go through torch's dispatcher or needs
-    gradients.
+    gradients. There is no mask.
     """
+    query, key, value, key_range, _, sinks, key_scale, value_scale = inputs
     try:
         if not goes_past_dispatcher(query) or (
-            _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+            _is_grad_enabled()
+            and (
+                query.requires_grad
+                or key.requires_grad
+                or value.requires_grad
+                or (sinks is not None and sinks.requires_grad)
+            )
         ):
             return None, None
         signature = (
@@ -58,7 +47,7 @@ def find(
             None if key_scale is None else _looks(key_scale), None if value_scale is None else _looks(value_scale),
             options,
         )  # fmt: skip
-        return signature, _prepared.get(signature)
+        return signature, _calls.get(signature)
     except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
         return None, None
 
@@ -73,70 +62,48 @@ def remember(signature: tuple, kernel: str, call: Callable) -> None:
 
     Args:
         kernel: its name, for `path_counts`.
-        call: from query, key, value, key_range, sinks, key_scale, value_scale to output `[B, Q, H, Dv]` and lse.
+        call: from Inputs to output `[B, Q, H, Dv]` and lse.
     """
-    if len(_prepared) >= MOST:
-        _prepared.clear()
-    _prepared[signature] = kernel, call
+    if len(_calls) >= MOST:
+        _calls.clear()
+    _calls[signature] = kernel, call
 
 
-def prepare(problem: Problem, plan: Plan, tensors: tuple, return_lse: bool) -> Callable | None:
-    """The function that serves calls like this one by a launch alone, or None where their kernel is not compiled yet.
-
-    Args:
-        plan: of a decode kernel or of `flashcore_hopper`.
-        tensors: a call's query, key, value, key_range, sinks, key_scale, value_scale.
-    """
-    make = _prefill_call if plan.kernel == "flashcore_hopper" else _decode_call
-    return make(problem, plan, *tensors, return_lse)
-
-
-def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and_lse) -> Callable | None:
-    *scales, return_lse = scales_and_lse
-    dtype, device, index = query.dtype, query.device, query.device.index
-    batch_size, num_queries, num_heads = problem.batch_size, problem.num_queries, problem.num_heads
-    shape = (batch_size, num_queries, num_heads, problem.value_dim)
-    out = _allocated(dtype)
-    if plan.kernel == "flashcore_hopper_decode":
-        from ..hopper.decode.launch import hopper_decode_launch  # needs Triton
-
-        setup = hopper_decode_launch(problem, plan, query, key, value, key_range, return_lse)
-        mask, has_scales = (), True
-    else:
-        from ..portable.decode import decode_launch
-
-        strided = torch.empty(shape, device="meta").transpose(1, 2)
-        setup = decode_launch(problem, plan, query, key, value, strided, key_range, (0, 0, 0, 0), return_lse)
-        mask, has_scales = (None,), False
-    float32, length, units = torch.float32, setup.partial, setup.units
-    lse = _allocated(float32) if return_lse else None
-    if not units:
-        room = (_allocated(torch.int32) if length else None,)
-    else:
-        room = (_allocated(float32), _allocated(torch.int32)) if length else (None, None)
-    scales = scales if has_scales else ()
-    pointers = (query, key, value, out, lse, key_range, *mask, sinks, *scales, *room)
-    compiled = compiled_kernel(setup.kernel, pointers + setup.integers, setup.constants, plan)
+def make_call(launch: Launch, problem: Problem, inputs: Inputs, return_lse: bool) -> Callable | None:
+    """The function that serves calls like this one by a launch alone, or None while their kernel is not compiled."""
+    dtype, device, index = inputs.query.dtype, inputs.query.device, inputs.query.device.index
+    shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
+    lse_shape = (problem.batch_size, problem.num_heads, problem.num_queries)
+    partials, counters = launch.partials, launch.counters
+    float32 = torch.float32
+    compiled = compiled_kernel(
+        launch,
+        (
+            *inputs, _allocated(dtype), _allocated(float32) if return_lse else None,
+            _allocated(float32 if counters else torch.int32) if partials else None,
+            _allocated(torch.int32) if counters else None, None,
+        ),
+    )  # fmt: skip
     if compiled is None:
         return None
-    (run, prefix), programs = launcher(compiled), setup.programs
-    rest = (*setup.integers, *setup.scalars, *setup.constants)
-    lse_shape = (batch_size, num_heads, num_queries)
+    (start, prefix), grid = launcher(compiled), (*launch.grid, 1)
+    pick, tiles = launch.pick, launch.tiles
+    rest = (*launch.integers, *launch.scalars, *launch.constants)
     raw_stream, empty = torch._C._cuda_getCurrentRawStream, torch.empty
 
-    def call(query, key, value, key_range, sinks, *scales):
+    def call(inputs):
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
-        room = workspace(units, length, device)
+        tensors = (*inputs, output, lse, *workspace(partials, counters, device), None)
         try:
             # Addresses, where the launcher would ask the driver about each tensor.
-            run(
-                *programs, 1, raw_stream(index), *prefix,
-                query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr(),
-                None if lse is None else lse.data_ptr(), None if key_range is None else key_range.data_ptr(), *mask,
-                None if sinks is None else sinks.data_ptr(),
-                *([None if scale is None else scale.data_ptr() for scale in scales] if has_scales else ()),
-                *[None if part is None else part.data_ptr() for part in room], *rest,
+            start(
+                *grid, raw_stream(index), *prefix,
+                *[
+                    None if tensor is None else tensor.data_ptr() if tile is None else tile.on(tensor)
+                    for tile, tensor in zip(tiles, pick(tensors))
+                ],
+                *rest,
             )  # fmt: skip
         except BaseException:
             forget(device)
@@ -150,45 +117,3 @@ def _decode_call(problem, plan, query, key, value, key_range, sinks, *scales_and
 def _allocated(dtype: torch.dtype) -> torch.Tensor:
     """Stands for a tensor that a call will allocate where its compiled kernel is looked up: of that dtype, aligned."""
     return torch.empty(16, dtype=dtype)
-
-
-def _prefill_call(problem, plan, query, key, value, key_range, sinks, *scales_and_lse) -> Callable | None:
-    from ..hopper.prefill.launch import flashcore_hopper, hopper_launch, on, without_base
-
-    return_lse = scales_and_lse[-1]
-    shape = (problem.batch_size, problem.num_queries, problem.num_heads, problem.value_dim)
-    lse_shape = (problem.batch_size, problem.num_heads, problem.num_queries)
-    out = query.new_empty(shape).transpose(1, 2)
-    lse = query.new_empty(1, dtype=torch.float32) if return_lse else None
-    setup = hopper_launch(problem, plan, query, key, value, key_range, out, return_lse)
-    writes_itself = setup.writes_itself
-    pointers = (
-        *setup.descriptors, lse, key_range, sinks, out if writes_itself else None, _allocated(torch.int32),
-    )  # fmt: skip
-    compiled = compiled_kernel(flashcore_hopper, pointers, setup.constants, plan)
-    if compiled is None:
-        return None
-    (run, prefix), programs = launcher(compiled), setup.programs
-    rest = (*setup.scalars, *setup.constants)
-    dtype, device, index = query.dtype, query.device, query.device.index
-    q0, q1, k0, k1, v0, v1, o0, o1 = map(without_base, setup.descriptors)
-    raw_stream, empty, float32 = torch._C._cuda_getCurrentRawStream, torch.empty, torch.float32
-
-    def call(query, key, value, key_range, sinks, *scales):
-        output = empty(shape, dtype=dtype, device=device)
-        lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
-        counter = zero(device)
-        try:
-            run(
-                programs, 1, 1, raw_stream(index), *prefix,
-                on(q0, query), on(q1, query), on(k0, key), on(k1, key), on(v0, value), on(v1, value), on(o0, output),
-                on(o1, output), None if lse is None else lse.data_ptr(),
-                None if key_range is None else key_range.data_ptr(), None if sinks is None else sinks.data_ptr(),
-                output.data_ptr() if writes_itself else None, counter.data_ptr(), *rest,
-            )  # fmt: skip
-        except BaseException:
-            forget(device)
-            raise
-        return output, lse
-
-    return call

@@ -9,9 +9,9 @@ import torch
 # fp32 elements that a stream keeps for partial sums, 4 MiB: decodes of a few sequences, which wait for the host, need
 # less. An allocation takes a tenth of such a call.
 KEPT = 1 << 20
-# Words that captures get for good, 512 MiB: each decode of a long or large batch takes some MiB of slots.
+# Words that captures get for good, 512 MiB: each decode of a long or large batch takes some MiB.
 LENT = 1 << 27
-# In slots: bits of a NaN that no kernel writes as a partial sum.
+# In mailboxes: bits of a NaN that no kernel writes as a partial sum. What is read as something else has been written.
 UNWRITTEN = -1
 
 
@@ -90,47 +90,46 @@ class Words:
         self._short = 0
 
 
-counters = Words(0, pool=1 << 20, least=1 << 12, most=1 << 31)
-slots = Words(UNWRITTEN, pool=1 << 22, least=1 << 17, most=1 << 24)
-_partials: dict[tuple, torch.Tensor] = {}  # room for partial sums, a buffer for each stream
+_counters = Words(0, pool=1 << 20, least=1 << 12, most=1 << 31)
+_mailboxes = Words(UNWRITTEN, pool=1 << 22, least=1 << 17, most=1 << 24)
+_partials: dict[tuple, torch.Tensor] = {}  # a buffer for each stream
 
 
-def workspace(units: int, length: int, device: torch.device) -> tuple[torch.Tensor | None, ...]:
-    """What a decode of several chunks is launched with, on the current stream.
+def workspace(partials: int, counters: int, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What programs of one launch hand to each other, on the current stream.
 
     Args:
-        units: counters that it needs; 0 where partial sums are their own flags.
-        length: words of partial sums; 0: there is no second chunk.
+        partials: words for partial sums, 0: there are none.
+        counters: counters of programs that are done, or of tiles that are drawn. 0 with partial sums: these are their
+            own flags, see `UNWRITTEN`.
 
     Returns:
-        (fp32 for partial sums, zeroed counters), or (unwritten slots,).
+        (partial sums, counters), each None where none are wanted. Partial sums are fp32 of any value; unwritten int32
+        words where there are no counters. Counters are int32 zeros, which the launch leaves at zero.
     """
-    if not length:
-        return (None, None) if units else (None,)
     if device.type == "meta":  # nothing will be launched
-        sums = torch.empty(length, dtype=torch.float32 if units else torch.int32, device=device)
-        return (sums, torch.empty(units, dtype=torch.int32, device=device)) if units else (sums,)
-    if not units:
-        return (slots.get(length, device),)
-    count, place = counters.get(units, device), _place(device)
-    if length > KEPT or place[-1]:
-        return torch.empty(length, dtype=torch.float32, device=device), count
+        sums = torch.empty(partials, dtype=torch.float32 if counters else torch.int32, device=device)
+        return sums if partials else None, torch.zeros(counters, dtype=torch.int32, device=device) if counters else None
+    if not counters:
+        return _mailboxes.get(partials, device) if partials else None, None
+    count = _counters.get(counters, device)
+    return (_room(partials, device) if partials else None), count
+
+
+def _room(partials: int, device: torch.device) -> torch.Tensor:
+    """fp32 for partial sums, which nobody has to set to anything."""
+    place = _place(device)
+    if partials > KEPT or place[-1]:
+        return torch.empty(partials, dtype=torch.float32, device=device)
     if place not in _partials:
         _partials[place] = _lasting(0, KEPT, device).view(torch.float32)
-    return _partials[place], count
-
-
-def zero(device: torch.device) -> torch.Tensor:
-    """An int32 zero for one launch on the current stream, which leaves it at zero."""
-    if device.type == "meta":  # nothing will be launched
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    return counters.get(1, device)
+    return _partials[place]
 
 
 def forget(device: torch.device) -> None:
     """A launch on the current stream failed: what it worked with may not be as it was."""
-    counters.forget(device)
-    slots.forget(device)
+    _counters.forget(device)
+    _mailboxes.forget(device)
 
 
 def _place(device: torch.device) -> tuple:

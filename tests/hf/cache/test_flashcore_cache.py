@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from flashcore_kernels import op
-from flashcore_kernels.plan import Device
+from flashcore_kernels.device import Device
 from packaging.version import Version
 from transformers import DynamicCache
 

@@ -2,16 +2,11 @@
 
 import pytest
 import torch
+from flashcore_kernels.choose import MAX_HEAD_DIM, choose
+from flashcore_kernels.device import Device
 from flashcore_kernels.hopper.prefill.table import DECODE_ROWS, hopper_decode_configuration
 from flashcore_kernels.hopper.prefill.table import ROWS as HOPPER_ROWS
-from flashcore_kernels.plan import (
-    MAX_DECODE_QUERIES,
-    MAX_HEAD_DIM,
-    Device,
-    max_splits_for,
-    padded,
-    plan,
-)
+from flashcore_kernels.plan import MAX_DECODE_QUERIES, most_chunks, power_of_2_from
 
 from ..test_plan import problem
 
@@ -22,7 +17,7 @@ def chosen_for(num_queries: int, device: Device, **changed):
     """The plan for aligned tensors; `changed` are sizes and dtype, and fields of the Problem."""
     changed = {"aligned": True, **changed}
     shape = {name: changed.pop(name) for name in ("head_dim", "value_dim", "dtype", "heads") if name in changed}
-    return plan(problem(num_queries, **shape)._replace(**changed), device)
+    return choose(problem(num_queries, **shape)._replace(**changed), device)
 
 
 class TestHopper:
@@ -36,8 +31,11 @@ class TestHopper:
     def test_taken(self, sizes, dtype):
         chosen = self.chosen(head_dim=sizes[0], value_dim=sizes[1], dtype=dtype)
         assert chosen.kernel == "flashcore_hopper"
-        assert sum(chosen.hopper.head_dim) >= sizes[0] and sum(chosen.hopper.value_dim) >= sizes[1]
-        assert (chosen.block_m, chosen.block_n) == (64 * chosen.hopper.consumers, chosen.hopper.block_n)
+        assert sum(chosen.config.row.head_dim) >= sizes[0] and sum(chosen.config.row.value_dim) >= sizes[1]
+        assert (chosen.config.block_m, chosen.config.block_n) == (
+            64 * chosen.config.row.consumers,
+            chosen.config.row.block_n,
+        )
 
     @pytest.mark.parametrize(
         "changed", [{"range_layout": "sequence"}, {"range_layout": "rows"}, {"softcap": 5.0}, {"has_sinks": True},
@@ -117,8 +115,8 @@ class TestHopper:
         sizes = {"head_dim": head_dim, "value_dim": head_dim, "right": right, "num_queries": 512, "num_keys": 512}
         for version, can in (((3, 5), True), ((3, 7), True), ((3, 8), False), ((3, 10), False)):
             chosen = self.chosen(Device("cuda", 90, triton=version), **sizes)
-            assert chosen.hopper.one_copy == (one_copy and can)
-            assert chosen.num_warps == (8 if one_copy and can else 4)
+            assert chosen.config.row.one_copy == (one_copy and can)
+            assert chosen.config.num_warps == (8 if one_copy and can else 4)
         for more in ({"range_layout": "sequence"}, {"softcap": 5.0}):
             assert not self.chosen(Device("cuda", 90, triton=(3, 6)), **sizes, **more).hopper.one_copy
 
@@ -157,10 +155,13 @@ class TestHopperDecode:
     def test_taken(self, sizes, dtype, fp8):
         chosen = self.chosen(head_dim=sizes[0], value_dim=sizes[1], dtype=dtype, fp8=fp8)
         assert chosen.kernel == "flashcore_hopper_decode" and chosen.reason == "1 query tokens, at most 16"
-        assert chosen.block_d >= max(sizes[0], 32 if fp8 else 16) and chosen.block_dv >= max(sizes[1], 64), (
-            "what wgmma takes"
+        assert chosen.config.block_d >= max(sizes[0], 32 if fp8 else 16) and chosen.config.block_dv >= max(
+            sizes[1], 64
+        ), "what wgmma takes"
+        assert (
+            power_of_2_from(chosen.config.block_d) == chosen.config.block_d
+            and power_of_2_from(chosen.config.block_dv) == chosen.config.block_dv
         )
-        assert padded(chosen.block_d) == chosen.block_d and padded(chosen.block_dv) == chosen.block_dv
 
     @pytest.mark.parametrize(
         "changed", [{"range_layout": "sequence"}, {"softcap": 5.0}, {"has_sinks": True}, {"left": 7}, {"right": 0},
@@ -206,28 +207,28 @@ class TestHopperDecode:
 
     def test_no_more_rows_than_the_table_says(self):
         chosen = self.chosen(heads=(64, 1), num_queries=16)
-        assert chosen.block_m == hopper_decode_configuration(16, 64).rows
+        assert chosen.config.block_m == hopper_decode_configuration(16, 64).rows
 
     @pytest.mark.parametrize("fp8", [False, True])
     @pytest.mark.parametrize("batch, num_keys", [(1, 100), (64, 10**6)])
     def test_the_same_for_every_batch_and_length(self, batch, num_keys, fp8):
         made = problem(1, num_keys)._replace(batch_size=batch, aligned=True, fp8=fp8)
-        assert plan(made, NEW) == self.chosen(fp8=fp8)
+        assert choose(made, NEW) == self.chosen(fp8=fp8)
 
     @pytest.mark.parametrize("num_keys", [1, 17, 129, 1000, 4097, 100_000])
     def test_no_sequence_needs_more_programs_than_there_are(self, num_keys):
         """The kernel's own arithmetic, as for the portable one."""
         chosen = self.chosen()
         for length in {1, num_keys // 3 + 1, num_keys - 1 or 1, num_keys}:
-            even = -(-length // chosen.max_splits)
-            chunk = max((even + 31) // 32 * 32, chosen.min_chunk)
-            assert -(-length // chunk) <= max_splits_for(num_keys, chosen)
+            even = -(-length // chosen.config.max_chunks)
+            chunk = max((even + 31) // 32 * 32, chosen.config.min_chunk)
+            assert -(-length // chunk) <= most_chunks(num_keys, chosen.config.min_chunk, chosen.config.max_chunks)
 
     def test_rows_are_sane(self):
         for row in DECODE_ROWS:
             assert row.block_n in (64, 128, 256) and 0 <= row.levels <= 3, "wgmma has 64 rows, which are the keys"
             assert row.rows in (8, 16, 32, 64) and row.min_chunk % 32 == 0 and len(row.why) > 10
-            wide = max(padded(row.head_dim), 64)
+            wide = max(power_of_2_from(row.head_dim), 64)
             for stages, resident in (*row.stages, *row.whole):
                 size = stages * row.block_n * 2 * wide * row.bits // 8 + 2 * row.rows * (wide + row.block_n)
                 assert size + 1536 <= 233472 // resident, "so many programs, each with a KiB for the system and scratch"

@@ -9,7 +9,8 @@ import types
 
 import pytest
 import torch
-from flashcore_kernels.plan import max_splits_for, plan
+from flashcore_kernels.choose import choose
+from flashcore_kernels.plan import most_chunks
 from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.runtime import launch
 
@@ -27,7 +28,7 @@ class TestHopper:
 
         def launch_of(query, key, value, is_causal=False, sinks=None, lse=None):
             problem = check_problem(query, key, value, None, None, is_causal, None, None, None, sinks, None, None)
-            chosen = plan(with_alignment(problem, query, key, value), H200)
+            chosen = choose(with_alignment(problem, query, key, value), H200)
             assert chosen.kernel == "flashcore_hopper", chosen
             out = torch.empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype)
             run.run_hopper(problem, chosen, query, key, value, None, None, sinks, out.transpose(1, 2), lse)
@@ -39,12 +40,16 @@ class TestHopper:
         query, key, value = tensors_of(num_queries=200)
         chosen, (_, programs, arguments, scalars, _, _) = launched(query, key, value)
         q, _, k, _, v, _, o, _ = arguments[:8]
-        for tensor, descriptor, rows in ((query, q, 64), (key, k, chosen.block_n), (value, v, chosen.block_n)):
+        for tensor, descriptor, rows in (
+            (query, q, 64),
+            (key, k, chosen.config.block_n),
+            (value, v, chosen.config.block_n),
+        ):
             assert descriptor.base is tensor and list(descriptor.shape) == list(tensor.shape)
             assert list(descriptor.strides) == list(tensor.stride())
             assert list(descriptor.block_shape) == [1, 1, rows, 64]
         assert list(o.shape) == [2, 8, 200, 64] and o.strides[1] == 64
-        tiles = -(-200 // chosen.block_m)
+        tiles = -(-200 // chosen.config.block_m)
         assert programs == min(132, 16 * tiles)
         assert scalars[:5] == (8, 4, 200, 500, 300) and scalars[-3:] == (16, tiles, 1)
 
@@ -71,7 +76,7 @@ class TestHopper:
         """Of these heads 4 fit; 3 consumers want five rounds, which 8 of them make."""
         query = torch.empty(1, 32, 16384, 64, dtype=torch.float16)
         chosen, (_, _, _, scalars, _, _) = launched(query, query, query, is_causal=True)
-        assert chosen.hopper.least_rounds == 5 and scalars[-1] == 8
+        assert chosen.config.row.least_rounds == 5 and scalars[-1] == 8
 
 
 @pytest.mark.parametrize("queries", [1, 4, 16])
@@ -83,12 +88,12 @@ def test_how_the_hopper_kernel_shares_chunks_out(fp8, heads, queries):
     for batch, keys, head_dim in itertools.product((1, 2, 7, 16, 64, 300), (1, 129, 2048, 100_000), (64, 128, 256)):
         made = problem_of(queries, heads=heads, head_dim=head_dim, value_dim=head_dim)
         made = made._replace(batch_size=batch, num_keys=keys, aligned=True, fp8=fp8)
-        chosen = plan(made, H200)
+        chosen = choose(made, H200)
         key = torch.empty(1, heads[1], 1, head_dim, dtype=torch.bfloat16)
         setup = decode_run.hopper_decode_launch(made, chosen, key, key, key, None, False)
         (config,), (num_splits, each, lines) = setup.constants, setup.scalars[5:8]
         units = batch * heads[1] * config.row_tiles
-        chunks = max_splits_for(keys, chosen)
+        chunks = most_chunks(keys, chosen.config.min_chunk, chosen.config.max_chunks)
         shared = decode_run.sharing(made, chosen)
         assert each == 2**config.levels if shared.whole else each in (1, 2, 4, 8) and each <= 2**config.levels
         assert num_splits == -(-chunks // each) and sorted(setup.programs) == sorted((units, num_splits))
@@ -96,7 +101,7 @@ def test_how_the_hopper_kernel_shares_chunks_out(fp8, heads, queries):
         assert not config.in_a_row or units * num_splits <= 132, "those that others wait for run at the same time"
         assert units * num_splits >= min(units * chunks, 128), "the GPU is filled where there are chunks to fill it"
         if shared.whole:
-            assert each >= chosen.max_splits and num_splits == 1, "no chunk is left out, whatever the length"
+            assert each >= chosen.config.max_chunks and num_splits == 1, "no chunk is left out, whatever the length"
             assert not config.may_split and 128 <= units <= shared.slots
             unequal = made._replace(range_layout="sequence")
             assert not decode_run.sharing(unequal, chosen).whole, "one sequence may be much longer than the others"
@@ -108,7 +113,7 @@ def test_how_the_hopper_kernel_shares_chunks_out(fp8, heads, queries):
             nodes += level
         assert lines == nodes and setup.units == 0, "partial sums are their own flags"
         rows = queries * heads[0] // heads[1]
-        floats = batch * heads[1] * rows * nodes * (chosen.block_dv + 2)
+        floats = batch * heads[1] * rows * nodes * (chosen.config.block_dv + 2)
         assert setup.partial == (floats if chunks > 1 and not shared.whole else 0)
         long = made._replace(num_keys=10 * keys)
         (longer,) = decode_run.hopper_decode_launch(long, chosen, key, key, key, None, False).constants
@@ -120,7 +125,7 @@ def test_how_the_hopper_kernel_shares_chunks_out(fp8, heads, queries):
 def test_aligned_and_unaligned_calls_get_kernels_of_their_own():
     """What Triton compiles a variant for is in the key under which a compiled kernel is kept."""
     tensor = torch.zeros(64, dtype=torch.float16)
-    chosen = plan(check_problem(*tensors_of(), None, None, False, None, None, None, None, None, None), H200)
+    chosen = choose(check_problem(*tensors_of(), None, None, False, None, None, None, None, None, None), H200)
     keys = [
         launch._key("kernel", (pointer, number), (), chosen)
         for pointer, number in ((tensor, 16), (tensor[1:], 16), (tensor, 17), (tensor, 1), (tensor, 2**33))

@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 from flashcore_kernels import make_key_range, op
-from flashcore_kernels.plan import Device, plan
+from flashcore_kernels.choose import choose
+from flashcore_kernels.device import Device
 from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.runtime import launch, prepared, workspace
 from flashcore_kernels.runtime.workspace import Words
@@ -58,7 +59,7 @@ def compiled(monkeypatch):
 
 def prepare(query, key, value, sinks=None, return_lse=False, scales=(None, None), device=A100):
     problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, *scales)
-    chosen = plan(with_alignment(problem, query, key, value), device)
+    chosen = choose(with_alignment(problem, query, key, value), device)
     return problem, chosen, prepared.prepare(problem, chosen, (query, key, value, None, sinks, *scales), return_lse)
 
 

@@ -28,7 +28,7 @@ from .tiles import copy_keys, fold_scores, load_queries, next_block
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConstants:
     """Everything that one compiled kernel is made for.
 
     Attributes:

@@ -31,7 +31,7 @@ from .schedule import hand_out
 
 
 @dataclass(frozen=True)
-class Config:
+class PrefillConstants:
     """Everything that one compiled kernel is made for.
 
     Attributes:

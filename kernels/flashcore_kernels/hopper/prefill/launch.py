@@ -1,17 +1,15 @@
 """From a Problem to a launch of `flashcore_hopper`: tensor descriptors, grid, constants."""
 
 import functools
-from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...plan import Plan
-from ...problem import Problem
-from ...runtime.launch import launch, score_factors
-from ...runtime.workspace import forget, zero
-from .kernel import Config, flashcore_hopper
+from ...problem import Inputs, Problem
+from ...runtime.launch import Launch, Tile
+from .choose import PrefillConfig
+from .kernel import PrefillConstants, flashcore_hopper
 from .schedule import heads_in_section
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -23,134 +21,65 @@ def tile_layout(rows: int, columns: int, dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """What the copy engine needs to fetch tiles `[1, 1, rows, columns]` of a `[B, H, S, D]` tensor."""
+def _tile(operand: str, tensor: torch.Tensor, rows: int, columns: int) -> Tile | str:
+    """How the copy engine fetches tiles `[1, 1, rows, columns]` of a `[B, H, S, D]` tensor; "absent" of no columns."""
     if not columns:
-        return None
+        return "absent"
     # Where there is but one index its stride is never used and may be anything; the engine wants multiples of 16 bytes.
     strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])]
-    return TensorDescriptor(
-        tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], tile_layout(rows, columns, tensor.dtype)
-    )
+    layout = tile_layout(rows, columns, tensor.dtype)
+    return Tile.of(operand, TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout))
 
 
-def make_config(problem: Problem, plan: Plan, lse: bool) -> Config:
+def kernel_constants(problem: Problem, config: PrefillConfig, has_lse: bool) -> PrefillConstants:
     """What the kernel for this call is compiled for."""
-    row = plan.hopper
-    return Config(
+    row = config.row
+    return PrefillConstants(
         *row.head_dim, *row.value_dim, row.block_n, row.consumers, row.stages,
-        (None, "sequence", "rows").index(problem.range_layout), problem.softcap > 0.0, problem.has_sinks, lse,
-        row.query_slots, row.ahead, row.short_masks, row.consumer_registers, row.producer_registers,
+        (None, "sequence", "rows").index(problem.range_layout), problem.softcap > 0.0, problem.has_sinks, has_lse,
+        row.query_buffers, row.scores_ahead, row.short_masks, row.consumer_registers, row.producer_registers,
         row.one_copy, row.turns,
     )  # fmt: skip
 
 
-class HopperLaunch(NamedTuple):
-    """Everything about a launch of `flashcore_hopper` but lse, key range, sinks, output and counter.
-
-    Attributes:
-        programs: size of the grid.
-        descriptors: of the first and the second piece of query's, key's, value's and output's rows.
-        writes_itself: the kernel takes the output's address, and no descriptors of it.
-        scalars, constants: the parameters behind the pointers, see `launch`.
-    """
-
-    programs: int
-    descriptors: tuple[TensorDescriptor | None, ...]
-    writes_itself: bool
-    scalars: tuple
-    constants: tuple
-
-
-def hopper_launch(
-    problem: Problem,
-    plan: Plan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None,
-    out: torch.Tensor,
-    has_lse: bool,
-) -> HopperLaunch:
-    """Grid, descriptors and parameters for these tensors."""
-    row = plan.hopper
+def make_launch(problem: Problem, config: PrefillConfig, inputs: Inputs, output: torch.Tensor, has_lse: bool) -> Launch:
+    """The launch of `flashcore_hopper` that writes output `[B, H, Q, Dv]` and, where wanted, lse `[B, H, Q]` fp32."""
+    query, key, value, key_range = inputs[:4]
+    row = config.row
     d0, d1 = row.head_dim
     dv0, dv1 = row.value_dim
     rows = 128 if row.one_copy else 64
     all_heads = problem.batch_size * problem.num_heads
-    tiles_per_head = -(-problem.num_queries // plan.block_m)
+    tiles_per_head = -(-problem.num_queries // config.block_m)
     bytes_per_key = 2 * (problem.head_dim + problem.value_dim)
-    # Of a meta tensor the launch is only compiled, and for every grid alike.
-    processors = 1 if query.is_meta else _processors(query.device)
     section = 1
     if problem.right >= 0 or key_range is not None:  # tiles may differ in length
         section = heads_in_section(
-            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors, row.least_rounds
-        )
-    output = (None, None)
+            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, config.processors,
+            row.least_rounds,
+        )  # fmt: skip
+    output_tiles = ("absent", "absent")
     if not row.one_copy:
-        output = (_descriptor(out, 64, dv0 if row.query_slots == 2 else dv0 // 2), _descriptor(out, 64, dv1))
+        columns = dv0 if row.query_buffers == 2 else dv0 // 2
+        output_tiles = (_tile("output", output, 64, columns), _tile("output", output, 64, dv1))
     range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
-    return HopperLaunch(
-        min(processors, all_heads * tiles_per_head),
-        (
-            _descriptor(query, rows, d0), _descriptor(query, rows, d1),
-            _descriptor(key, plan.block_n, d0), _descriptor(key, plan.block_n, d1),
-            _descriptor(value, plan.block_n, dv0), _descriptor(value, plan.block_n, dv1),
-            *output,
+    return Launch(
+        kernel=flashcore_hopper,
+        grid=(min(config.processors, all_heads * tiles_per_head), 1),
+        operands=(
+            _tile("query", query, rows, d0), _tile("query", query, rows, d1),
+            _tile("key", key, row.block_n, d0), _tile("key", key, row.block_n, d1),
+            _tile("value", value, row.block_n, dv0), _tile("value", value, row.block_n, dv1), *output_tiles,
+            "lse", "key_range", "sinks", "output" if row.one_copy else "absent", "counters",
         ),
-        row.one_copy,
-        (
+        integers=(),
+        scalars=(
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
-            problem.left, problem.right, *range_strides, *(stride // 8 for stride in out.stride()[:3]),
-            problem.value_dim // 8, *score_factors(problem)[:2], all_heads, tiles_per_head, section,
+            problem.left, problem.right, *range_strides, *(stride // 8 for stride in output.stride()[:3]),
+            problem.value_dim // 8, *problem.score_factors[:2], all_heads, tiles_per_head, section,
         ),
-        (make_config(problem, plan, has_lse),),
+        constants=(kernel_constants(problem, config, has_lse),),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        counters=1,
     )  # fmt: skip
-
-
-def without_base(descriptor: TensorDescriptor | None) -> dict | None:
-    """What a descriptor says but for its tensor, which would otherwise be kept alive; see `on`."""
-    return None if descriptor is None else {**descriptor.__dict__, "base": None}
-
-
-def on(fields: dict | None, tensor: torch.Tensor) -> TensorDescriptor | None:
-    """The descriptor that `without_base` took apart, on another tensor of the same shape, strides, dtype and alignment.
-
-    It was validated when it was made, which costs more than all the rest of a launch. Always a new object: another
-    thread may be launching with its own.
-    """
-    if fields is None:
-        return None
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__ = {**fields, "base": tensor}
-    return descriptor
-
-
-def run_hopper(
-    problem: Problem,
-    plan: Plan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None,
-    mask: None,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Launch `flashcore_hopper`: write `out` `[B, H, Q, Dv]` and, where given, `lse` `[B, H, Q]` fp32."""
-    setup = hopper_launch(problem, plan, query, key, value, key_range, out, lse is not None)
-    pointers = (
-        *setup.descriptors, lse, key_range, sinks, out if setup.writes_itself else None, zero(query.device),
-    )  # fmt: skip
-    try:
-        launch(flashcore_hopper, setup.programs, pointers, setup.scalars, setup.constants, plan)
-    except BaseException:
-        forget(query.device)
-        raise

@@ -1,61 +1,131 @@
-"""Configurations of the Gluon kernel for compute capability 9.0.
+"""Configurations of `flashcore_hopper`, prefill in Gluon for compute capability 9.0."""
 
-The reasons are medians over B * S = 16K tokens in bf16, S = 512 to 8192, causal and full, on an H200 with Triton 3.6.
-"""
+from typing import NamedTuple
 
-from ...portable.tables.row import HopperDecodeRow, HopperRow
 
+class PrefillRow(NamedTuple):
+    """One configuration, for head dimensions up to the sums of `head_dim` and of `value_dim`.
+
+    Calls of the same head dimensions that take different rows, by features or by length, must give a sequence the same
+    bits: their rows have one `block_n`.
+
+    Attributes:
+        head_dim, value_dim: columns of the tiles that rows of Q and K, and of V, are cut into: two powers of two, the
+            second may be 0.
+        consumers: warpgroups that compute, of 64 queries each.
+        block_n: keys of a block.
+        stages: blocks of K and V that shared memory holds.
+        query_buffers: tiles of Q that shared memory holds. Where there are two, a tile's output leaves through the
+            buffer that held its queries. Where there is one, the output has half a tile of its own and leaves in two
+            halves, so that the next queries need not wait for it.
+        scores_ahead: the next block's scores are multiplied while this block's exponentials are computed; otherwise the
+            exponentials run beside the product with V. It takes registers for the scores of two blocks. Rows with it
+            serve key ranges too; of head_dim 256 they leave no registers for softcap.
+        consumer_registers, producer_registers: of a thread.
+        why: what speaks for it.
+        min_queries: it serves calls with so many queries or more: causal calls, and others.
+        plain: it serves only calls with neither a key range nor softcap.
+        causal: it serves only causal calls.
+        short_masks: at the edge of what is seen, columns are compared with constants, which takes half the
+            instructions. ptxas then orders the loop over all blocks differently, by which some rows lose more than they
+            gain: 3 to 5 % with head_dim 128.
+        one_copy: both consumers form one partition of 8 warps and run the same machine code, which is then fetched less
+            often; they write their output straight from registers. Only for Triton 3.5 to 3.7: newer ones put a
+            barrier into each block, at which the consumers of a partition wait for each other.
+        turns: with `one_copy`, consumers take turns in issuing their products; otherwise they drift into step and want
+            the tensor cores at the same moment.
+        least_rounds: tiles that each program computes, at the least, of one section of heads, where tiles differ in
+            length (see schedule.py).
+    """
+
+    head_dim: tuple[int, int]
+    value_dim: tuple[int, int]
+    consumers: int
+    block_n: int
+    stages: int
+    query_buffers: int
+    scores_ahead: bool
+    consumer_registers: int
+    producer_registers: int
+    why: str
+    min_queries: tuple[int, int] = (0, 0)
+    plain: bool = False
+    causal: bool = False
+    short_masks: bool = False
+    one_copy: bool = False
+    turns: bool = False
+    least_rounds: int = 2
+
+
+# The reasons are medians over B * S = 16K tokens in bf16, S = 512 to 8192, causal and full, on an H200 with Triton 3.6.
 ROWS = (
-    HopperRow(
-        (64, 0), (64, 0), 3, 128, 3, 2, True, 160, 32, "522 TFLOP/s at S = 8192 where 2 consumers have 453; 7 % "
-        "more than them at 2048, 7 % less at 1024; causal 3 % more at 4096, 4 % less at 2048; not ahead 477, blocks of "
-        "64 keys 444, pairs of tiles 402; sections of 2 rounds 390, 466 at S = 2048, 8192 causal, of 5 rounds 409, 510",
-        min_queries=(3072, 2048), plain=True, short_masks=True, least_rounds=5,
+    PrefillRow(
+        head_dim=(64, 0), value_dim=(64, 0), consumers=3, block_n=128, stages=3, query_buffers=2, scores_ahead=True,
+        consumer_registers=160, producer_registers=32, min_queries=(3072, 2048), plain=True, short_masks=True,
+        least_rounds=5,
+        why="522 TFLOP/s at S = 8192 where 2 consumers have 453; 7 % more than them at 2048, 7 % less at 1024; "
+        "causal 3 % more at 4096, 4 % less at 2048; not ahead 477, blocks of 64 keys 444, pairs of tiles 402; "
+        "sections of 2 rounds 390, 466 at S = 2048, 8192 causal, of 5 rounds 409, 510",
     ),
-    HopperRow(
-        (64, 0), (64, 0), 2, 128, 3, 2, True, 240, 24, "where it is causal 18 % more than two copies at 512, 8 % at "
-        "1024, 3 % at 1536; without turns 13 % and 4 %; in full 3 % less at 1024", plain=True, short_masks=True,
-        one_copy=True, turns=True, causal=True,
+    PrefillRow(
+        head_dim=(64, 0), value_dim=(64, 0), consumers=2, block_n=128, stages=3, query_buffers=2, scores_ahead=True,
+        consumer_registers=240, producer_registers=24, plain=True, short_masks=True, one_copy=True, turns=True,
+        causal=True,
+        why="where it is causal 18 % more than two copies at 512, 8 % at 1024, 3 % at 1536; without turns 13 % and "
+        "4 %; in full 3 % less at 1024",
     ),
-    HopperRow(
-        (64, 0), (64, 0), 2, 128, 3, 2, True, 240, 24, "1.5 % more than not ahead, padded 4 %; short masks 2 to 3 % "
-        "more at S = 512, at 1024 1 % less causal, 5 % more full; with 2 stages 367 of 368", short_masks=True,
+    PrefillRow(
+        head_dim=(64, 0), value_dim=(64, 0), consumers=2, block_n=128, stages=3, query_buffers=2, scores_ahead=True,
+        consumer_registers=240, producer_registers=24, short_masks=True,
+        why="1.5 % more than not ahead, padded 4 %; short masks 2 to 3 % more at S = 512, at 1024 1 % less causal, "
+        "5 % more full; with 2 stages 367 of 368",
     ),
-    HopperRow(
-        (64, 32), (64, 32), 2, 128, 2, 2, True, 240, 24, "1 % more than not ahead; with 64 keys 431 of 509; short "
-        "masks 6 % more where it is causal at S = 2048, padded 2 %, 2 % less in full at 8192; 3 stages 2 % less",
-        short_masks=True,
+    PrefillRow(
+        head_dim=(64, 32), value_dim=(64, 32), consumers=2, block_n=128, stages=2, query_buffers=2,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True,
+        why="1 % more than not ahead; with 64 keys 431 of 509; short masks 6 % more where it is causal at S = 2048, "
+        "padded 2 %, 2 % less in full at 8192; 3 stages 2 % less",
     ),
-    HopperRow(
-        (128, 0), (128, 0), 2, 128, 2, 2, True, 240, 24, "3 % more than not ahead; with 64 keys 511 of 593; with one "
-        "slot for queries 522 where two had 566", plain=True,
+    PrefillRow(
+        head_dim=(128, 0), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=2,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, plain=True,
+        why="3 % more than not ahead; with 64 keys 511 of 593; with one slot for queries 522 where two had 566",
     ),
-    HopperRow(
-        (128, 0), (128, 0), 2, 128, 2, 2, True, 240, 24, "padded at S = 512, 2048, 8192 161, 313, 1039 us, without "
-        "short masks 172, 322, 1052, not ahead 175, 329, 1083", short_masks=True,
+    PrefillRow(
+        head_dim=(128, 0), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=2,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True,
+        why="padded at S = 512, 2048, 8192 161, 313, 1039 us, without short masks 172, 322, 1052, not ahead 175, "
+        "329, 1083",
     ),
-    HopperRow(
-        (128, 64), (128, 0), 2, 128, 2, 1, True, 240, 24, "4 % more than not ahead, with short masks 4 % less; 686 "
-        "TFLOP/s not ahead, 656 where the output took the queries' slot", plain=True,
+    PrefillRow(
+        head_dim=(128, 64), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=1,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, plain=True,
+        why="4 % more than not ahead, with short masks 4 % less; 686 TFLOP/s not ahead, 656 where the output took "
+        "the queries' slot",
     ),
-    HopperRow(
-        (128, 64), (128, 0), 2, 128, 2, 1, True, 240, 24, "padded at S = 512, 2048, 8192 110, 194, 586 us, without "
-        "short masks 134, 223, 628, not ahead 134, 220, 634", short_masks=True,
+    PrefillRow(
+        head_dim=(128, 64), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=1,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True,
+        why="padded at S = 512, 2048, 8192 110, 194, 586 us, without short masks 134, 223, 628, not ahead 134, 220, "
+        "634",
     ),
-    HopperRow(
-        (256, 0), (256, 0), 2, 64, 2, 1, True, 240, 24, "702 TFLOP/s, 684 where the output took the queries' slot; "
-        "1.5 % more than not ahead; short masks 1 % more", plain=True, short_masks=True,
+    PrefillRow(
+        head_dim=(256, 0), value_dim=(256, 0), consumers=2, block_n=64, stages=2, query_buffers=1, scores_ahead=True,
+        consumer_registers=240, producer_registers=24, plain=True, short_masks=True,
+        why="702 TFLOP/s, 684 where the output took the queries' slot; 1.5 % more than not ahead; short masks 1 % "
+        "more",
     ),
-    HopperRow(
-        (256, 0), (256, 0), 2, 64, 2, 1, False, 240, 24, "8 x 2048 padded with softcap 198 us, ahead 220; padded alone "
-        "146, 145, softcap alone 280, 271", short_masks=True,
+    PrefillRow(
+        head_dim=(256, 0), value_dim=(256, 0), consumers=2, block_n=64, stages=2, query_buffers=1,
+        scores_ahead=False, consumer_registers=240, producer_registers=24, short_masks=True,
+        why="8 x 2048 padded with softcap 198 us, ahead 220; padded alone 146, 145, softcap alone 280, 271",
     ),
 )  # fmt: skip
 
 
-def hopper_configuration(
-    head_dim: int, value_dim: int, num_queries: int, plain: bool, causal: bool, one_copy: bool
-) -> HopperRow | None:
+def prefill_row_for(
+    head_dim: int, value_dim: int, num_queries: int, *, plain: bool, causal: bool, one_copy: bool
+) -> PrefillRow | None:
     """The row for these head dimensions and so many queries, or None where none fits.
 
     Args:
@@ -70,37 +140,3 @@ def hopper_configuration(
         if (plain or not row.plain) and (causal or not row.causal) and (one_copy or not row.one_copy):
             return row
     return None
-
-
-# The reasons are us on an H200 with Triton 3.6, inside CUDA graphs, for 32 query heads on 8 KV heads if none are named.
-DECODE_ROWS = (
-    HopperDecodeRow(
-        16, 64, 32, 128, ((2, 1), (1, 4)), 2, 128, 128,
-        "B16 S2048 of 8:8 heads 19.2, not whole 20.4; B1 S8192 8.4, in 3 stages 8.5, in 1 9.7",
-        whole=((3, 1), (1, 4)),
-    ),
-    HopperDecodeRow(
-        16, 128, 16, 64, ((2, 3), (1, 4)), 3, 128, 128,
-        "B1 S8192, B16 S2048 12.5, 36.4, of 128 keys 12.5, 40.4; B4 S8192 of 32:1 heads 13.4, with 32 rows 15.6; "
-        "B16 S2048, B64 S4096 35.2, 245, not whole 36.4, 252; 4 tokens on B16 S2048 35.9, not whole 44.2, as "
-        "if of 8 rows 50",
-        whole=((3, 1), (2, 3), (1, 4)), tall=(2, 2, 3),
-    ),
-    HopperDecodeRow(
-        16, 256, 16, 64, ((2, 1), (1, 2)), 1, 128, 128, "76 KiB: two programs an SM; with 2 levels 3.7 spills; of 16:8 "
-        "heads B1 S8192 20.9, in 1 stage 22.6; B16 S4096 126, not whole 130", whole=((2, 1), (1, 2)),
-    ),
-    HopperDecodeRow(
-        8, 64, 32, 128, ((1, 4),), 2, 128, 128, "B16 S2048 of 8:8 heads 13.4; of 64 keys 14.3; chunks of 512 keys 13.4"
-    ),
-    HopperDecodeRow(
-        8, 128, 16, 64, ((2, 4),), 3, 128, 256,
-        "B16 S2048, B64 S4096 22.9, 137; 128 keys in 1 stage 26.4, 145; B1 S32768 23.5, with 128 chunks 28.6",
-    ),
-    HopperDecodeRow(8, 256, 16, 64, ((1, 2),), 1, 128, 128, "no registers for more levels"),
-)  # fmt: skip
-
-
-def hopper_decode_configuration(bits: int, head_dim: int) -> HopperDecodeRow:
-    """The decode kernel's row for elements of K and V of `bits` bits and the larger head dimension."""
-    return next(row for row in DECODE_ROWS if row.bits == bits and head_dim <= row.head_dim)

@@ -7,12 +7,68 @@ from .row import Row
 from .sm90 import ROWS as SM90
 
 _OWN = (
-    Row("flashcore_forward", 16, 64, 128, 32, 8, 3, "154 registers, 41 KiB; 128x64 spills 32 bytes at head_dim 40"),
-    Row("flashcore_forward", 16, 128, 128, 32, 8, 3, "174 registers, 81 KiB; 128x64 spills 24 bytes"),
-    Row("flashcore_forward", 16, 256, 64, 32, 8, 2, "182 registers, 97 KiB; 128x32 spills 24 bytes"),
-    Row("flashcore_forward", 8, 128, 64, 64, 4, 3, "254 registers, 40 KiB; 128x64 spills 80 bytes", whole=True),
-    Row("flashcore_forward", 8, 128, 128, 64, 8, 3, "as for 9.0, never timed"),
-    Row("flashcore_forward", 8, 256, 64, 64, 8, 2, "220 registers, 128 KiB; 128x32 spills 16 bytes in its loops"),
+    Row(
+        kernel="flashcore_forward",
+        bits=16,
+        head_dim=64,
+        block_m=128,
+        block_n=32,
+        num_warps=8,
+        num_stages=3,
+        why="154 registers, 41 KiB; 128x64 spills 32 bytes at head_dim 40",
+    ),
+    Row(
+        kernel="flashcore_forward",
+        bits=16,
+        head_dim=128,
+        block_m=128,
+        block_n=32,
+        num_warps=8,
+        num_stages=3,
+        why="174 registers, 81 KiB; 128x64 spills 24 bytes",
+    ),
+    Row(
+        kernel="flashcore_forward",
+        bits=16,
+        head_dim=256,
+        block_m=64,
+        block_n=32,
+        num_warps=8,
+        num_stages=2,
+        why="182 registers, 97 KiB; 128x32 spills 24 bytes",
+    ),
+    Row(
+        kernel="flashcore_forward",
+        bits=8,
+        head_dim=128,
+        block_m=64,
+        block_n=64,
+        num_warps=4,
+        num_stages=3,
+        full_columns=True,
+        why="254 registers, 40 KiB; 128x64 spills 80 bytes",
+    ),
+    Row(
+        kernel="flashcore_forward",
+        bits=8,
+        head_dim=128,
+        block_m=128,
+        block_n=64,
+        num_warps=8,
+        num_stages=3,
+        why="as for 9.0, never timed",
+    ),
+    Row(
+        kernel="flashcore_forward",
+        bits=8,
+        head_dim=256,
+        block_m=64,
+        block_n=64,
+        num_warps=8,
+        num_stages=2,
+        why="220 registers, 128 KiB; 128x32 spills 16 bytes in its loops",
+    ),
 )
 
-ROWS = _OWN + tuple(row for row in SM90 if row.gaps or row[:2] not in {own[:2] for own in _OWN})
+_REPLACED = {(row.kernel, row.bits) for row in _OWN}
+ROWS = _OWN + tuple(row for row in SM90 if row.gaps or (row.kernel, row.bits) not in _REPLACED)

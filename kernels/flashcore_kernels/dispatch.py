@@ -1,0 +1,43 @@
+"""From a Plan to the launch module of its family, imported when first needed: they need Triton, and this does not."""
+
+from importlib import import_module
+
+import torch
+
+from .plan import Plan
+from .problem import Inputs, Problem
+
+# Kernel -> the module whose `make_launch(problem, config, inputs, output, has_lse)` describes its launch.
+LAUNCHES = {
+    "flashcore_hopper_decode": ".hopper.decode.launch",
+    "flashcore_hopper": ".hopper.prefill.launch",
+    "flashcore_decode": ".portable.decode",
+    "flashcore_forward": ".portable.forward",
+}
+
+
+def make_launch(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tensor, has_lse: bool):
+    """The Launch (see runtime.launch) of a plan on tensors with these strides.
+
+    Args:
+        inputs: a bool mask as the bytes that it is made of.
+        output: `[B, H, Q, Dv]`.
+        has_lse: whether log-sum-exps are written.
+    """
+    module = import_module(LAUNCHES[plan.kernel], __package__)
+    return module.make_launch(problem, plan.config, inputs, output, has_lse)
+
+
+def serve(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """Launch on the current stream of the current device: write output `[B, H, Q, Dv]` and, where given, lse."""
+    from .runtime.launch import run
+
+    run(make_launch(plan, problem, inputs, output, lse is not None), inputs, output, lse)
+
+
+def empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, H, Q, Dv]` with the heads inside the sequence in memory, and lse `[B, H, Q]` (or `[0]`)."""
+    batch_size, num_heads, num_queries, _ = query.shape
+    output = query.new_empty(batch_size, num_queries, num_heads, value.shape[3]).transpose(1, 2)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty((batch_size, num_heads, num_queries) if return_lse else (0,), dtype=dtype)
