@@ -20,7 +20,7 @@ class Plan(NamedTuple):
 
     kernel: str
     reason: str
-    config: NamedTuple | None = None
+    config: tuple | None = None
 
 
 def is_decode(problem: Problem) -> bool:
