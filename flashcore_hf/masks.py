@@ -10,8 +10,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from flashcore_kernels import make_key_range, make_row_ranges
-from flashcore_kernels.key_range import make_step_key_range
+from flashcore_kernels import make_key_range, make_row_ranges, make_step_key_range
 
 from .compat import MaskCall, mask_call, masking_utils
 

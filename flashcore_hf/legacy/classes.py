@@ -23,8 +23,7 @@ from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
-from flashcore_kernels import make_key_range
-from flashcore_kernels.key_range import UNLIMITED
+from flashcore_kernels import UNLIMITED, make_key_range
 from transformers import DynamicCache, StaticCache, cache_utils
 
 from .. import compat

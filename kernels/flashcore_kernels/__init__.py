@@ -2,10 +2,14 @@
 
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
-from .fallback import FlashcoreFallbackWarning
-from .key_range import make_key_range, make_row_ranges
+from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
+from .key_range import UNLIMITED, make_key_range, make_row_ranges
 from .naive import naive_attention
-from .op import attention, explain, path_counts
+from .op import attend, attention, explain, path_counts
+from .portable.interpreter_pace import interpreter_pace
+from .precompile import Prompt, begin_compiling, steps_follow
+from .problem import Inputs, check_problem
+from .step_key_range import make_step_key_range
 
 __all__ = [
     "FlashcoreFallbackWarning",
@@ -18,4 +22,16 @@ __all__ = [
     "naive_attention",
     "path_counts",
     "write_kv",
+    # What adapters use beside these: the public names' insides, which may change with any release.
+    "Inputs",
+    "Prompt",
+    "UNLIMITED",
+    "attend",
+    "begin_compiling",
+    "check_problem",
+    "interpreter_pace",
+    "make_step_key_range",
+    "note_fallback",
+    "steps_follow",
+    "torch_attention",
 ]

@@ -52,7 +52,7 @@ class Prompt(NamedTuple):
     sinks: torch.dtype | None
 
 
-def begin(device: torch.device, prompt: Prompt | None = None) -> None:
+def begin_compiling(device: torch.device, prompt: Prompt | None = None) -> None:
     """A generation is going to come: import what it needs, and compile in the background what can be told already.
 
     On Hopper that is the kernel of its prompt, whatever its length, batch and number of heads. Elsewhere, and where

@@ -82,7 +82,7 @@ def test_the_kernels_are_those_of_a_step(keys, fp8, features):
     asked = set(keys)
     assert len(asked) == 3
     keys.clear()
-    precompile.begin(GPU)
+    precompile.begin_compiling(GPU)
     wait()
     assert len(keys) == 1 and keys < asked, "that of KeyRanges, which all models share"
     precompile.compile_step(precompile.step_after(problem, fp8), sinks, H200)
@@ -111,7 +111,7 @@ def test_the_prompts_kernel_is_told_by_a_layer(keys, shape, value_dim, softcap, 
     asked = set(keys)
     keys.clear()
     prompt = precompile.Prompt(192, value_dim, torch.bfloat16, softcap is not None, sinks)
-    precompile.begin(GPU, prompt)
+    precompile.begin_compiling(GPU, prompt)
     wait()
     assert keys == asked and len(keys) == 1
     for other in (
@@ -176,7 +176,7 @@ def test_what_is_not_compiled_ahead(begun, monkeypatch):
     pytest.importorskip("flashcore_kernels.hopper.decode.launch")  # which `begin` imports for a Hopper GPU
 
     def ask(layout="sequence"):
-        precompile.begin(GPU)
+        precompile.begin_compiling(GPU)
         with precompile.steps_follow():
             precompile.prompt_attends(prompt()._replace(range_layout=layout), None, GPU, False)
         return len(begun)
