@@ -1,11 +1,12 @@
 """The function that Transformers calls in every layer: its arguments resolved, and one operator called."""
 
 import torch
-from flashcore_kernels import make_key_range, make_row_ranges, naive_attention
+from flashcore_kernels import naive_attention
 from flashcore_kernels.fallback import note_fallback, torch_attention
 from flashcore_kernels.op import attend, path_counts
 from flashcore_kernels.problem import check_problem
 
+from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .quantize import SCALE_ATTRIBUTE
 
 # Keywords that ride along through Transformers' layers and say nothing that attention would have to heed: positions
@@ -83,7 +84,7 @@ def flashcore_attention(
         if query.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q describes one packed row, and query has batch size {query.shape[0]}")
         cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        key_range = _document_ranges(
+        key_range = document_ranges(
             query.shape[2], key.shape[2], cu_seq_lens_q, cu_seq_lens_k, _is_causal(module, is_causal), sliding_window
         )
     elif attention_mask is None:
@@ -92,18 +93,18 @@ def flashcore_attention(
         if not causal and query.shape[2] != key.shape[2]:
             window = None  # a canvas on a cache that is cut to the window already sees all of it (DiffusionGemma)
     elif attention_mask.dim() == 2:
-        key_range = _padding_range(attention_mask, query, key, _is_causal(module, is_causal), sliding_window)
+        key_range = padding_range(attention_mask, query, key, _is_causal(module, is_causal), sliding_window)
     elif attention_mask.dtype == torch.int32:
         key_range = attention_mask
     else:
-        mask = _fit_mask(attention_mask, key.shape[2])
+        mask = fit_mask(attention_mask, key.shape[2])
     if position_bias is not None:
-        mask = _add_bias(position_bias, mask)
+        mask = add_bias(position_bias, mask)
     if indices is not None:
-        mask = _keep(_chosen_keys(indices, key.shape[2]), mask)
+        mask = keep(chosen_keys(indices, key.shape[2]), mask)
     if block_indices is not None:
-        chosen = _chosen_blocks(block_indices, module.config.index_block_size, query.shape[1], key.shape[2])
-        mask = _keep(chosen, mask)
+        chosen = chosen_blocks(block_indices, module.config.index_block_size, query.shape[1], key.shape[2])
+        mask = keep(chosen, mask)
 
     if not (output_attentions or dropout):
         # By position: in a decode layer, names cost as much as checking them.
@@ -186,81 +187,3 @@ def _check_without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool) ->
             f"attention_mask is None with {num_queries} causal queries on {num_keys} keys: that can mean the first or "
             "the last of the keys. Pass the 2-D attention_mask of the whole text to the model, or a 4-D mask."
         )
-
-
-def _padding_range(
-    padding: torch.Tensor, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None
-) -> torch.Tensor:
-    """A KeyRange from a 2-D padding mask `[B, L]`, which some models hand to whatever has "flash" in its name.
-
-    The queries are the last of the L tokens; key slots beyond L (of a static cache) are unfilled.
-    """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    length = padding.shape[1]
-    if not num_queries <= length <= num_keys and causal:
-        raise ValueError(
-            f"attention_mask {list(padding.shape)} does not fit {num_queries} queries on {num_keys} keys: "
-            "a 2-D mask has a column for each token so far"
-        )
-    left = -1 if window is None else window - 1
-    return make_key_range(
-        query.shape[0], num_keys, query_start=length - num_queries, left=left, right=0 if causal else left,
-        key_mask=torch.nn.functional.pad(padding.to(torch.bool), (0, num_keys - length)),
-    )  # fmt: skip
-
-
-def _fit_mask(mask: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """A user's own mask may be longer than the keys, as eager allows."""
-    if mask.dim() == 4 and mask.shape[3] > num_keys:
-        return mask[..., :num_keys]
-    return mask
-
-
-def _add_bias(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """One additive mask from a position bias and what there is of a mask."""
-    if mask is None:
-        return bias
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-
-
-def _keep(chosen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What there is of a mask (or of a bias), and the chosen keys alone."""
-    if mask is None:
-        return chosen
-    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, -torch.inf)
-
-
-def _chosen_keys(indices: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """bool `[B, 1, Q, K]` from the chosen keys of each query, `[B, Q, N]`."""
-    chosen = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=indices.device)
-    return chosen.scatter(-1, indices.long(), True)[:, None]
-
-
-def _chosen_blocks(indices: torch.Tensor, block_size: int, num_heads: int, num_keys: int) -> torch.Tensor:
-    """bool `[B, H, Q, K]` from the chosen blocks of each query and group of heads, `[B, I, Q, N]`."""
-    num_blocks = -(-num_keys // block_size)
-    # Slots that hold -1 fall into a column of their own, which is cut off.
-    chosen = torch.zeros(*indices.shape[:3], num_blocks + 1, dtype=torch.bool, device=indices.device)
-    chosen = chosen.scatter(-1, indices.long().masked_fill(indices < 0, num_blocks), True)[..., :num_blocks]
-    chosen = chosen.repeat_interleave(block_size, dim=-1)[..., :num_keys]
-    return chosen.repeat_interleave(num_heads // indices.shape[1], dim=1)
-
-
-def _document_ranges(
-    num_queries: int, num_keys: int, cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, window: int | None
-) -> torch.Tensor:
-    """A range for each query of one packed row; the queries of a document are its last tokens."""
-    cu_q, cu_k = cu_q.to(torch.int64), cu_k.to(torch.int64)
-    token = torch.arange(num_queries, device=cu_q.device)
-    document = torch.searchsorted(cu_q, token, right=True) - 1  # [Q]
-    document = document.clamp(max=cu_q.shape[0] - 2)
-    first, end = cu_k[document], cu_k[document + 1]
-    slot = end - (cu_q[document + 1] - token)  # where in the keys this query stands
-    if window is not None:
-        first, end_window = torch.maximum(first, slot - window + 1), slot + window
-        end = end if causal else torch.minimum(end, end_window)
-    if causal:
-        end = torch.minimum(end, slot + 1)
-    # Tokens behind the last document see nothing.
-    end = torch.where(token < cu_q[-1], end, first)
-    return make_row_ranges(first[None], end[None], num_keys)
