@@ -2,6 +2,9 @@
 
 import torch
 from flashcore_kernels import make_key_range, make_row_ranges
+from flashcore_kernels.key_range import layout_of
+
+from .arguments import describe
 
 
 def padding_range(
@@ -25,11 +28,32 @@ def padding_range(
     )  # fmt: skip
 
 
-def fit_mask(mask: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """A user's own mask may be longer than the keys, as eager allows."""
-    if mask.dim() == 4 and mask.shape[3] > num_keys:
-        return mask[..., :num_keys]
-    return mask
+def fit_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A user's own mask `[B, H, Q, K]` (or what broadcasts to it), cut to the keys: it may be longer, as eager allows.
+
+    Raises:
+        ValueError: it is what remains of a KeyRange with which the model computed.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask.dim() != 4 or (mask.shape[2] in (1, num_queries) and mask.shape[3] in (1, num_keys)):
+        return mask
+    if _was_key_range(mask.shape, query.shape[0], num_queries, num_keys):
+        raise ValueError(
+            f"attention_mask is {describe(mask)}, which is what remains of a KeyRange (a few int32 words for each "
+            "sequence) after this model computed with it. This model type is known to hand its mask on unread, and "
+            "here something adds to it or changes it: code of your own, perhaps. Load it with "
+            "attn_implementation='eager' or 'sdpa'."
+        )
+    return mask[..., :num_keys]
+
+
+def _was_key_range(shape: torch.Size, batch_size: int, num_queries: int, num_keys: int) -> bool:
+    words = torch.empty(batch_size, 1, *shape[2:], dtype=torch.int32, device="meta")
+    try:
+        layout_of(words, batch_size, num_queries, num_keys)
+    except ValueError:
+        return False
+    return True
 
 
 def add_bias(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
