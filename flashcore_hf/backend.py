@@ -1,6 +1,7 @@
 """The name, and what makes Transformers accept it: two registries, and a check that reads "flash" in every name.
 
-`enable()` notes what stood in each place before it, `disable()` puts exactly that back.
+`enable()` notes what stood in each place before it, `disable()` puts exactly that back. Where somebody else has put
+something on top of ours since, theirs stays, and ours below it does nothing but call on.
 """
 
 import functools
@@ -17,7 +18,8 @@ NAME = "flashcore"
 
 _MISSING = object()
 _warned_version = False
-_undo: list[tuple] = []  # (mapping or class, key or attribute, what stood there or _MISSING)
+_enabled = False
+_undo: list[tuple] = []  # (mapping or class, key or attribute, what stood there or _MISSING, ours)
 
 
 def enable() -> None:
@@ -26,8 +28,10 @@ def enable() -> None:
     Before 4.53 Transformers goes on refusing the name, and says what to call instead: see `legacy`. Calling it again
     changes nothing.
     """
-    if _undo:
+    global _enabled
+    if _enabled:
         return
+    _enabled = True
     _warn_of_untested_version()
     if compat.attention_registry() is not None:
         _register(compat.attention_registry(), NAME, flashcore_attention)
@@ -41,6 +45,10 @@ def enable() -> None:
         _patch(model_class, "set_attn_implementation", _refuse_before_setting)
     else:
         _patch(model_class, "_autoset_attn_implementation", _refuse_in_autoset)
+    if compat.continuous_batching() is not None:
+        mixin, manager = compat.continuous_batching()
+        _patch(mixin, "init_continuous_batching", _refuse_batching)
+        _patch(manager, "start", _refuse_started)
 
 
 def _warn_of_untested_version() -> None:
@@ -61,9 +69,14 @@ def disable() -> None:
 
     Models that were loaded with "flashcore" can no longer run; `model.set_attn_implementation("sdpa")` moves them.
     """
+    global _enabled
+    _enabled = False
     while _undo:
-        place, key, before = _undo.pop()
-        if isinstance(place, dict):
+        place, key, before, ours = _undo.pop()
+        in_dict = isinstance(place, dict)
+        if (place if in_dict else vars(place)).get(key) is not ours:
+            continue  # somebody else's is there now
+        if in_dict:
             if before is _MISSING:
                 place.pop(key, None)
             else:
@@ -80,7 +93,7 @@ def status() -> dict[str, str]:
     for label, registry in (("attention", compat.attention_registry()), ("mask", compat.mask_registry())):
         if registry is not None:
             report[f"{label} function"] = "registered" if NAME in registry else "not registered"
-    patched = {key for place, key, _ in _undo if not isinstance(place, dict)}
+    patched = {key for place, key, _, _ in _undo if not isinstance(place, dict)}
     for attribute in (
         "_check_and_adjust_attn_implementation",
         "set_attn_implementation",
@@ -92,14 +105,15 @@ def status() -> dict[str, str]:
 
 
 def _register(registry: dict, name: str, function) -> None:
-    _undo.append((registry, name, registry.get(name, _MISSING)))
+    _undo.append((registry, name, registry.get(name, _MISSING), function))
     registry[name] = function
 
 
 def _patch(owner: type, attribute: str, wrapper) -> None:
     before = vars(owner).get(attribute, _MISSING)
-    _undo.append((owner, attribute, before))
-    setattr(owner, attribute, wrapper(before))
+    ours = wrapper(before)
+    _undo.append((owner, attribute, before, ours))
+    setattr(owner, attribute, ours)
 
 
 def _accept_name(original):
@@ -107,7 +121,7 @@ def _accept_name(original):
 
     @functools.wraps(original)
     def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, *args, **kwargs):
-        if attn_implementation == NAME:
+        if _enabled and attn_implementation == NAME:
             _refuse_without_interface(type(self))
             return self.get_correct_attn_implementation(attn_implementation, is_init_check)
         return original(self, attn_implementation, is_init_check, *args, **kwargs)
@@ -123,7 +137,7 @@ def _ours_makes_any_mask(original):
 
     @functools.wraps(original)
     def is_flash_attention_requested(config=None, *args, **kwargs):
-        if config is not None and config._attn_implementation == NAME:
+        if _enabled and config is not None and config._attn_implementation == NAME:
             return False
         return original(config, *args, **kwargs)
 
@@ -135,7 +149,7 @@ def _refuse_before_setting(original):
 
     @functools.wraps(original)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        if attn_implementation == NAME:
+        if _enabled and attn_implementation == NAME:
             _refuse_without_interface(type(self))
         return original(self, attn_implementation, *args, **kwargs)
 
@@ -147,7 +161,7 @@ def _refuse_in_autoset(original):
 
     @functools.wraps(original.__func__)
     def _autoset_attn_implementation(cls, config, *args, **kwargs):
-        if getattr(config, "_attn_implementation_internal", None) == NAME:
+        if _enabled and getattr(config, "_attn_implementation_internal", None) == NAME:
             if not compat.HAS_INTERFACE:
                 raise ValueError(
                     f'attn_implementation="{NAME}" needs Transformers 4.53 or newer, and this is '
@@ -158,6 +172,41 @@ def _refuse_in_autoset(original):
         return original.__func__(cls, config, *args, **kwargs)
 
     return classmethod(_autoset_attn_implementation)
+
+
+def _refuse_batching(original):
+    """Continuous batching calls the model in a thread of its own, whose errors reach a log and nobody else."""
+
+    @functools.wraps(original)
+    def init_continuous_batching(self, *args, **kwargs):
+        _refuse_paged(self)
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
+
+
+def _refuse_started(original):
+    """A manager from before the model was switched to ours."""
+
+    @functools.wraps(original)
+    def start(self, *args, **kwargs):
+        _refuse_paged(self.model)
+        return original(self, *args, **kwargs)
+
+    return start
+
+
+def _refuse_paged(model) -> None:
+    config = model.config
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    names = (getattr(part, "_attn_implementation", None) or "" for part in parts)
+    if _enabled and any(isinstance(name, str) and name.rpartition("|")[2] == NAME for name in names):
+        other = "sdpa_paged" if "sdpa_paged" in compat.attention_registry() else "sdpa"
+        raise NotImplementedError(
+            f"continuous batching (generate_batch) was asked of {type(model).__name__} with "
+            f'attn_implementation="{NAME}", which cannot read keys and values that are kept in pages. Supported is '
+            f'model.generate(). For continuous batching call model.set_attn_implementation("{other}") first.'
+        )
 
 
 @functools.cache

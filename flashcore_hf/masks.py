@@ -77,8 +77,16 @@ def flashcore_mask(**kwargs) -> torch.Tensor:
         int32 `[B, 1, 1, W]` or `[B, 1, Q, 2]` (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`, or for a few
         models the same in floating point, 0 and the lowest number.
     """
-    pattern = recognise(kwargs) if takes_key_range(kwargs.get("config")) else None
     call = mask_call(kwargs)
+    mask = _answer(kwargs, call)
+    # The last token sees all tokens, causal or not.
+    if call.num_queries > 1 and kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling():
+        _keep_request(mask, kwargs)
+    return mask
+
+
+def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor:
+    pattern = recognise(kwargs) if takes_key_range(kwargs.get("config")) else None
     if pattern is not None and pattern.documents is not None:
         ranges = _packed_ranges(call, pattern)
         if ranges is not None:
@@ -96,6 +104,30 @@ def flashcore_mask(**kwargs) -> torch.Tensor:
     if model_type in ADDITIVE_MASK_MODELS or (model_type == "gemma4_audio" and _gemma4_audio_adds()):
         return masking_utils.eager_mask(**whole)
     return masking_utils.sdpa_mask(**whole)
+
+
+# Where a mask keeps what was asked for, until a layer that is not causal wants to know what `sdpa` would have made.
+_REQUEST = "_flashcore_request"
+
+
+def _keep_request(mask: torch.Tensor, kwargs: dict) -> None:
+    if isinstance(kwargs.get("q_offset"), torch.Tensor):
+        # The cache's own counter, perhaps, which this forward advances.
+        kwargs = {**kwargs, "q_offset": kwargs["q_offset"].clone()}
+    setattr(mask, _REQUEST, kwargs)
+
+
+def sdpa_would_leave_out(mask: torch.Tensor) -> bool:
+    """Whether `sdpa` had been given no mask in place of this one, and would ask the layer whether it is causal.
+
+    It leaves a causal mask out where nothing is padded, which it looks for in the padding mask's values: on a GPU this
+    waits for them, as `sdpa` does. Here that is only for layers which are not causal under a causal mask.
+    """
+    asked = getattr(mask, _REQUEST, None)
+    if isinstance(asked, dict):
+        asked = masking_utils.sdpa_mask(**asked) is None
+        setattr(mask, _REQUEST, asked)
+    return bool(asked)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
-from .key_range import UNLIMITED, make_key_range, make_row_ranges
+from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges
 from .naive import naive_attention
 from .op import attend, attention, explain, path_counts
 from .portable.interpreter_pace import interpreter_pace
@@ -30,6 +30,7 @@ __all__ = [
     "begin_compiling",
     "check_problem",
     "interpreter_pace",
+    "layout_of",
     "make_step_key_range",
     "note_fallback",
     "steps_follow",
