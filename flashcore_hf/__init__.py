@@ -10,11 +10,12 @@ prints it. `allow_argument(name)` lets a keyword that flashcore does not know pa
 
 import importlib
 
-__version__ = "0.1.0"
-
 import_error: str | None = None
+__version__ = "unknown"  # where the kernels cannot be imported
 
 try:
+    from flashcore_kernels import __version__
+
     from .backend import disable, enable
 
     enable()

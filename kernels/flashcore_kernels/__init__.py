@@ -10,8 +10,10 @@ from .portable.interpreter_pace import interpreter_pace
 from .precompile import Prompt, begin_compiling, steps_follow
 from .problem import Inputs, check_problem
 from .step_key_range import make_step_key_range
+from .version import __version__
 
 __all__ = [
+    "__version__",
     "FlashcoreFallbackWarning",
     "KVCache",
     "attention",
