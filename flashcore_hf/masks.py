@@ -65,33 +65,37 @@ CAUSAL = Pattern(right=0)
 EVERYTHING = Pattern()
 
 
-def flashcore_mask(**kwargs) -> torch.Tensor:
+def flashcore_mask(**kwargs) -> torch.Tensor | None:
     """Answer Transformers' mask request: a KeyRange (int32) where it can say the mask, else a dense bool mask.
 
-    Never None, but for MAYBE_NO_MASK_MODELS: to the attention function that would mean "no mask" or "causal", depending
-    on who asks.
+    None where one query sees every key that there is (and for MAYBE_NO_MASK_MODELS): causal or not is the same there,
+    and layers whose caches kept different numbers of tokens are each served all of theirs, as `sdpa` does. With more
+    queries None would mean "no mask" or "causal", depending on who asks.
 
     Args: Transformers' own, by keyword (see `compat.mask_call`).
 
     Returns:
-        int32 `[B, 1, 1, W]` or `[B, 1, Q, 2]` (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`, or for a few
-        models the same in floating point, 0 and the lowest number.
+        an int32 KeyRange (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`, or for a few models the same in
+        floating point, 0 and the lowest number; or None.
     """
     call = mask_call(kwargs)
     mask = _answer(kwargs, call)
     # The last token sees all tokens, causal or not.
-    if call.num_queries > 1 and kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling():
+    causal_may_be_left_out = call.num_queries > 1 and kwargs.get("allow_is_causal_skip", True)
+    if mask is not None and causal_may_be_left_out and not torch.compiler.is_compiling():
         _keep_request(mask, kwargs)
     return mask
 
 
-def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor:
+def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
     pattern = recognise(kwargs) if takes_key_range(kwargs.get("config")) else None
     if pattern is not None and pattern.documents is not None:
         ranges = _packed_ranges(call, pattern)
         if ranges is not None:
             return ranges
     elif pattern is not None:
+        if _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
+            return None
         make = make_step_key_range if call.num_queries == 1 else make_key_range
         return make(
             call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
@@ -128,6 +132,18 @@ def sdpa_would_leave_out(mask: torch.Tensor) -> bool:
         asked = masking_utils.sdpa_mask(**asked) is None
         setattr(mask, _REQUEST, asked)
     return bool(asked)
+def _sees_every_key(call: MaskCall, pattern: Pattern, every_slot_filled: bool) -> bool:
+    """Whether this is one query, the last of keys that all exist, as the host can tell.
+
+    Args:
+        every_slot_filled: what Transformers knows of the cache: False for a static one, say.
+    """
+    if call.num_queries != 1 or call.key_mask is not None or not every_slot_filled:
+        return False
+    # A cache that counts on the device (a static one, one in a CUDA graph) may have slots that are not filled.
+    if isinstance(call.query_start, torch.Tensor) or call.query_start != call.num_keys - 1:
+        return False
+    return pattern.left < 0 or call.num_keys <= pattern.left + 1
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from flashcore_kernels import op, precompile
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
-from flashcore_kernels.key_range import make_key_range, sequence_width
+from flashcore_kernels.key_range import as_key_range, make_key_range, sequence_width
 from flashcore_kernels.plan import Plan
 from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.runtime import launch
@@ -66,7 +66,7 @@ def step(problem, sinks, fp8, capacity, softcap):
     words = torch.empty(2, sequence_width(capacity), dtype=torch.int32)
     mask = torch.ones(2, capacity + 9, dtype=torch.bool)[:, :capacity]
     run_key_range(words, mask, torch.zeros((), dtype=torch.int64) - 0, -1, 0, 6)
-    key_range = words[:, None, None]
+    key_range = as_key_range(words, capacity)
     scales = scales if fp8 else ()
     asked = check_problem(query, *buffers, key_range, None, False, None, None, softcap, sinks, *scales)
     chosen = choose(with_alignment(asked, query, *buffers), H200)
