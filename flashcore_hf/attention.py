@@ -12,12 +12,12 @@ from flashcore_kernels import (
 )
 
 from .arguments import describe, refuse_unknown
-from .cache.quantize import SCALE_ATTRIBUTE
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
+from .models import is_never_causal
 
-# Files whose layers are, or by default seem, causal where no mask means that everything is seen; eager does not ask.
-_NOT_CAUSAL = frozenset({"modeling_bridgetower", "modeling_chinese_clip", "modeling_kosmos2"})
+# Where keys and values in fp8 carry their scales from the cache to the attention function.
+SCALE_ATTRIBUTE = "flashcore_scale"
 
 
 def flashcore_attention(
@@ -149,7 +149,7 @@ def flashcore_attention(
 def _is_causal(module: torch.nn.Module, said: bool | None) -> bool:
     """Whether a layer is causal, where no mask says what is seen: what the call said, else the layer itself."""
     causal = getattr(module, "is_causal", True) if said is None else said
-    return causal and type(module).__module__.rpartition(".")[2] not in _NOT_CAUSAL
+    return causal and not is_never_causal(module)
 
 
 def _not_a_mask(mask) -> str:

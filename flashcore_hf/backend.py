@@ -5,16 +5,12 @@ something on top of ours since, theirs stays, and ours below it does nothing but
 """
 
 import functools
-import re
-import sys
 import warnings
-from inspect import getsource
 
 from . import compat
 from .attention import flashcore_attention
 from .masks import flashcore_mask
-
-NAME = "flashcore"
+from .models import NAME, refuse_model
 
 _MISSING = object()
 _warned_version = False
@@ -122,7 +118,7 @@ def _accept_name(original):
     @functools.wraps(original)
     def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, *args, **kwargs):
         if _enabled and attn_implementation == NAME:
-            _refuse_without_interface(type(self))
+            refuse_model(type(self))
             return self.get_correct_attn_implementation(attn_implementation, is_init_check)
         return original(self, attn_implementation, is_init_check, *args, **kwargs)
 
@@ -150,7 +146,7 @@ def _refuse_before_setting(original):
     @functools.wraps(original)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         if _enabled and attn_implementation == NAME:
-            _refuse_without_interface(type(self))
+            refuse_model(type(self))
         return original(self, attn_implementation, *args, **kwargs)
 
     return set_attn_implementation
@@ -168,7 +164,7 @@ def _refuse_in_autoset(original):
                     f'{compat.transformers.__version__}. Here, load the model with attn_implementation="sdpa" and call '
                     "flashcore_hf.replace_attention_with_flashcore(model), for LLaMA, Mistral and Qwen2."
                 )
-            _refuse_without_interface(cls)
+            refuse_model(cls)
         return original.__func__(cls, config, *args, **kwargs)
 
     return classmethod(_autoset_attn_implementation)
@@ -206,73 +202,4 @@ def _refuse_paged(model) -> None:
             f"continuous batching (generate_batch) was asked of {type(model).__name__} with "
             f'attn_implementation="{NAME}", which cannot read keys and values that are kept in pages. Supported is '
             f'model.generate(). For continuous batching call model.set_attn_implementation("{other}") first.'
-        )
-
-
-@functools.cache
-def uses_interface(model_class: type) -> bool:
-    """Whether the model's attention goes through Transformers' registry of attention functions.
-
-    Read from the source of the file that defines the class, as Transformers itself does: a file with attention classes
-    of its own that never asks the registry runs its own attention whatever the name says, and so does one that chooses
-    among classes in a table by the name, but for the classes beside it that say they take any backend and
-    FlashAttention (DeepSeek-OCR 2's text model). A file without attention classes (composite models) says nothing, and
-    the models inside are asked for themselves.
-    """
-    module = sys.modules.get(model_class.__module__)
-    try:
-        source = getsource(module)
-    except (OSError, TypeError):
-        return False
-    if re.search(r"_CLASSES\[\s*config\._attn_implementation", source):
-        names = ("_supports_attention_backend", "_supports_flash_attn")
-        return "ALL_ATTENTION_FUNCTIONS" in source and all(getattr(model_class, name, False) for name in names)
-    has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
-    return not has_attention or "ALL_ATTENTION_FUNCTIONS" in source
-
-
-def _drops_mask(model_class: type) -> bool:
-    """Models that forget their mask, and say it in no other way, where a name has "flash" in it.
-
-    SigLIP's text models before 5.0 forget padding; Pixtral's tower in 5.0 to 5.17 what keeps images apart.
-    """
-    source = getsource(sys.modules[model_class.__module__])
-    if model_class.__name__ in ("SiglipTextModel", "Siglip2TextModel"):
-        return '"flash" in self.config._attn_implementation' in source
-    if model_class.__name__ == "PixtralVisionModel":
-        return "is_flash_attention_requested(self.config)" in source and "cu_seq_lens_q" not in source
-    return False
-
-
-def _causal_in_eager_alone(model_class: type) -> bool:
-    """The Decision Transformer before 5.4: `eager` adds what is causal to the padding mask that it is given."""
-    source = getsource(sys.modules[model_class.__module__])
-    return (
-        model_class.__name__.startswith("DecisionTransformer")
-        and "module.bias[" in source
-        and "create_causal_mask" not in source
-    )
-
-
-def _refuse_without_interface(model_class: type) -> None:
-    if _causal_in_eager_alone(model_class):
-        raise ValueError(
-            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which in this Transformers is causal '
-            "under eager alone once it is given a mask. Supported is this model in Transformers 5.4 and newer. Load it "
-            'with attn_implementation="eager".'
-        )
-    if _drops_mask(model_class):
-        raise ValueError(
-            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which in this Transformers forgets '
-            'its mask for every name with "flash" in it. Supported are newer versions of Transformers, and the other '
-            'parts of a model that holds this one: attn_implementation={"text_config": "flashcore"} (or '
-            '"vision_config"). Load this one with attn_implementation="sdpa" or "eager".'
-        )
-    if not uses_interface(model_class):
-        raise ValueError(
-            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which does not use Transformers\' '
-            "attention interface: its attention would run as it always does, and misread the masks. Supported are "
-            "models whose attention is looked up in ALL_ATTENTION_FUNCTIONS (LLaMA, Mistral, Qwen, Gemma and most "
-            'newer ones). Load this one with attn_implementation="sdpa" or "eager"; where it is a part of a larger '
-            'model, name the part that can: attn_implementation={"text_config": "flashcore"}.'
         )

@@ -22,10 +22,9 @@ import torch
 from flashcore_kernels import Prompt, begin_compiling, steps_follow
 from transformers.utils import ModelOutput
 
-from .backend import NAME
 from .cache.flashcore_cache import FlashCoreCache, _converted, on_new_cache
 from .cache.layer import DevicePosition
-from .masks import takes_key_range
+from .models import NAME, takes_key_range
 
 # Inputs that change from step to step. Other tensors of a call may change too, so such calls are not recorded.
 CHANGING = ("input_ids", "attention_mask", "position_ids", "cache_position")

@@ -28,7 +28,7 @@ from transformers import DynamicCache, StaticCache, cache_utils
 
 from .. import compat
 from ..attention import flashcore_attention
-from ..backend import NAME
+from ..models import NAME
 
 _SLIDING_CACHES = getattr(cache_utils, "SlidingWindowCache", ())
 
