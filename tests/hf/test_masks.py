@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from flashcore_kernels.key_range import layout_of, visible
-from flashcore_kernels.portable import forward
+from flashcore_kernels.runtime import launch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
@@ -288,7 +288,7 @@ def test_no_tensor_of_queries_times_keys(model_type, cache, kind, implementation
     Up to the launch: what kernels hold in registers is no tensor, and the interpreter would take minutes.
     """
     launched = []
-    monkeypatch.setattr(forward, "launch", lambda *args: launched.append(args))
+    monkeypatch.setattr(launch, "launch", lambda *args, **options: launched.append(args))
     if implementation == "sdpa" and (kind is None or cache == "static"):
         pytest.skip("sdpa makes no mask there, or does not run")
     from transformers import StaticCache
