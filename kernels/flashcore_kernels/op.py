@@ -40,7 +40,8 @@ def device_of(device: torch.device) -> Device:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return Device("torch", reason=f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
-    return Device("cuda", major * 10 + minor, triton=version)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Device("cuda", major * 10 + minor, triton=version, processors=processors)
 
 
 def attention(

@@ -27,12 +27,14 @@ class Device(NamedTuple):
         arch: compute capability as major * 10 + minor; 0 where it means nothing.
         reason: for kind "torch", why no kernel can run.
         triton: version of Triton as (major, minor).
+        processors: streaming multiprocessors; H100 SXM and H200 have 132, other parts of compute capability 9.0 fewer.
     """
 
     kind: str
     arch: int = 0
     reason: str = ""
     triton: tuple[int, int] = (0, 0)
+    processors: int = 132
 
 
 class Plan(NamedTuple):
@@ -46,6 +48,8 @@ class Plan(NamedTuple):
         num_warps, num_stages: of the launch.
         min_chunk, max_splits: decode only: least keys of a chunk, most chunks of a sequence.
         hopper: flashcore_hopper and flashcore_hopper_decode only: their rows of the tables.
+        processors: flashcore_hopper and flashcore_hopper_decode only: of the device. Work is shared out by it, which
+            moves no bit of the answer.
         block_d1, block_dv1: flashcore_forward only: where not 0, what lies behind block_d, block_dv, see `pieces`.
     """
 
@@ -60,6 +64,7 @@ class Plan(NamedTuple):
     min_chunk: int = 1
     max_splits: int = 1
     hopper: HopperRow | HopperDecodeRow | None = None
+    processors: int = 0
     block_d1: int = 0
     block_dv1: int = 0
 
@@ -96,7 +101,7 @@ def plan(problem: Problem, device: Device) -> Plan:
     if decode and device.arch == 90:
         not_hopper = hopper_decode_reason(problem, device)
         if not_hopper is None:
-            return _hopper_decode_plan(problem, few)
+            return _hopper_decode_plan(problem, device, few)
         few += f"; not the Hopper kernel, because {not_hopper}"
     if decode and not problem.fp8:
         kernel, why = "flashcore_decode", few
@@ -178,7 +183,7 @@ def hopper_decode_reason(problem: Problem, device: Device) -> str | None:
     return None
 
 
-def _hopper_decode_plan(problem: Problem, why: str) -> Plan:
+def _hopper_decode_plan(problem: Problem, device: Device, why: str) -> Plan:
     row = hopper_decode_configuration(8 if problem.fp8 else 16, max(problem.head_dim, problem.value_dim))
     return Plan(
         "flashcore_hopper_decode",
@@ -194,6 +199,7 @@ def _hopper_decode_plan(problem: Problem, why: str) -> Plan:
         row.min_chunk,
         padded(-(-row.chunks // problem.num_kv_heads)),
         row,
+        device.processors,
     )
 
 
@@ -226,7 +232,7 @@ def _hopper_plan(problem: Problem, device: Device, why: str) -> Plan:
     row = _hopper_row(problem, device)
     return Plan(
         "flashcore_hopper", why, 64 * row.consumers, row.block_n, sum(row.head_dim), sum(row.value_dim),
-        num_warps=8 if row.one_copy else 4, num_stages=row.stages, hopper=row,
+        num_warps=8 if row.one_copy else 4, num_stages=row.stages, hopper=row, processors=device.processors,
     )  # fmt: skip
 
 

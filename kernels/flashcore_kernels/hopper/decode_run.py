@@ -26,7 +26,6 @@ def _step(tensor: torch.Tensor) -> int:
     return step if step in (size, heads * size) else 0
 
 
-SMS = 132
 THREADS = 128  # of a program
 # Fewer programs than this leave bandwidth unused, but where merging many rows costs more. Of e4m3 it takes twice
 # as many.
@@ -45,6 +44,7 @@ class Sharing(NamedTuple):
         levels: a program may take up to 2**levels chunks.
         fan_in: nodes of the tree that are merged at once.
         resident: programs that an SM runs at once.
+        processors: SMs of the GPU.
         enough: programs that use all bandwidth.
         whole: a program takes all chunks of a sequence.
         in_a_row: the programs of a unit are numbered in a row.
@@ -54,13 +54,14 @@ class Sharing(NamedTuple):
     levels: int
     fan_in: int
     resident: int
+    processors: int
     enough: int
     whole: bool = False
     in_a_row: bool = False
 
     @property
     def slots(self) -> int:
-        return self.resident * SMS
+        return self.resident * self.processors
 
     def chunks_each(self, chunks: int, units: int) -> int:
         """Chunks a program takes, where each of `units` tiles of rows may have `chunks`.
@@ -79,29 +80,29 @@ class Sharing(NamedTuple):
 
 def sharing(problem: Problem, plan: Plan) -> Sharing:
     """From the batch and the heads alone: lengths grow in a generation, and each of these compiles a kernel."""
-    row = plan.hopper
+    row, processors = plan.hopper, plan.processors
     units = problem.batch_size * problem.num_kv_heads * _row_tiles(problem, plan)
     # A KeyRange may make one sequence longer than others, and then many programs shall share it.
-    if problem.range_layout is None and units >= SMS - 4 and plan.block_m <= 16:
+    if problem.range_layout is None and units >= processors - 4 and plan.block_m <= 16:
         levels = (plan.max_splits - 1).bit_length()
         for stages, resident in row.whole:
             fit = plan.block_m * plan.block_dv * levels <= MOST_IN_TREES[resident]
-            if units <= resident * SMS and resident <= MOST_RESIDENT[plan.block_m] and fit:
-                return Sharing(stages, levels, 4, resident, units, whole=True)
+            if units <= resident * processors and resident <= MOST_RESIDENT[plan.block_m] and fit:
+                return Sharing(stages, levels, 4, resident, processors, units, whole=True)
     # Twice the rows take twice the registers for each level.
     levels = max(row.levels - (plan.block_m // 8).bit_length() + 1, 0)
     programs = units * plan.max_splits
-    fits = [c for c in row.stages if (programs if c[1] == 1 else programs // 2**levels) <= c[1] * SMS]
+    fits = [c for c in row.stages if (programs if c[1] == 1 else programs // 2**levels) <= c[1] * processors]
     stages, resident = (fits or row.stages[-1:])[0]
     if resident > 3 and problem.range_layout is not None and not problem.fp8:
         levels = min(levels, 2)  # with 3 registers spill: B64 S4096 250.5 us, with 2 247.8
-    enough = max(ENOUGH * (16 if problem.fp8 else 8) // plan.block_m, SMS - 4)
-    if row.tall and resident > MOST_RESIDENT[plan.block_m] and units >= SMS - 4:
+    enough = max(ENOUGH * (16 if problem.fp8 else 8) // plan.block_m, processors - 4)
+    if row.tall and resident > MOST_RESIDENT[plan.block_m] and units >= processors - 4:
         stages, resident, levels = row.tall
         # So few programs that all run at once would be too few where one sequence is longer than the others: 8 chunks
         # each instead of 4 take 37 us instead of 41 for B16 S2048, 4 tokens, but 24 instead of 14 if one alone is long.
-        enough = resident * SMS + 1
-    shared = Sharing(stages, levels, 4, min(resident, MOST_RESIDENT[plan.block_m]), enough)
+        enough = resident * processors + 1
+    shared = Sharing(stages, levels, 4, min(resident, MOST_RESIDENT[plan.block_m]), processors, enough)
     # What no call of this batch will use costs registers and instructions.
     if units * -(-plan.max_splits // 2) < min(enough, 1.9 * shared.slots):
         shared = shared._replace(levels=0)
@@ -111,7 +112,7 @@ def sharing(problem: Problem, plan: Plan) -> Sharing:
     most = 4 if plan.block_m > 8 else 8 if problem.fp8 else 16
     # The last program of a unit waits for the others. Where not all run at once it shall start long after them; where
     # each has an SM, those that start last shall not all be such: B1 S8192 of head_dim 64 8.04 us, in a row 7.86.
-    return shared._replace(fan_in=min(max(padded(nodes), 4), most), in_a_row=units * nodes <= SMS)
+    return shared._replace(fan_in=min(max(padded(nodes), 4), most), in_a_row=units * nodes <= processors)
 
 
 def _row_tiles(problem: Problem, plan: Plan) -> int:

@@ -23,11 +23,6 @@ def tile_layout(rows: int, columns: int, dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """What the copy engine needs to fetch tiles `[1, 1, rows, columns]` of a `[B, H, S, D]` tensor."""
     if not columns:
@@ -85,19 +80,17 @@ def hopper_launch(
     all_heads = problem.batch_size * problem.num_heads
     tiles_per_head = -(-problem.num_queries // plan.block_m)
     bytes_per_key = 2 * (problem.head_dim + problem.value_dim)
-    # Of a meta tensor the launch is only compiled, and for every grid alike.
-    processors = 1 if query.is_meta else _processors(query.device)
     section = 1
     if problem.right >= 0 or key_range is not None:  # tiles may differ in length
         section = heads_in_section(
-            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, processors, row.least_rounds
+            problem.num_keys, bytes_per_key, all_heads, problem.group, tiles_per_head, plan.processors, row.least_rounds
         )
     output = (None, None)
     if not row.one_copy:
         output = (_descriptor(out, 64, dv0 if row.query_slots == 2 else dv0 // 2), _descriptor(out, 64, dv1))
     range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
     return HopperLaunch(
-        min(processors, all_heads * tiles_per_head),
+        min(plan.processors, all_heads * tiles_per_head),
         (
             _descriptor(query, rows, d0), _descriptor(query, rows, d1),
             _descriptor(key, plan.block_n, d0), _descriptor(key, plan.block_n, d1),
