@@ -3,7 +3,7 @@
 import torch
 from flashcore_kernels import make_key_range, make_row_ranges, naive_attention
 from flashcore_kernels.fallback import note_fallback, torch_attention
-from flashcore_kernels.op import attend, path_counts
+from flashcore_kernels.op import attend, count
 from flashcore_kernels.problem import check_problem
 
 from .quantize import SCALE_ATTRIBUTE
@@ -121,7 +121,7 @@ def flashcore_attention(
             "flashcore has no weights and no dropout where every query makes its own sink; "
             "load this model with attn_implementation='eager'"
         )
-    path_counts["torch"] += 1
+    count("torch")
     if output_attentions:
         note_fallback("output_attentions=True asks for the weights, which the kernels never form")
         output, weights = naive_attention(
@@ -161,7 +161,8 @@ def _refuse_unknown(kwargs: dict) -> None:
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What torch.autocast does to SDPA's inputs."""
     device_type = "cuda" if tensors[0].is_cuda else tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    # Other devices, such as meta, have none, and asking for it raises.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(t if t.dtype == torch.float8_e4m3fn else t.to(dtype) for t in tensors)
     return tensors

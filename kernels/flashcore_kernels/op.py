@@ -5,15 +5,26 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch._decomp import register_decomposition
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .ahead import prompt_attends
 from .fallback import note_fallback, torch_attention
 from .plan import Device, Plan, fallback_reason, plan
 from .prepared import find, prepare, remember
-from .problem import Problem, Window, check_problem, with_alignment
+from .problem import Problem, Window, any_requires_grad, check_problem, with_alignment
 
-# How many calls each path served since the process began (or since someone cleared it), by kernel name.
+# How many calls each path served since the process began (or since someone cleared it), by kernel name. In a graph of
+# torch.compile the operator counts whenever it runs; of a call with gradients the graph holds PyTorch's own operators,
+# and it counts once, when it is compiled.
 path_counts: Counter[str] = Counter()
+
+
+@torch.compiler.assume_constant_result
+def count(path: str) -> None:
+    """Count a call that `path` serves. Never traced: a graph that read the counter would be compiled at every call."""
+    path_counts[path] += 1
 
 
 @functools.cache
@@ -138,17 +149,10 @@ def attend(
         if call is not None:
             path_counts[chosen.kernel] += 1
             return call(*tensors)
-    if problem.needs_grad:
-        note_fallback(fallback_reason(problem, Device("torch")))
-        path_counts["torch"] += 1
-        output, lse = torch_attention(
-            problem, query, key, value, key_range, mask, sinks, return_lse, 0.0, key_scale, value_scale
-        )
-    else:
-        output, lse = torch.ops.flashcore.attention(
-            query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
-            return_lse, key_scale, value_scale,
-        )  # fmt: skip
+    output, lse = torch.ops.flashcore.attention(
+        query, key, value, key_range, mask, sinks, problem.left, problem.right, problem.scale, problem.softcap,
+        return_lse, key_scale, value_scale,
+    )  # fmt: skip
     if chosen is not None:
         _prepared(signature, problem, chosen, tensors, return_lse)
     return output.transpose(1, 2), lse
@@ -200,14 +204,23 @@ def _empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -
     return output, query.new_empty((batch_size, num_heads, num_queries) if return_lse else (0,), dtype=dtype)
 
 
+def _problem(
+    query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
+) -> Problem:
+    """What a call of the operator asks."""
+    problem = check_problem(
+        query, key, value, key_range, mask, False, None, scale, softcap, sinks, key_scale, value_scale
+    )
+    return problem._replace(left=left, right=right)
+
+
 def _run(
     query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
 ):
     """The operator's implementation on every device."""
-    problem = check_problem(
-        query, key, value, key_range, mask, False, None, scale, softcap, sinks, key_scale, value_scale
+    problem = _problem(
+        query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale, value_scale
     )
-    problem = problem._replace(left=left, right=right)
     device = device_of(query.device)
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     if problem.scale <= 0.0 and fallback_reason(problem, device) is None:
@@ -272,6 +285,40 @@ def _fake(
     return _empty_outputs(query, value, return_lse)
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("attention", _run, _key)
+def _decomposed(
+    query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
+):
+    """The operator in terms of PyTorch's own, which have every derivative, and which every exporter knows."""
+    tensors = (query, key, value, key_range, mask, sinks)
+    problem = _problem(*tensors, left, right, scale, softcap, return_lse, key_scale, value_scale)
+    output, lse = torch_attention(problem, *tensors, return_lse, 0.0, key_scale, value_scale)
+    # Laid out as the kernels do it.
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    return output, (lse if return_lse else _empty_outputs(query, value, False)[1])
+
+
+def _with_derivatives(keyset, *arguments):
+    """The operator where derivatives may be asked for: through PyTorch if they are, else what it is without them."""
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    gradients = torch.is_grad_enabled() and any_requires_grad(*tensors)
+    # Level 0 is the only one that there is; by default a level that was entered in a compiled graph would not be seen.
+    tangents = any(forward_ad.unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
+    if not (gradients or tangents):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    what = "forward-mode derivatives" if tangents else "gradients"
+    note_fallback(f"{what} are asked for, and the kernels have no {'forward mode' if tangents else 'backward'} yet")
+    count("torch")
+    if not tangents and forward_ad._current_level < 0:
+        return _decomposed(*arguments)
+    # Of SDPA's implementations this one alone has forward-mode derivatives, and gradients that have them (hessians).
+    with sdpa_kernel(SDPBackend.MATH):
+        return _decomposed(*arguments)
+
+
+_library.impl("attention", _run, "CompositeExplicitAutograd")
+_library.impl("attention", _with_derivatives, "Autograd", with_keyset=True)
 torch.library.register_fake("flashcore::attention", _fake, lib=_library)
+_operator = torch.ops.flashcore.attention.default
+# ONNX's exporter looks here; a torch.export keeps the operator, and so the kernels, unless it is asked to decompose it.
+register_decomposition(_operator)(_decomposed)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from .counters import forget, workspace, zero
 from .launch import compiled_kernel, launcher
 from .plan import Plan
-from .problem import Problem
+from .problem import Problem, any_requires_grad
 
 # Lengths grow, so signatures come and go; a few thousand are some megabytes.
 MOST = 4096
@@ -25,13 +26,15 @@ _is_grad_enabled = torch.is_grad_enabled
 def goes_past_dispatcher(tensor: torch.Tensor) -> bool:
     """Whether a kernel may be launched on this tensor without asking torch's dispatcher.
 
-    It is a plain one on the current GPU, and nobody listens: no mode, no function transform, no tracer.
+    It is a plain one on the current GPU, and nobody listens: no mode, no function transform, no tracer, no forward-mode
+    derivative.
     """
     return (
         tensor.is_cuda
         and type(tensor) is Tensor
         and not _C._len_torch_dispatch_stack()
         and _C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and _C._get_tracing_state() is None
         and tensor.get_device() == _C._cuda_getDevice()
     )
@@ -47,7 +50,7 @@ def find(
     """
     try:
         if not goes_past_dispatcher(query) or (
-            _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+            _is_grad_enabled() and any_requires_grad(query, key, value, sinks, key_scale, value_scale)
         ):
             return None, None
         signature = (

@@ -129,7 +129,7 @@ def check_problem(
         right,
         num_keys - num_queries,
         sinks is not None,
-        torch.is_grad_enabled() and _any_requires_grad(query, key, value, mask, sinks),
+        torch.is_grad_enabled() and any_requires_grad(query, key, value, mask, sinks, key_scale, value_scale),
         fp8=fp8,
     )
 
@@ -147,7 +147,7 @@ def _is_aligned(tensor: torch.Tensor) -> bool:
     )
 
 
-def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
