@@ -5,9 +5,9 @@ from flashcore_kernels import (
     Inputs,
     attend,
     check_problem,
+    count_path,
     naive_attention,
     note_fallback,
-    path_counts,
     torch_attention,
 )
 
@@ -117,7 +117,7 @@ def flashcore_attention(
 
     inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
     if output_attentions or dropout:
-        path_counts["torch"] += 1
+        count_path("torch")
         each_sinks = sinks if own_sinks is None else own_sinks
         if output_attentions:
             note_fallback("output_attentions=True asks for the weights, which the kernels never form")
@@ -177,7 +177,8 @@ def _head_factor(head_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What torch.autocast does to SDPA's inputs."""
     device_type = "cuda" if tensors[0].is_cuda else tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    # Other devices, such as meta, have none, and asking for it raises.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(t if t.dtype == torch.float8_e4m3fn else t.to(dtype) for t in tensors)
     return tensors

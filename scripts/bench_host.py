@@ -25,11 +25,6 @@ from flashcore_kernels.runtime import prepared
 from transformers import DynamicCache
 from transformers.models.llama import LlamaConfig
 
-try:
-    from flashcore_kernels.hopper.prefill import launch as hopper_run
-except ImportError:  # a Triton without Gluon
-    hopper_run = None
-
 import flashcore_hf
 from flashcore_hf.attention import flashcore_attention
 from flashcore_hf.cache.flashcore_cache import FlashCoreCache
@@ -124,8 +119,6 @@ def pretend_a_gpu() -> None:
     compiled = types.SimpleNamespace(run=lambda *arguments: None, function=None, packed_metadata=None)
     prepared.compiled_kernel = lambda *arguments: compiled
     op.device_of = lambda device: Device("cuda", 90, triton=(3, 6))
-    if hopper_run is not None:
-        hopper_run._processors = lambda device: 132
     torch.Tensor.is_cuda, torch.Tensor.get_device = True, lambda self: 0
     torch.cuda.current_device = lambda: None  # the index of a CPU's device
     torch._C._cuda_getDevice = torch._C._cuda_getCurrentRawStream = lambda *index: 0

@@ -5,7 +5,7 @@ from .cache.kv_write import write_kv
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges
 from .naive import naive_attention
-from .op import attend, attention, explain, path_counts
+from .op import attend, attention, count_path, explain, path_counts
 from .portable.interpreter_pace import interpreter_pace
 from .precompile import Prompt, begin_compiling, steps_follow
 from .problem import Inputs, check_problem
@@ -31,6 +31,7 @@ __all__ = [
     "attend",
     "begin_compiling",
     "check_problem",
+    "count_path",
     "interpreter_pace",
     "layout_of",
     "make_step_key_range",

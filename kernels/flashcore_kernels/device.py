@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 
 class Device(NamedTuple):
@@ -15,7 +16,7 @@ class Device(NamedTuple):
         arch: compute capability as major * 10 + minor; 0 where it means nothing.
         reason: for kind "torch", why no kernel can run.
         triton: version of Triton as (major, minor).
-        processors: streaming multiprocessors; 132 where nobody said, an H200's.
+        processors: streaming multiprocessors; H100 SXM and H200 have 132, other parts of compute capability 9.0 fewer.
     """
 
     kind: str
@@ -65,13 +66,15 @@ def interprets() -> bool:
 def goes_past_dispatcher(tensor: torch.Tensor) -> bool:
     """Whether a kernel may be launched on this tensor without asking torch's dispatcher.
 
-    It is a plain one on the current GPU, and nobody listens: no mode, no function transform, no tracer.
+    It is a plain one on the current GPU, and nobody listens: no mode, no function transform, no tracer, no forward-mode
+    derivative.
     """
     return (
         tensor.is_cuda
         and type(tensor) is Tensor
         and not _C._len_torch_dispatch_stack()
         and _C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and _C._get_tracing_state() is None
         and tensor.get_device() == _C._cuda_getDevice()
     )

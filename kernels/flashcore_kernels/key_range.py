@@ -40,17 +40,17 @@ FARTHEST = 1 << 29
 def sequence_width(num_keys: int) -> int:
     """Words in a line of the `sequence` layout for `num_keys` key slots."""
     width = HEADER_WORDS + (num_keys + 31) // 32
-    return width + 1 if width == num_keys else width
+    return width + _one_if_equal(width, num_keys)
 
 
 def sequence_shape(batch_size: int, num_keys: int) -> tuple[int, int, int, int]:
     """Shape of a KeyRange of the `sequence` layout."""
-    width = sequence_width(num_keys)
-    # The bits behind the last key's in its word, written so that a compiler sees at once that they are 0 to 31.
-    unused = 31 - (num_keys - 1) % 32
-    if width > HEADER_WORDS + (num_keys + 31) // 32:  # the word of slack
-        unused += 32
-    return batch_size, 1, 2 + unused, width
+    words = HEADER_WORDS + (num_keys + 31) // 32
+    slack = _one_if_equal(words, num_keys)
+    # The bits behind the last key's in its word, written so that a compiler sees at once that they are 0 to 31, and
+    # those of the word of slack.
+    unused = 31 - (num_keys - 1) % 32 + 32 * slack
+    return batch_size, 1, 2 + unused, words + slack
 
 
 def as_key_range(words: torch.Tensor, num_keys: int) -> torch.Tensor:
@@ -60,7 +60,12 @@ def as_key_range(words: torch.Tensor, num_keys: int) -> torch.Tensor:
 
 def rows_width(num_keys: int) -> int:
     """Words in a line of the `rows` layout for `num_keys` key slots."""
-    return ROW_WORDS + 1 if num_keys == ROW_WORDS else ROW_WORDS
+    return ROW_WORDS + _one_if_equal(ROW_WORDS, num_keys)
+
+
+def _one_if_equal(a: int, b: int) -> int:
+    """1 or 0; not by a comparison, which would tie an exported graph to lengths with the same answer."""
+    return torch.sym_max(0, 1 - (a - b) * (a - b))
 
 
 def rows_shape(batch_size: int, num_queries: int, num_keys: int) -> tuple[int, int, int, int]:
@@ -129,11 +134,13 @@ def _write_key_mask(words: torch.Tensor, key_mask: torch.Tensor) -> None:
     words[:, END] = end
     words[:, HOLES] = ((count > 0) & (count != end - first)).to(torch.int32)
 
-    num_words = (num_keys + 31) // 32
-    bits = torch.nn.functional.pad(exists.to(torch.int32), (0, num_words * 32 - num_keys)).view(-1, num_words, 32)
-    bits = bits << torch.arange(32, dtype=torch.int32, device=words.device)
+    # Of every word of a line, the header's too, the keys that its bits stand for: taken like this, and not cut into
+    # words, no size is compared with another, and an exported graph holds for every number of keys.
+    bit = torch.arange(32, device=words.device)
+    key = (torch.arange(words.shape[1], device=words.device) - HEADER_WORDS)[:, None] * 32 + bit  # [W, 32]
+    bits = exists[:, key.clamp(0, num_keys - 1)] & (key >= 0) & (key < num_keys)  # [B, W, 32]
     # Each bit occurs once, so an int32 sum is an OR; bit 31 is the sign.
-    words[:, HEADER_WORDS : HEADER_WORDS + num_words] = bits.sum(-1, dtype=torch.int32)
+    words += (bits.to(torch.int32) << bit.to(torch.int32)).sum(-1, dtype=torch.int32)
 
 
 def make_row_ranges(first: torch.Tensor, end: torch.Tensor, num_keys: int) -> torch.Tensor:

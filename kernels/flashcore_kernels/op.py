@@ -4,6 +4,9 @@ from collections import Counter
 from contextlib import nullcontext
 
 import torch
+from torch._decomp import register_decomposition
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .choose import choose, fallback_reason
 from .device import Device, device_of
@@ -11,11 +14,27 @@ from .dispatch import empty_outputs, make_launch, serve
 from .fallback import note_fallback, torch_attention
 from .plan import Plan
 from .precompile import prompt_attends
-from .problem import Inputs, Problem, Window, check_problem, split_arguments, with_alignment
+from .problem import (
+    Inputs,
+    Problem,
+    Window,
+    any_requires_grad,
+    check_problem,
+    split_arguments,
+    with_alignment,
+)
 from .runtime.prepared import find, make_call, remember
 
-# How many calls each path served since the process began (or since someone cleared it), by kernel name.
+# How many calls each path served since the process began (or since someone cleared it), by kernel name. In a graph of
+# torch.compile the operator counts whenever it runs; of a call with gradients the graph holds PyTorch's own operators,
+# and it counts once, when it is compiled.
 path_counts: Counter[str] = Counter()
+
+
+@torch.compiler.assume_constant_result
+def count_path(path: str) -> None:
+    """Count a call that `path` serves. Never traced: a graph that read the counter would be compiled at every call."""
+    path_counts[path] += 1
 
 
 def attention(
@@ -98,15 +117,10 @@ def attend(
         if plan.kernel != "torch":
             path_counts[plan.kernel] += 1
             return _first_of_its_kind(signature, plan, problem, inputs, return_lse)
-    if problem.needs_grad:
-        note_fallback(fallback_reason(problem, Device("torch")))
-        path_counts["torch"] += 1
-        output, lse = torch_attention(problem, inputs, return_lse)
-    else:
-        output, lse = torch.ops.flashcore.attention(
-            *inputs[:4], inputs.mask, inputs.sinks, problem.left, problem.right, problem.scale, problem.softcap,
-            return_lse, inputs.key_scale, inputs.value_scale,
-        )  # fmt: skip
+    output, lse = torch.ops.flashcore.attention(
+        *inputs[:4], inputs.mask, inputs.sinks, problem.left, problem.right, problem.scale, problem.softcap, return_lse,
+        inputs.key_scale, inputs.value_scale,
+    )  # fmt: skip
     return output.transpose(1, 2), lse
 
 
@@ -153,12 +167,21 @@ _library.define(
 )
 
 
+def _asked(
+    query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
+) -> tuple[Inputs, Problem]:
+    """What a call of the operator asks."""
+    inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
+    return inputs, check_problem(inputs, scale=scale, softcap=softcap)._replace(left=left, right=right)
+
+
 def _run(
     query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
 ):
     """The operator's implementation on every device."""
-    inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
-    problem = check_problem(inputs, scale=scale, softcap=softcap)._replace(left=left, right=right)
+    inputs, problem = _asked(
+        query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale, value_scale
+    )
     device = device_of(query.device)
     inputs = inputs._replace(
         **{name: t if t.stride(3) == 1 else t.contiguous() for name, t in zip(Inputs._fields[:3], inputs)}
@@ -193,6 +216,41 @@ def _fake(
     return empty_outputs(query, value, return_lse)
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("attention", _run, _key)
+def _decomposed(
+    query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale=None, value_scale=None
+):
+    """The operator in terms of PyTorch's own, which have every derivative, and which every exporter knows."""
+    inputs, problem = _asked(
+        query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale, value_scale
+    )
+    output, lse = torch_attention(problem, inputs, return_lse)
+    # Laid out as the kernels do it.
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    return output, (lse if return_lse else empty_outputs(query, value, False)[1])
+
+
+def _with_derivatives(keyset, *arguments):
+    """The operator where derivatives may be asked for: through PyTorch if they are, else what it is without them."""
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    gradients = torch.is_grad_enabled() and any_requires_grad(*tensors)
+    # Level 0 is the only one that there is; by default a level that was entered in a compiled graph would not be seen.
+    tangents = any(forward_ad.unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
+    if not (gradients or tangents):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    what = "forward-mode derivatives" if tangents else "gradients"
+    note_fallback(f"{what} are asked for, and the kernels have no {'forward mode' if tangents else 'backward'} yet")
+    count_path("torch")
+    if not tangents and forward_ad._current_level < 0:
+        return _decomposed(*arguments)
+    # Of SDPA's implementations this one alone has forward-mode derivatives, and gradients that have them (hessians).
+    with sdpa_kernel(SDPBackend.MATH):
+        return _decomposed(*arguments)
+
+
+_library.impl("attention", _run, "CompositeExplicitAutograd")
+_library.impl("attention", _with_derivatives, "Autograd", with_keyset=True)
 torch.library.register_fake("flashcore::attention", _fake, lib=_library)
+_operator = torch.ops.flashcore.attention.default
+# ONNX's exporter looks here; a torch.export keeps the operator, and so the kernels, unless it is asked to decompose it.
+register_decomposition(_operator)(_decomposed)

@@ -34,7 +34,6 @@ def keys(monkeypatch):
 
     for module in (decode, key_range_kernel, kv_write_kernel, prefill):
         monkeypatch.setattr(module, "launch", only_ask)
-    monkeypatch.setattr(prefill, "_processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(op, "device_of", lambda device: H200)

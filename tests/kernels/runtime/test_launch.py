@@ -24,7 +24,6 @@ class TestHopper:
         run = pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
         caught = []
         monkeypatch.setattr(run, "launch", lambda *args: caught.append(args))
-        monkeypatch.setattr(run, "_processors", lambda device: 132)
 
         def launch_of(query, key, value, is_causal=False, sinks=None, lse=None):
             problem = check_problem(query, key, value, None, None, is_causal, None, None, None, sinks, None, None)
@@ -82,13 +81,15 @@ class TestHopper:
 @pytest.mark.parametrize("queries", [1, 4, 16])
 @pytest.mark.parametrize("heads", [(8, 8), (32, 8), (32, 1)])
 @pytest.mark.parametrize("fp8", [False, True])
-def test_how_the_hopper_kernel_shares_chunks_out(fp8, heads, queries):
+@pytest.mark.parametrize("processors", [132, 114, 78])
+def test_how_the_hopper_kernel_shares_chunks_out(processors, fp8, heads, queries):
+    """On an H200, and on other parts of compute capability 9.0 (H100 PCIe, H20)."""
     pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
     decode_run = pytest.importorskip("flashcore_kernels.hopper.decode.launch")
     for batch, keys, head_dim in itertools.product((1, 2, 7, 16, 64, 300), (1, 129, 2048, 100_000), (64, 128, 256)):
         made = problem_of(queries, heads=heads, head_dim=head_dim, value_dim=head_dim)
         made = made._replace(batch_size=batch, num_keys=keys, aligned=True, fp8=fp8)
-        chosen = choose(made, H200)
+        chosen = plan(made, H200._replace(processors=processors))
         key = torch.empty(1, heads[1], 1, head_dim, dtype=torch.bfloat16)
         setup = decode_run.hopper_decode_launch(made, chosen, key, key, key, None, False)
         (config,), (num_splits, each, lines) = setup.constants, setup.scalars[5:8]
@@ -98,15 +99,16 @@ def test_how_the_hopper_kernel_shares_chunks_out(fp8, heads, queries):
         assert each == 2**config.levels if shared.whole else each in (1, 2, 4, 8) and each <= 2**config.levels
         assert num_splits == -(-chunks // each) and sorted(setup.programs) == sorted((units, num_splits))
         assert setup.programs == ((num_splits, units) if config.in_a_row else (units, num_splits))
-        assert not config.in_a_row or units * num_splits <= 132, "those that others wait for run at the same time"
-        assert units * num_splits >= min(units * chunks, 128), "the GPU is filled where there are chunks to fill it"
+        assert not config.in_a_row or units * num_splits <= processors, "what others wait for runs at the same time"
+        assert units * num_splits >= min(units * chunks, processors - 4), "the GPU is filled where there are chunks"
         if shared.whole:
-            assert each >= chosen.config.max_chunks and num_splits == 1, "no chunk is left out, whatever the length"
-            assert not config.may_split and 128 <= units <= shared.slots
+            assert each >= chosen.max_splits and num_splits == 1, "no chunk is left out, whatever the length"
+            assert not config.may_split and processors - 4 <= units <= shared.resident * processors
             unequal = made._replace(range_layout="sequence")
             assert not decode_run.sharing(unequal, chosen).whole, "one sequence may be much longer than the others"
         else:
-            assert fp8 or units < 128 or units > 264 or config.rows > 8 or heads[1] < 8, "equal lengths, an SM each"
+            one_or_two = processors - 4 <= units <= 2 * processors
+            assert fp8 or not one_or_two or config.rows > 8 or heads[1] < 8, "equal lengths, an SM each"
         level, nodes = num_splits, num_splits
         while level > 1:
             level = -(-level // config.fan_in)
@@ -120,6 +122,31 @@ def test_how_the_hopper_kernel_shares_chunks_out(fp8, heads, queries):
         assert longer == dataclasses.replace(config, may_split=longer.may_split), (
             "a generation compiles one kernel, and one more while there is a single chunk"
         )
+
+
+def test_the_number_of_processors_reaches_the_launch():
+    """Negative control of the above: what is shared out for 132 would not be right for 78."""
+    decode_run = pytest.importorskip("flashcore_kernels.hopper.decode_run")
+    made = problem_of(1, heads=(8, 8), head_dim=128, value_dim=128)._replace(batch_size=1, num_keys=2048, aligned=True)
+    key = torch.empty(1, 8, 1, 128, dtype=torch.bfloat16)
+    setups = [
+        decode_run.hopper_decode_launch(made, plan(made, H200._replace(processors=n)), key, key, key, None, False)
+        for n in (132, 78)
+    ]
+    many, few = (config for setup in setups for config in setup.constants)
+    assert many.in_a_row and not few.in_a_row
+
+
+def test_a_gpus_processors_are_counted(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("flashcore_kernels.forward.flashcore_forward", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=78)
+    )
+    found = op.device_of.__wrapped__(torch.device("cuda", 0))
+    assert (found.kind, found.arch, found.processors) == ("cuda", 90, 78)
+    assert plan(problem_of(aligned=True), found).processors == 78
 
 
 def test_aligned_and_unaligned_calls_get_kernels_of_their_own():

@@ -204,7 +204,6 @@ class TestServedAgain:
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
         monkeypatch.setattr(op, "device_of", lambda device: H200)
-        monkeypatch.setattr(hopper_run, "_processors", lambda device: 132)
         caught, there = [], set()
 
         def long_launch(kernel, programs, arguments, scalars, constants, plan):
