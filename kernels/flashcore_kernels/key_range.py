@@ -47,9 +47,9 @@ def sequence_shape(batch_size: int, num_keys: int) -> tuple[int, int, int, int]:
     """Shape of a KeyRange of the `sequence` layout."""
     words = HEADER_WORDS + (num_keys + 31) // 32
     slack = _one_if_equal(words, num_keys)
-    # The bits behind the last key's in its word, written so that a compiler sees at once that they are 0 to 31, and
-    # those of the word of slack.
-    unused = 31 - (num_keys - 1) % 32 + 32 * slack
+    # The bits behind the last key's in its word, which are -K modulo 32, and those of the word of slack: a sum without
+    # a minus, in which a compiler sees at once that no size is negative.
+    unused = 31 * num_keys % 32 + 32 * slack
     return batch_size, 1, 2 + unused, words + slack
 
 
