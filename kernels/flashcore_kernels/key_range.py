@@ -184,7 +184,7 @@ def layout_of(key_range: torch.Tensor, batch_size: int, num_queries: int, num_ke
             f"this KeyRange was made for {made_for} keys, and the layer that got it has {num_keys}. Make one for each "
             "number of keys. In a model whose cache keeps more tokens in some layers than in others (one that evicts "
             "tokens), no one mask fits all layers: call the model one token at a time and without attention_mask, "
-            "which needs a batch without padding; then every layer sees all of its keys."
+            "which needs a batch without padding and Transformers 5.4; then every layer sees all of its keys."
         )
     raise ValueError(
         f"an int32 mask is taken for a KeyRange, and for {batch_size} sequences, {num_queries} queries and {num_keys} "
