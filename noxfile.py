@@ -1,4 +1,4 @@
-"""nox -s tests | lint | full | legacy. `full` is the product of versions; it takes hours on a small machine.
+"""nox -s tests | lint | trl | full | legacy. `full` is the product of versions; it takes hours on a small machine.
 `legacy` is the part of it before Transformers 4.53, one environment a version.
 
 FLASHCORE_TORCH says which PyTorch every session installs first, before anything that depends on it could choose another
@@ -44,6 +44,14 @@ def lint(session: nox.Session) -> None:
     session.install("ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def trl(session: nox.Session) -> None:
+    """TRL's trainers on tiny models, beside `sdpa`; elsewhere these tests are skipped."""
+    install(session)
+    session.install("trl==1.16.0", "peft==0.21.2")
+    session.run("python", "-m", "pytest", "tests/hf/trl", "-q", *session.posargs)
 
 
 @nox.session

@@ -117,7 +117,7 @@ def _refusal(name: str, argument) -> str:
 def describe(argument) -> str:
     """What an argument is, in a few words: a tensor by shape and dtype, a container by its type and length."""
     if isinstance(argument, torch.Tensor):
-        return f"a {str(argument.dtype).removeprefix('torch.')} tensor of shape {list(argument.shape)}"
+        return f"a tensor of shape {list(argument.shape)}, {str(argument.dtype).removeprefix('torch.')}"
     if isinstance(argument, (bool, int, float)):
         return repr(argument)
     kind = type(argument).__name__

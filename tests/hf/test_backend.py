@@ -1,6 +1,8 @@
 """Registering, restoring, and which models are let in."""
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from flashcore_hf import backend, compat, models
 
 from .models import model_pair, prompts, tiny_config
 
+TINY_BLOOM = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50}
 HAS_SET = hasattr(PreTrainedModel, "set_attn_implementation")
 
 
@@ -65,6 +68,100 @@ def test_disable_restores_an_entry_of_somebody_else():
     finally:
         compat.attention_registry().pop(backend.NAME)
         flashcore_hf.enable()
+
+
+# What another package might replace after us, or before.
+PLACES = [
+    (place, name)
+    for place, name in (
+        (PreTrainedModel, "set_attn_implementation"),
+        (PreTrainedModel, "_check_and_adjust_attn_implementation"),
+        (compat.masking_utils, "is_flash_attention_requested"),
+        ((compat.continuous_batching() or (None,))[0], "init_continuous_batching"),
+    )
+    if hasattr(place, name)
+]
+
+
+@pytest.fixture
+def enabled_again():
+    yield
+    flashcore_hf.disable()
+    flashcore_hf.enable()
+
+
+@pytest.mark.parametrize("place, name", PLACES, ids=lambda each: each if isinstance(each, str) else "")
+class TestAnotherPackage:
+    """One that wraps what we wrap. `disable()` put back what stood there before us and with it took theirs away."""
+
+    def wrap(self, monkeypatch, place, name, calls: list):
+        below = vars(place)[name]
+
+        @functools.wraps(below)
+        def theirs(*args, **kwargs):
+            calls.append(name)
+            return below(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, theirs)
+        return below, theirs
+
+    def test_after_us_stays(self, enabled_again, monkeypatch, place, name):
+        flashcore_hf.disable()
+        original = vars(place)[name]
+        flashcore_hf.enable()
+        calls = []
+        ours, theirs = self.wrap(monkeypatch, place, name, calls)
+        flashcore_hf.disable()
+        assert vars(place)[name] is theirs and ours is not original
+        # Ours below it passes on what it would have refused or changed.
+        got = self.answer(place, name)
+        assert set(calls) == {name} and got == self.answer_of(original, name)
+        flashcore_hf.enable()
+        assert vars(place)[name] is not theirs
+        flashcore_hf.disable()
+        assert vars(place)[name] is theirs
+        monkeypatch.undo()
+        assert vars(place)[name] is ours and self.answer(place, name) == got
+        setattr(place, name, original)
+        flashcore_hf.enable()
+        assert self.answer(place, name) != got
+        flashcore_hf.disable()
+        assert vars(place)[name] is original
+
+    def test_before_us_is_put_back(self, enabled_again, monkeypatch, place, name):
+        flashcore_hf.disable()
+        _, theirs = self.wrap(monkeypatch, place, name, [])
+        flashcore_hf.enable()
+        assert vars(place)[name] is not theirs
+        flashcore_hf.disable()
+        assert vars(place)[name] is theirs
+
+    def answer(self, place, name):
+        return self.answer_of(vars(place)[name], name)
+
+    def answer_of(self, function, name):
+        """What the function says of our name: an answer or the kind of error, which ours changes."""
+        config = types.SimpleNamespace(_attn_implementation="flashcore")
+        subject = types.SimpleNamespace(config=config)
+        try:
+            if name == "is_flash_attention_requested":
+                return function(config)
+            if name == "init_continuous_batching":
+                return function(subject)
+            return function(transformers.BloomForCausalLM(AutoConfig.for_model("bloom", **TINY_BLOOM)), "flashcore")
+        except Exception as error:  # noqa: BLE001 - its kind is the answer
+            return type(error), str(error)[:60]
+
+
+def test_a_registry_entry_that_was_replaced_stays(enabled_again):
+    """DeepSpeed's Ulysses puts its own function under the name, around ours."""
+    theirs = functools.partial(compat.attention_registry()[backend.NAME])
+    compat.attention_registry()[backend.NAME] = theirs
+    try:
+        flashcore_hf.disable()
+        assert compat.attention_registry()[backend.NAME] is theirs
+    finally:
+        compat.attention_registry().pop(backend.NAME)
 
 
 def test_disabled_backend_is_rejected_by_transformers():
@@ -132,7 +229,7 @@ class TestRefusal:
     """Models that run their own attention whatever the name says."""
 
     CONFIGS = {
-        "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50},
+        "bloom": TINY_BLOOM,
         "codegen": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "vocab_size": 50},
     }
 
