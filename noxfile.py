@@ -74,6 +74,12 @@ def newest(session: nox.Session) -> None:
         session.error(f"{said}. CONTRIBUTING.md says what to do for a new release")
 
 
+@nox.session
+def docker_steps(session: nox.Session) -> None:
+    """The Dockerfile's steps as a script, in a folder of their own."""
+    session.run("python", "tests/docker_steps.py")
+
+
 def tested_versions() -> dict[str, str]:
     """Package -> version, of constraints.txt."""
     return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", CONSTRAINTS.read_text(), re.MULTILINE))
