@@ -50,10 +50,14 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff: rules and format."""
-    session.install("ruff", "-c", str(CONSTRAINTS))
+    """ruff: rules and format; the schemas of GitHub's files."""
+    session.install("ruff", "check-jsonschema", "-c", str(CONSTRAINTS))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    form = ".github/ISSUE_TEMPLATE/bug.yml"
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-issue-forms", form)
 
 
 @nox.session
