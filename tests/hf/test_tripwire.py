@@ -1,8 +1,9 @@
 """A new Transformers that asks something new of backends fails here, with the list of what the adapter does not know.
 
-In a version newer than any tested it runs by `-m newest` alone (`nox -s newest`). When it fires: find out what the new
-thing means for flashcore (take it, refuse it, or see that it does not matter), do that in attention.py, masks.py or
-backend.py, add a test, and only then add the name below.
+When it fires: find out what the new thing means for flashcore (take it, refuse it, or see that it does not matter),
+do that in attention.py, masks.py or backend.py, add a test, and only then add the name below.
+
+On a version newer than any tested it runs by `-m newest` alone (`nox -s newest`).
 """
 
 import inspect
