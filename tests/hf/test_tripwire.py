@@ -2,8 +2,6 @@
 
 When it fires: find out what the new thing means for flashcore (take it, refuse it, or see that it does not matter),
 do that in attention.py, masks.py or backend.py, add a test, and only then add the name below.
-
-On a version newer than any tested it runs by `-m newest` alone (`nox -s newest`).
 """
 
 import inspect
