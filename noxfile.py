@@ -1,13 +1,16 @@
-"""nox -s tests | lint | trl | full | legacy. `full` is the product of versions; it takes hours on a small machine.
-`legacy` is the part of it before Transformers 4.53, one environment a version.
+"""nox -s tests | lint | trl | docker_steps | newest | constraints | full | legacy.
 
-FLASHCORE_TORCH says which PyTorch every session installs first, before anything that depends on it could choose another
-build: "torch==2.13.0" by default, from whatever index pip is set to.
+`tests`, `docker_steps` and what `full` begins with have the versions of constraints.txt, which `constraints` writes;
+`newest` has the newest of everything. `full` is the product of versions; it takes hours on a small machine. `legacy` is
+the part of it before Transformers 4.53, one environment a version.
+
+The tests need the CPU build of PyTorch alone. Where pip's own index has it with CUDA, PIP_EXTRA_INDEX_URL chooses:
+https://download.pytorch.org/whl/cpu
 """
 
 import json
-import os
 import platform
+import re
 import time
 import xml.etree.ElementTree as ElementTree
 from datetime import datetime, timezone
@@ -15,11 +18,19 @@ from pathlib import Path
 
 import nox
 
-TORCH = os.environ.get("FLASHCORE_TORCH", "torch==2.13.0")
+TORCH = "torch==2.13.0"
 # Here the helper is the way in (flashcore_hf/legacy); tests/hf leaves out what does not apply.
 LEGACY = ("4.40.2", "4.43.4", "4.45.2", "4.47.1", "4.48.3", "4.51.3", "4.52.4")
-TRANSFORMERS = ("4.53.3", "4.57.6", "5.0.0", "5.4.0", "5.17.0", "5.23.0")
+TRANSFORMERS = ("4.53.3", "4.57.6", "5.0.0", "5.4.0", "5.17.0", "5.23.0", "5.24.0")
 TRITON = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
+CONSTRAINTS = Path("constraints.txt")
+# What the newest of those Transformers needs.
+OLDEST_PYTHON = "3.11"
+HEADER = f"""\
+# The versions that this commit was tested with: pip install -e '.[test]' -c constraints.txt
+# For Python {OLDEST_PYTHON} and newer, and the CPU build of PyTorch (CUDA builds ask for a Triton of their own).
+# Written by `nox -s constraints`; do not edit.
+"""
 RESULTS = Path("scripts/results")
 
 nox.options.sessions = ["lint", "tests"]
@@ -27,23 +38,79 @@ nox.options.error_on_missing_interpreters = True
 
 
 def install(session: nox.Session) -> None:
-    session.install(TORCH)
-    session.install("-e", ".[test]")
+    session.install("-e", ".[test]", "-c", str(CONSTRAINTS))
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything, on the newest Transformers and Triton."""
+    """Everything, on the newest Transformers and Triton that were tested."""
     install(session)
     session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff: rules and format."""
-    session.install("ruff")
+    """ruff: rules and format; the schemas of GitHub's files."""
+    session.install("ruff", "check-jsonschema", "-c", str(CONSTRAINTS))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    form = ".github/ISSUE_TEMPLATE/bug.yml"
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-issue-forms", form)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Everything and the tripwire, on the newest release of all dependencies, and which of them are newer than tested.
+
+    Arguments after -- hold something back, as in `nox -s newest -- torch==2.13.0`.
+    """
+    session.install("--upgrade", "-e", ".[test]", "torch", *session.posargs)
+    found = dict(line.split("==") for line in session.run("pip", "freeze", silent=True).splitlines() if "==" in line)
+    newer = [f"{name} {found[name]} (tested: {tested})" for name, tested in tested_versions().items()
+             if name in found and as_numbers(found[name]) > as_numbers(tested)]  # fmt: skip
+    said = f"newer than tested: {', '.join(newer) or 'nothing'}"
+    session.log(said)
+    try:
+        session.run("python", "-m", "pytest", "-m", "not gpu", "-n", "auto", "--dist", "worksteal")
+    except nox.command.CommandFailed:
+        session.error(f"{said}. CONTRIBUTING.md says what to do for a new release")
+
+
+@nox.session
+def docker_steps(session: nox.Session) -> None:
+    """The Dockerfile's steps as a script, in a folder of their own."""
+    session.run("python", "tests/docker_steps.py")
+
+
+def tested_versions() -> dict[str, str]:
+    """Package -> version, of constraints.txt."""
+    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", CONSTRAINTS.read_text(), re.MULTILINE))
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a release in front of its suffixes: "2.13.0+cpu" -> (2, 13, 0)."""
+    return tuple(map(int, re.match(r"\d+(?:\.\d+)*", version)[0].split(".")))
+
+
+@nox.session
+def constraints(session: nox.Session) -> None:
+    """Write constraints.txt: PyTorch, Transformers and Triton as above, the newest release of all else that works."""
+    session.install("uv")
+    scratch = Path(session.create_tmp())
+    pins = scratch / "pins.txt"
+    pins.write_text(f"{TORCH}\ntransformers=={TRANSFORMERS[-1]}\n")
+    # The CUDA build of PyTorch asks for a Triton of its own, the CPU build, which tests run on, for none.
+    override = scratch / "override.txt"
+    override.write_text(f"triton=={TRITON[-1]}; sys_platform == 'linux'\n")
+    text = session.run(
+        "uv", "pip", "compile", "pyproject.toml", "--extra", "dev", "--universal", "--python-version", OLDEST_PYTHON,
+        "--fork-strategy", "fewest", "--constraints", str(pins), "--overrides", str(override), "--no-annotate",
+        "--no-header", "--quiet", silent=True,
+    )  # fmt: skip
+    lines = [line for line in text.splitlines() if not re.match("nvidia-|cuda-", line)]
+    CONSTRAINTS.write_text(HEADER + "\n".join(lines) + "\n")
 
 
 @nox.session

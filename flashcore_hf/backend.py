@@ -54,8 +54,8 @@ def _warn_of_untested_version() -> None:
         _warned_version = True
         warnings.warn(
             f"flashcore was tested with Transformers up to {compat.NEWEST_TESTED}, and this is {version}. "
-            "`python -m flashcore_hf parity` compares it with eager here; `pytest tests/hf/test_tripwire.py` says what "
-            "is new for attention backends.",
+            "`python -m flashcore_hf parity` compares it with eager here; `pytest -m newest` says what is new for "
+            "attention backends.",
             stacklevel=3,
         )
 

@@ -9,6 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import plot_generate
 import summary
 
 ROOT = Path(__file__).parents[1]
@@ -126,8 +127,26 @@ DECODE = {
     "read": "only reading",
 }  # fmt: skip
 GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa", "seconds": "first call, s"}
+
+
+def picture() -> list[str]:
+    """The picture that scripts/plot_generate.py draws, for pages of either colour; where it was measured below it."""
+    record = load(plot_generate.SOURCE.name)
+    light, dark = (plot_generate.target(name).relative_to(ROOT) for name in ("light", "dark"))
+    alt = f"Milliseconds per generated token of {record['model']}, flashcore beside sdpa (in figures: Generate faster)"
+    return [
+        "<picture>",
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">',
+        f'  <img alt="{alt}" src="{light}">',
+        "</picture>",
+        "",
+        f"<sub>{where(record)}</sub>",
+    ]
+
+
 # Marker in the README -> what stands between its begin and its end.
 SECTIONS = {
+    "picture": picture,
     "measured": measured,
     "decode": lambda: benchmark_lines("decode-h200", DECODE, "decode "),
     "decode-fp8": lambda: benchmark_lines("decode-h200", DECODE, "decode-fp8 "),
