@@ -140,7 +140,7 @@ def _write_key_mask(words: torch.Tensor, key_mask: torch.Tensor) -> None:
     key = (torch.arange(words.shape[1], device=words.device) - HEADER_WORDS)[:, None] * 32 + bit  # [W, 32]
     bits = exists[:, key.clamp(0, num_keys - 1)] & (key >= 0) & (key < num_keys)  # [B, W, 32]
     # Each bit occurs once, so an int32 sum is an OR; bit 31 is the sign.
-    words += (bits.to(torch.int32) << bit.to(torch.int32)).sum(-1, dtype=torch.int32)
+    words += torch.bitwise_left_shift(bits.to(torch.int32), bit.to(torch.int32)).sum(-1, dtype=torch.int32)
 
 
 def make_row_ranges(first: torch.Tensor, end: torch.Tensor, num_keys: int) -> torch.Tensor:
@@ -221,7 +221,9 @@ def visible(key_range: torch.Tensor, num_queries: int, num_keys: int) -> torch.T
     words = key_range[:, 0, 0]  # [B, W]
     query = words[:, QUERY_START, None] + torch.arange(num_queries, dtype=torch.int32, device=key_range.device)
     exists = (slot >= words[:, FIRST, None]) & (slot < words[:, END, None])  # [B, K]
-    bits = words[:, HEADER_WORDS + torch.div(slot, 32, rounding_mode="floor")] >> (slot % 32)
+    # ONNX takes int64 indices, and knows a shift by this name, not as >>.
+    word = words[:, HEADER_WORDS + torch.div(slot, 32, rounding_mode="floor").to(torch.int64)]
+    bits = torch.bitwise_right_shift(word, slot % 32)
     exists = exists & ((words[:, HOLES, None] == 0) | ((bits & 1) == 1))
     left, right = words[:, LEFT, None, None], words[:, RIGHT, None, None]
     distance = slot[None, None, :] - query[:, :, None]  # [B, Q, K]

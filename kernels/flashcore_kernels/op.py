@@ -223,23 +223,32 @@ def _decomposed(
     inputs, problem = _asked(
         query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale, value_scale
     )
+    # Numbers of heads are the model's; symbols would not do for SDPA's `enable_gqa`.
+    problem = problem._replace(num_heads=int(problem.num_heads), num_kv_heads=int(problem.num_kv_heads))
     output, lse = torch_attention(problem, inputs, return_lse)
     # Laid out as the kernels do it.
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output, (lse if return_lse else empty_outputs(query, value, False)[1])
 
 
+def any_tangent(*tensors: torch.Tensor) -> bool:
+    """Whether one of them carries a forward-mode derivative."""
+    # Level 0 is the only one that there is; by default a level that was entered in a compiled graph would not be seen.
+    return any(forward_ad.unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
+
+
 def _with_derivatives(keyset, *arguments):
     """The operator where derivatives may be asked for: through PyTorch if they are, else what it is without them."""
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    gradients = torch.is_grad_enabled() and any_requires_grad(*tensors)
-    # Level 0 is the only one that there is; by default a level that was entered in a compiled graph would not be seen.
-    tangents = any(forward_ad.unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
-    if not (gradients or tangents):
+    tangents = any_tangent(*tensors)
+    if tangents:
+        reason = "forward-mode derivatives are asked for, and the kernels have none"
+    elif torch.is_grad_enabled() and any_requires_grad(*tensors):
+        reason = "gradients are asked for, and the kernels have no backward yet"
+    else:
         with torch._C._AutoDispatchBelowAutograd():
             return _operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-    what = "forward-mode derivatives" if tangents else "gradients"
-    note_fallback(f"{what} are asked for, and the kernels have no {'forward mode' if tangents else 'backward'} yet")
+    note_fallback(reason)
     count_path("torch")
     if not tangents and forward_ad._current_level < 0:
         return _decomposed(*arguments)

@@ -96,3 +96,25 @@ def test_a_whole_prefill_compiles():
         got = compiled(ids, attention_mask=mask).logits
         expected = eager(ids, attention_mask=mask).logits
     assert ((got - expected).abs() * mask[..., None]).max() / expected.abs().max() < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_steps_compile_once(dropout):
+    """What counts calls was traced: each step was compiled anew, and the ninth failed."""
+    eager, model = model_pair("llama", num_hidden_layers=1, attention_dropout=dropout)
+    model.train()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, _ = prompts(2, 9)
+    for _ in range(10):
+        model.zero_grad()
+        loss = step(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    if not dropout:
+        expected = eager.train()(input_ids=ids, labels=ids, use_cache=False).loss
+        expected.backward()
+        assert abs(loss - expected) < TOLERANCE * expected
+        for mine, theirs in zip(model.parameters(), eager.parameters()):
+            torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4, rtol=1e-3)

@@ -47,9 +47,13 @@ CALLS = [
 class TestOperator:
     def test_opcheck(self, num_queries, features, device):
         call = build(features, num_queries, 33, device=device)
-        # The kernels have no backward; attention() sends what needs one to PyTorch instead.
-        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        torch.library.opcheck(torch.ops.flashcore.attention, operator_arguments(call), test_utils=tests)
+        torch.library.opcheck(torch.ops.flashcore.attention, operator_arguments(call))
+
+    @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
+    def test_opcheck_with_gradients(self, num_queries, features, device):
+        call = build(features, num_queries, 33, device=device)
+        leaves = (tensor.detach().requires_grad_() for tensor in call[:3])
+        torch.library.opcheck(torch.ops.flashcore.attention, (*leaves, *operator_arguments(call)[3:]))
 
     def test_fake_has_the_real_ones_shape_strides_and_dtype(self, num_queries, features, device):
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,7 +80,63 @@ def test_inner_stride_other_than_one_is_copied(device):
     assert torch.equal(turned.run(), call.run())
 
 
+BACKENDS = ("CPU", "CUDA", "HIP", "MPS", "XPU", "HPU", "MTIA", "XLA", "IPU", "PrivateUse1", "Meta")
+
+
+class TestDevices:
+    """Where no kernel of ours runs, PyTorch computes the same: on every device that it has."""
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_every_backend_has_a_kernel(self, backend):
+        has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+        assert has("flashcore::attention", backend)
+        assert has("flashcore::attention", f"Autograd{backend}") or backend == "HIP"
+        assert not has("flashcore::write_kv", "MPS"), "negative control: an operator of which CPU and CUDA have kernels"
+
+    @pytest.mark.parametrize("return_lse", [False, True])
+    @pytest.mark.parametrize("with_range", [False, True])
+    def test_shapes_alone(self, with_range, return_lse):
+        query, key, value = (
+            torch.empty(size, dtype=torch.bfloat16, device="meta")
+            for size in ((2, 4, 5, 64), (2, 2, 9, 64), (2, 2, 9, 32))
+        )
+        key_range = make_key_range(2, 9, right=0, device="meta") if with_range else None
+        answer = attention(query, key, value, key_range=key_range, return_lse=return_lse)
+        output = answer[0] if return_lse else answer
+        assert (output.shape, output.dtype, output.is_meta) == ((2, 4, 5, 32), torch.bfloat16, True)
+        assert not return_lse or (answer[1].shape, answer[1].dtype) == ((2, 4, 5), torch.float32)
+
+    def test_the_answer_of_a_device_without_kernels(self, device, monkeypatch):
+        call = build({"causal", "sinks"}, 5, 9, device=device)
+        want = call.run()
+        monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="it is another"))
+        path_counts.clear()
+        torch.testing.assert_close(call.run(), want)
+        assert dict(path_counts) == {"torch": 1}
+
+
 class TestCompile:
+    @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_training_compiles_once(self, backend, device):
+        """Counting a call that was traced made a new graph for each one, and the ninth failed."""
+        call = build({"causal"}, 17, 17, dtype=torch.float32, device=device)
+        leaf = call.query.clone().requires_grad_()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        step = torch.compile(
+            lambda q: attention(q * 1.0, *call[1:3], is_causal=True) * 2.0, fullgraph=True, backend=backend
+        )
+        path_counts.clear()
+        for _ in range(10):
+            leaf.grad = None
+            step(leaf).sum().backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert 1 <= path_counts["torch"] <= 12 and len(path_counts) == 1
+        want = call.query.clone().requires_grad_()
+        (attention(want * 1.0, *call[1:3], is_causal=True) * 2.0).sum().backward()
+        torch.testing.assert_close(leaf.grad, want.grad)
+
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_fullgraph(self, backend, device):
         call = build({"causal", "sinks"}, 17, 33, device=device)

@@ -15,6 +15,7 @@ from flashcore_kernels.device import Device
 from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.runtime import launch, prepared, workspace
 from flashcore_kernels.runtime.workspace import Words
+from torch.autograd import forward_ad
 
 pytest.importorskip("triton")
 
@@ -186,6 +187,15 @@ class TestSignature:
         query, key, value = tensors_of()
         assert self.signature(query.as_subclass(OnAGpu), key, value) is None, "a subclass may want the dispatcher"
         assert self.signature(query.float().requires_grad_(), key, value) is None
+        for learned in (
+            {"sinks": torch.zeros(8)}, {"scales": (torch.ones(2, 2), None)}, {"scales": (None, torch.ones(2, 2))},
+        ):  # fmt: skip
+            assert self.signature(query, key, value, **learned) is not None
+            for tensor in (*learned.get("scales", ()), learned.get("sinks")):
+                _ = tensor is None or tensor.requires_grad_()
+            assert self.signature(query, key, value, **learned) is None, "they alone require a gradient"
+        with forward_ad.dual_level():
+            assert self.signature(query, key, value) is None, "a tensor may have a tangent"
         assert self.signature(query, "no tensor", value) is None
         assert self.signature(query, key, value, options=([1, 2],)) is None, "not hashable; the checks name it"
         with torch.no_grad():
