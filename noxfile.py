@@ -18,7 +18,7 @@ import nox
 TORCH = os.environ.get("FLASHCORE_TORCH", "torch==2.13.0")
 # Here the helper is the way in (flashcore_hf/legacy.py); tests/hf leaves out what does not apply.
 LEGACY = ("4.40.2", "4.43.4", "4.45.2", "4.47.1", "4.48.3", "4.51.3", "4.52.4")
-TRANSFORMERS = ("4.53.3", "4.57.6", "5.0.0", "5.4.0", "5.17.0", "5.23.0")
+TRANSFORMERS = ("4.53.3", "4.57.6", "5.0.0", "5.4.0", "5.17.0", "5.23.0", "5.24.0")
 TRITON = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 RESULTS = Path("scripts/results")
 

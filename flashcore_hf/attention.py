@@ -6,7 +6,7 @@ from flashcore_kernels.fallback import note_fallback, torch_attention
 from flashcore_kernels.op import attend, path_counts
 from flashcore_kernels.problem import check_problem
 
-from .quantize import SCALE_ATTRIBUTE
+from .quantize import StoredFp8
 
 # Keywords that ride along through Transformers' layers and say nothing that attention would have to heed: positions
 # are in query and key already, and which keys exist is in the mask.
@@ -78,7 +78,7 @@ def flashcore_attention(
     key_range = mask = key_scale = value_scale = window = None
     causal = False
     if key.dtype == torch.float8_e4m3fn:
-        key_scale, value_scale = _scales(key, value)
+        key, value, key_scale, value_scale = _opened(key, value)
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1:
             raise ValueError(f"cu_seq_lens_q describes one packed row, and query has batch size {query.shape[0]}")
@@ -167,15 +167,14 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _scales(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float32 `[B, Hkv]` scales that a FlashCoreCache in fp8 hung on its views."""
-    scales = tuple(getattr(part, SCALE_ATTRIBUTE, None) for part in (key, value))
-    if None in scales:
+def _opened(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(key, value, key_scale, value_scale) of what a FlashCoreCache in fp8 returned; scales are float32 `[B, Hkv]`."""
+    if not (isinstance(key, StoredFp8) and isinstance(value, StoredFp8)):
         raise ValueError(
-            "key and value are in float8_e4m3fn and their scales are lost: this model changes them between its cache "
-            "and its attention. Use FlashCoreCache without dtype, or a DynamicCache"
+            "key and value are in float8_e4m3fn and have no scales, which a FlashCoreCache hands on with them. "
+            "Use FlashCoreCache without dtype, or a DynamicCache"
         )
-    return scales
+    return key.stored, value.stored, key.flashcore_scale, value.flashcore_scale
 
 
 def _check_without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool) -> None:

@@ -4,7 +4,7 @@ import torch
 from flashcore_kernels import write_kv
 
 from .compat import crop_takes_length, require_cache_layers
-from .quantize import SCALE_ATTRIBUTE, dequantize, head_scales, quantize
+from .quantize import StoredFp8, dequantize, head_scales, quantize
 
 require_cache_layers()
 
@@ -64,6 +64,7 @@ class FlashCoreLayer(CacheLayerMixin):
         """Forget every token; the buffers stay."""
         self.length = self.base = self._recorded_from = 0
         self._scaled = False  # fp8: whether the scales were chosen
+        self._assigned: dict[str, torch.Tensor] = {}  # keys that wait for values of as many tokens, or the reverse
 
     @property
     def capacity(self) -> int:
@@ -72,23 +73,42 @@ class FlashCoreLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """What a DynamicCache's layer would hold: `[B, Hkv, tokens that later queries may see, D]`, a view."""
-        return self._view(self.key_buffer, self._visible(), self.length) if self.is_initialized else None
+        """What a DynamicCache's layer would hold: `[B, Hkv, tokens that later queries may see, D]`, a view (fp8: e4m3).
+
+        Keys and then values may be assigned, `[B, Hkv, n, D]` and `[B, Hkv, n, Dv]`: the tokens that an eviction keeps,
+        say. They are copied, and the next token follows them. In fp8 they are in the model's dtype, or in e4m3 with the
+        scales that the layer has. A sliding layer takes as many tokens as it shows, no other number.
+        """
+        return self._assigned.get("keys", self._shown(self.key_buffer))
+
+    @keys.setter
+    def keys(self, states: torch.Tensor) -> None:
+        self._assign("keys", states)
 
     @property
     def values(self) -> torch.Tensor | None:
         """As `keys`, `[B, Hkv, tokens, Dv]`."""
-        return self._view(self.value_buffer, self._visible(), self.length) if self.is_initialized else None
+        return self._assigned.get("values", self._shown(self.value_buffer))
+
+    @values.setter
+    def values(self, states: torch.Tensor) -> None:
+        self._assign("values", states)
+
+    def _shown(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        return self._view(buffer, self._visible(), self.length) if self.is_initialized else None
 
     def _visible(self) -> int:
         """The first position that the next query may see."""
         return 0 if self.sliding_window is None else max(self.length - self.sliding_window + 1, 0)
 
     def _view(self, buffer: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        view = buffer.narrow(2, first - self.base, end - first)  # a slice costs the host more
+        return buffer.narrow(2, first - self.base, end - first)  # a slice costs the host more
+
+    def _handed_on(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention gets."""
         if self.fp8:
-            setattr(view, SCALE_ATTRIBUTE, self.key_scale if buffer is self.key_buffer else self.value_scale)
-        return view
+            return StoredFp8.made(keys, self.key_scale), StoredFp8.made(values, self.value_scale)
+        return keys, values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate buffers for sequences like these; `[B, Hkv, any, D]` and `[B, Hkv, any, Dv]`."""
@@ -155,7 +175,7 @@ class FlashCoreLayer(CacheLayerMixin):
 
         Returns:
             keys and values `[B, Hkv, seen + n, D or Dv]`: views of the buffers (for the first tokens of a sequence, the
-            arguments themselves). In fp8 they carry their scales as an attribute, for flashcore's attention function.
+            arguments themselves). In fp8 they are StoredFp8, which flashcore's attention function alone can read.
 
         Raises:
             ValueError: max_length would be exceeded, or the tokens are of another shape; nothing was written.
@@ -174,13 +194,15 @@ class FlashCoreLayer(CacheLayerMixin):
             past = (self.keys, self.values)
             whole = stored if start == 0 else [self._joined(*pair) for pair in zip(past, stored)]
             self._keep_end(whole, count)
-            return (key_states, value_states) if start == 0 else tuple(whole)
+            return (key_states, value_states) if start == 0 else self._handed_on(*whole)
         self.reserve(count)
         self._write(key_states, value_states, start - self.base)
         self.length += count
         if start == 0:
             return key_states, value_states
-        return self._view(self.key_buffer, first, self.length), self._view(self.value_buffer, first, self.length)
+        return self._handed_on(
+            self._view(self.key_buffer, first, self.length), self._view(self.value_buffer, first, self.length)
+        )
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, slot: int | torch.Tensor) -> None:
         write_kv(
@@ -197,7 +219,9 @@ class FlashCoreLayer(CacheLayerMixin):
         """Write one token at the slot that the device knows; return the whole buffers: a mask knows what is filled."""
         self._write(key_states, value_states, self.device_position.slot)
         end = self.base + self.capacity
-        return self._view(self.key_buffer, self.base, end), self._view(self.value_buffer, self.base, end)
+        return self._handed_on(
+            self._view(self.key_buffer, self.base, end), self._view(self.value_buffer, self.base, end)
+        )
 
     def _kept(self) -> int:
         """Position of the oldest token that a sliding layer must keep."""
@@ -219,8 +243,6 @@ class FlashCoreLayer(CacheLayerMixin):
         whole = past.new_empty(*past.shape[:2], past.shape[2] + new.shape[2], past.shape[3])
         whole[:, :, : past.shape[2]] = past
         whole[:, :, past.shape[2] :] = new
-        if self.fp8:
-            setattr(whole, SCALE_ATTRIBUTE, getattr(past, SCALE_ATTRIBUTE))
         return whole
 
     def _keep_end(self, whole: list[torch.Tensor], count: int) -> None:
@@ -237,8 +259,14 @@ class FlashCoreLayer(CacheLayerMixin):
         """Make room for `count` more tokens: drop what a sliding layer no longer needs, or double the buffers.
 
         Raises:
-            ValueError: max_length would be exceeded; nothing has changed.
+            ValueError: max_length would be exceeded, or keys were assigned and no values; nothing has changed.
         """
+        if self._assigned:
+            counts = {name: states.shape[2] for name, states in self._assigned.items()}
+            raise ValueError(
+                f"{counts} tokens were assigned to a layer of a FlashCoreCache that holds {self.length}: assign keys "
+                "and values of as many tokens"
+            )
         if self.max_length is not None and self.length + count > self.max_length:
             raise ValueError(
                 f"FlashCoreCache would overflow: it holds {self.length} tokens and has max_length={self.max_length}, "
@@ -349,6 +377,55 @@ class FlashCoreLayer(CacheLayerMixin):
         self.reserve(keys.shape[2])
         self._write(keys, values, self.length - self.base)
         self.length = self._recorded_from = length
+
+    def _assign(self, name: str, states: torch.Tensor) -> None:
+        if not isinstance(states, torch.Tensor) or states.dim() != 4:
+            raise ValueError(f"{name} of a FlashCoreCache's layer must be a tensor [B, Hkv, n, D]; reset() empties it")
+        held = self.length - self._visible()
+        if self.is_sliding and states.shape[2] != held:
+            raise ValueError(
+                f"{states.shape[2]} {name} were assigned to a sliding layer (window {self.sliding_window}) that shows "
+                f"{held}: its window counts positions, so none can be left out or added. Leave such layers as they are"
+            )
+        pair = {"keys": self.keys, "values": self.values, name: states}
+        if any(part is None or part.shape[2] != states.shape[2] for part in pair.values()):
+            self._assigned[name] = states  # until its partner comes
+        else:
+            self._replace(*pair.values())
+
+    def _replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold these tokens, in place of what the layer showed until now."""
+        # Copies, as they may be views of the very slots that are written.
+        keys = self._in_models_dtype(keys, self.key_scale).clone()
+        values = self._in_models_dtype(values, self.value_scale).clone()
+        before, scale = (self.length, self.base), self.key_scale
+        self.length = first = self._visible()
+        if not self.is_sliding:
+            self.base = 0
+        try:
+            self._check(keys, values)
+        except ValueError:
+            self.length, self.base = before
+            raise
+        self._assigned = {}
+        self.reserve(keys.shape[2])
+        if self.fp8 and not (self._scaled and self.key_scale is scale):
+            self.key_scale.copy_(head_scales(keys))
+            self.value_scale.copy_(head_scales(values))
+            self._scaled = True
+        self._write(keys, values, first - self.base)
+        self.length = first + keys.shape[2]
+
+    def _in_models_dtype(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """e4m3 with the layer's scales, exactly as the model's dtype; others as they are."""
+        if states.dtype != torch.float8_e4m3fn:
+            return states
+        if scale is None or states.shape[:2] != scale.shape:
+            raise ValueError(
+                f"keys or values {list(states.shape)} in float8_e4m3fn were assigned, and this FlashCoreCache has no "
+                "scales for as many sequences and heads. Assign them in the model's dtype"
+            )
+        return dequantize(states, scale, self.dtype)
 
     def copied(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`keys` and `values` in memory of their own, in the model's dtype."""

@@ -285,7 +285,9 @@ class GraphedSteps:
         if name is None:
             unknown = caches(kwargs)
             if unknown:
-                raise did_not_hold(self.model, ["graphs"], f"forward() got a cache as {unknown[0]!r}, not {CACHE_NAME!r}")
+                raise did_not_hold(
+                    self.model, ["graphs"], f"forward() got a cache as {unknown[0]!r}, not {CACHE_NAME!r}"
+                )
             return self.original(**kwargs)
         tokens, cache = kwargs.get("input_ids"), kwargs[name]
         if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():
@@ -319,6 +321,8 @@ class GraphedSteps:
             return f"the cache is a {type(cache).__name__}; graphs need a FlashCoreCache"
         if not cache.ours:
             return "the model has layers that are not plain attention"
+        if any(layer.length != cache.layers[0].length for layer in cache.layers):
+            return "the cache's layers hold different numbers of tokens"
         if model.training:
             return "the model is in training mode"
         if model.config._attn_implementation != NAME:

@@ -2,7 +2,7 @@
 
 `use_flashcore_cache` and `graphed` set attributes on the model object that stand in for methods of its class. The day a
 release renames such a method, or what it calls the cache, nothing would call them, and the switch would do nothing
-without a word. So `generate` has a stand-in too: it notes what was reached meanwhile, and raises where something was not.
+without a word. So `generate` has a stand-in too: it notes what was reached meanwhile, and raises where one was not.
 """
 
 import inspect
@@ -224,7 +224,9 @@ class PrepareCache(StandIn):
             return None  # Mamba's up to 5.23: no layer of it is attention
         if elsewhere:
             raise did_not_hold(
-                model, self.changes, f"generate() calls its cache {elsewhere[0]!r}, and {compat.CACHE_NAME!r} was expected"
+                model,
+                self.changes,
+                f"generate() calls its cache {elsewhere[0]!r}, and {compat.CACHE_NAME!r} was expected",
             )
         if compat.FORWARD_MAKES_CACHE:
             return DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -133,7 +133,7 @@ class TestRefusal:
 
     CONFIGS = {
         "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50},
-        "codegen": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "vocab_size": 50},
+        "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 50},
     }
 
     @pytest.mark.parametrize("model_type", CONFIGS)

@@ -8,7 +8,7 @@ from flashcore_kernels.plan import Device
 from packaging.version import Version
 from transformers import DynamicCache
 
-from .compare import greedy
+from .compare import cache_of, greedy, named
 from .models import VOCABULARY, model_pair, prompts, tiny_config
 
 if Version(transformers.__version__) < Version("4.57"):
@@ -75,7 +75,7 @@ def test_generate(model, ways, padding, torch_attention):
     # Up to 5.4, sliding layers of a DynamicCache cannot be cropped, and generate() has full ones instead.
     for cache in (DynamicCache() if ways == "prompt lookup" else None, FlashCoreCache(model.config)):
         torch.manual_seed(3)
-        answers.append(greedy(model, ids, mask, 20, past_key_values=cache, **options))
+        answers.append(greedy(model, ids, mask, 20, **named(cache), **options))
     assert torch.equal(*answers)
 
 
@@ -83,9 +83,7 @@ def test_generate(model, ways, padding, torch_attention):
 def test_kernels_read_the_views(model_type, paths):
     eager, model = model_pair(model_type)
     ids, mask = prompts(2, 9, "left")
-    assert torch.equal(
-        greedy(model, ids, mask, 8, past_key_values=FlashCoreCache(model.config)), greedy(eager, ids, mask, 8)
-    )
+    assert torch.equal(greedy(model, ids, mask, 8, **named(FlashCoreCache(model.config))), greedy(eager, ids, mask, 8))
     assert paths["torch"] == 0 and paths.total() > 0
 
 
@@ -94,9 +92,9 @@ def test_a_second_turn_continues_the_first(model, torch_attention):
     ids, mask = prompts(2, 9)
     answers = []
     for cache in (DynamicCache(config=model.config), FlashCoreCache(model.config)):
-        first = greedy(model, ids, mask, 5, past_key_values=cache)
+        first = greedy(model, ids, mask, 5, **named(cache))
         ids_two = torch.cat([first, ids[:, :4]], dim=1)
-        answers.append(greedy(model, ids_two, torch.ones_like(ids_two), 5, past_key_values=cache))
+        answers.append(greedy(model, ids_two, torch.ones_like(ids_two), 5, **named(cache)))
     assert torch.equal(*answers)
 
 
@@ -112,12 +110,12 @@ def test_as_the_default_of_generate(model, torch_attention):
     before = {name for name in vars(model) if "prepare" in name}
     assert use_flashcore_cache(model) is model
     got = run()
-    assert type(got.past_key_values) is FlashCoreCache
+    assert type(cache_of(got)) is FlashCoreCache
     assert torch.equal(got.sequences, expected.sequences)
-    assert type(run(past_key_values=DynamicCache(config=model.config)).past_key_values) is DynamicCache
-    assert type(run(cache_implementation="static").past_key_values).__name__ == "StaticCache"
+    assert type(cache_of(run(**named(DynamicCache(config=model.config))))) is DynamicCache
+    assert type(cache_of(run(cache_implementation="static"))).__name__ == "StaticCache"
     use_flashcore_cache(model, False)
-    assert type(run().past_key_values) is DynamicCache
+    assert type(cache_of(run())) is DynamicCache
     assert {name for name in vars(model) if "prepare" in name} == before == set()
 
 
@@ -220,13 +218,13 @@ def test_overflow_loses_nothing(model):
     cache = FlashCoreCache(model.config, max_length=12)
     ids, mask = prompts(2, 9)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **named(cache))
         before = [(layer.keys.clone(), layer.length) for layer in cache.layers]
         with pytest.raises(ValueError, match="holds 9 tokens and has max_length=12, and 4 more"):
-            model(ids[:, :4], attention_mask=torch.ones(2, 13, dtype=torch.long), past_key_values=cache)
+            model(ids[:, :4], attention_mask=torch.ones(2, 13, dtype=torch.long), **named(cache))
         for layer, (keys, length) in zip(cache.layers, before):
             assert torch.equal(layer.keys, keys) and layer.length == length
-        model(ids[:, :3], attention_mask=torch.ones(2, 12, dtype=torch.long), past_key_values=cache)
+        model(ids[:, :3], attention_mask=torch.ones(2, 12, dtype=torch.long), **named(cache))
     assert cache.get_seq_length() == 12
     assert all(layer.capacity <= FIRST_CAPACITY for layer in cache.layers)
 
@@ -338,7 +336,7 @@ def fp8_logits(model, ids, mask, cache) -> list[torch.Tensor]:
         for count in (6, 4, 1):
             part = slice(start, start + count)
             start += count
-            out = model(ids[:, part], attention_mask=mask[:, :start], past_key_values=cache, use_cache=True)
+            out = model(ids[:, part], attention_mask=mask[:, :start], **named(cache), use_cache=True)
             logits.append(out.logits[:, -1])
     return logits
 
@@ -356,7 +354,7 @@ def test_fp8_model(model_type, paths):
     for a, b in zip(got[1:], exact[1:]):
         assert 0 < (a - b).abs().max() < 0.25 * b.abs().max()
     cache = FlashCoreCache(model.config, dtype=torch.float8_e4m3fn)
-    assert greedy(model, ids, mask, 6, past_key_values=cache).shape == (2, 17)
+    assert greedy(model, ids, mask, 6, **named(cache)).shape == (2, 17)
     assert cache.layers[0].key_buffer.dtype == torch.float8_e4m3fn
 
 
