@@ -3,6 +3,7 @@
 import torch
 from flashcore_kernels import write_kv
 
+from .cache_assign import assign
 from .compat import crop_takes_length, require_cache_layers
 from .quantize import StoredFp8, dequantize, head_scales, quantize
 
@@ -66,6 +67,19 @@ class FlashCoreLayer(CacheLayerMixin):
         self._scaled = False  # fp8: whether the scales were chosen
         self._assigned: dict[str, torch.Tensor] = {}  # keys that wait for values of as many tokens, or the reverse
 
+    def __getstate__(self) -> dict:
+        """With e4m3 as bytes, which PyTorch can pickle; and without what belongs to a CUDA graph."""
+        state = {**vars(self), "device_position": None}
+        if self.fp8 and self.is_initialized:
+            state |= {name: _bytes(state[name]) for name in ("key_buffer", "value_buffer")}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.fp8 and self.is_initialized:
+            self.key_buffer = self.key_buffer.view(torch.float8_e4m3fn)
+            self.value_buffer = self.value_buffer.view(torch.float8_e4m3fn)
+
     @property
     def capacity(self) -> int:
         """Slots that are allocated."""
@@ -83,7 +97,7 @@ class FlashCoreLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, states: torch.Tensor) -> None:
-        self._assign("keys", states)
+        assign(self, "keys", states)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -92,7 +106,7 @@ class FlashCoreLayer(CacheLayerMixin):
 
     @values.setter
     def values(self, states: torch.Tensor) -> None:
-        self._assign("values", states)
+        assign(self, "values", states)
 
     def _shown(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
         return self._view(buffer, self._visible(), self.length) if self.is_initialized else None
@@ -377,55 +391,6 @@ class FlashCoreLayer(CacheLayerMixin):
         self.reserve(keys.shape[2])
         self._write(keys, values, self.length - self.base)
         self.length = self._recorded_from = length
-
-    def _assign(self, name: str, states: torch.Tensor) -> None:
-        if not isinstance(states, torch.Tensor) or states.dim() != 4:
-            raise ValueError(f"{name} of a FlashCoreCache's layer must be a tensor [B, Hkv, n, D]; reset() empties it")
-        held = self.length - self._visible()
-        if self.is_sliding and states.shape[2] != held:
-            raise ValueError(
-                f"{states.shape[2]} {name} were assigned to a sliding layer (window {self.sliding_window}) that shows "
-                f"{held}: its window counts positions, so none can be left out or added. Leave such layers as they are"
-            )
-        pair = {"keys": self.keys, "values": self.values, name: states}
-        if any(part is None or part.shape[2] != states.shape[2] for part in pair.values()):
-            self._assigned[name] = states  # until its partner comes
-        else:
-            self._replace(*pair.values())
-
-    def _replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold these tokens, in place of what the layer showed until now."""
-        # Copies, as they may be views of the very slots that are written.
-        keys = self._in_models_dtype(keys, self.key_scale).clone()
-        values = self._in_models_dtype(values, self.value_scale).clone()
-        before, scale = (self.length, self.base), self.key_scale
-        self.length = first = self._visible()
-        if not self.is_sliding:
-            self.base = 0
-        try:
-            self._check(keys, values)
-        except ValueError:
-            self.length, self.base = before
-            raise
-        self._assigned = {}
-        self.reserve(keys.shape[2])
-        if self.fp8 and not (self._scaled and self.key_scale is scale):
-            self.key_scale.copy_(head_scales(keys))
-            self.value_scale.copy_(head_scales(values))
-            self._scaled = True
-        self._write(keys, values, first - self.base)
-        self.length = first + keys.shape[2]
-
-    def _in_models_dtype(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """e4m3 with the layer's scales, exactly as the model's dtype; others as they are."""
-        if states.dtype != torch.float8_e4m3fn:
-            return states
-        if scale is None or states.shape[:2] != scale.shape:
-            raise ValueError(
-                f"keys or values {list(states.shape)} in float8_e4m3fn were assigned, and this FlashCoreCache has no "
-                "scales for as many sequences and heads. Assign them in the model's dtype"
-            )
-        return dequantize(states, scale, self.dtype)
 
     def copied(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`keys` and `values` in memory of their own, in the model's dtype."""

@@ -35,8 +35,8 @@ DENSE = {
 }  # fmt: skip
 MASK_MAKER_ARGUMENTS = {
     "config", "inputs_embeds", "input_embeds", "attention_mask", "past_key_values", "cache", "position_ids",
-    "layer_idx", "or_mask_function", "and_mask_function", "block_sequence_ids", "encoder_hidden_states", "cache_position",
-    "allow_is_causal_skip", "allow_is_bidirectional_skip",
+    "layer_idx", "or_mask_function", "and_mask_function", "block_sequence_ids", "encoder_hidden_states",
+    "cache_position", "allow_is_causal_skip", "allow_is_bidirectional_skip",
 }  # fmt: skip
 REQUEST = {
     "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "cache_position", "mask_function", "attention_mask",
