@@ -55,7 +55,8 @@ def test_tokens_land_in_their_slots(write, dtype, where, count, layout, device):
 def test_e4m3_is_divided_by_any_scale(write, device):
     """Quotients halfway between two e4m3 numbers, exactly: a product with the reciprocal falls to the wrong side."""
     halfway = torch.arange(1, 15, 2, device=device) / 16 + 1  # the last one below 2 would carry; see above
-    scales = torch.tensor([[63.0, 255.0, 31.5], [127.5, 63.75, 15.9375]], device=device) / 64
+    # With the first row's reciprocals the products are above, with the second row's below.
+    scales = torch.tensor([[4032.0, 16320.0, 8160.0], [15628.0, 16247.0, 8084.0]], device=device) / 4096
     states = (halfway * scales[:, :, None, None]).expand(2, 3, 1, 7).contiguous()
     want = (states / scales[:, :, None, None]).to(E4M3).float()
     assert torch.equal(want, halfway.to(E4M3).float().expand_as(want))
