@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import flashcore_hf
+from flashcore_hf.compat import CACHE_NAME  # "cache"; before Transformers 5.24, "past_key_values"
 
 
 def main(argv: list[str]) -> None:
@@ -35,10 +36,11 @@ def main(argv: list[str]) -> None:
     flashcore_hf.graphed(model, False)
 
     cache = flashcore_hf.FlashCoreCache(model.config)
-    print("equal with a FlashCoreCache:", torch.equal(model.generate(prompt, past_key_values=cache, **options), plain))
+    with_cache = model.generate(prompt, **{CACHE_NAME: cache}, **options)
+    print("equal with a FlashCoreCache:", torch.equal(with_cache, plain))
 
     half = flashcore_hf.FlashCoreCache(model.config, dtype=torch.float8_e4m3fn)
-    model.generate(prompt, past_key_values=half, **options)
+    model.generate(prompt, **{CACHE_NAME: half}, **options)
     print("bytes of keys in one layer:", cache.layers[0].keys.nbytes, "and in fp8:", half.layers[0].keys.nbytes)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import flashcore_hf  # noqa: F401  importing it is what makes the name known
+from flashcore_hf.compat import CACHE_NAME  # "cache"; before Transformers 5.24, "past_key_values"
 from flashcore_hf.parity.tiny_models import make_config
 
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             max_new_tokens=arguments.max_new_tokens,
             do_sample=False,
         )[0, input_ids.shape[1] :]

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 import flashcore_hf  # noqa: F401
+from flashcore_hf.compat import CACHE_NAME  # "cache"; before Transformers 5.24, "past_key_values"
 from flashcore_hf.parity.tiny_models import make_config
 
 TEXT = "The cache is the desk on which"
@@ -28,13 +29,13 @@ def decode(model, step, input_ids: torch.Tensor, max_new_tokens: int) -> torch.T
         dtype=model.dtype,
     )
     position = torch.arange(length, device=model.device)
-    logits = model(input_ids, past_key_values=cache, cache_position=position, use_cache=True).logits
+    logits = model(input_ids, **{CACHE_NAME: cache}, cache_position=position, use_cache=True).logits
     tokens = [logits[:, -1:].argmax(-1)]  # [B, 1]
     for i in range(length, length + max_new_tokens - 1):
         position = torch.tensor([i], device=model.device)
         logits = step(
             tokens[-1],
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             cache_position=position,
             position_ids=position[None].expand(batch_size, 1),
             use_cache=True,

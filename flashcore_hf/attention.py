@@ -15,9 +15,7 @@ from .arguments import describe, refuse_unknown
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
 from .models import is_never_causal
-
-# Where keys and values in fp8 carry their scales from the cache to the attention function.
-SCALE_ATTRIBUTE = "flashcore_scale"
+from .stored_fp8 import StoredFp8
 
 
 def flashcore_attention(
@@ -81,7 +79,7 @@ def flashcore_attention(
     key_range = mask = key_scale = value_scale = window = None
     causal = False
     if key.dtype == torch.float8_e4m3fn:
-        key_scale, value_scale = _scales(key, value)
+        key, value, key_scale, value_scale = _opened(key, value)
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor):
             raise NotImplementedError(_not_a_mask(attention_mask))
@@ -184,15 +182,14 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _scales(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float32 `[B, Hkv]` scales that a FlashCoreCache in fp8 hung on its views."""
-    scales = tuple(getattr(part, SCALE_ATTRIBUTE, None) for part in (key, value))
-    if None in scales:
+def _opened(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(key, value, key_scale, value_scale) of what a FlashCoreCache in fp8 returned; scales are float32 `[B, Hkv]`."""
+    if not (isinstance(key, StoredFp8) and isinstance(value, StoredFp8)):
         raise ValueError(
-            "key and value are in float8_e4m3fn and their scales are lost: this model changes them between its cache "
-            "and its attention. Use FlashCoreCache without dtype, or a DynamicCache"
+            "key and value are in float8_e4m3fn and have no scales, which a FlashCoreCache hands on with them. "
+            "Use FlashCoreCache without dtype, or a DynamicCache"
         )
-    return scales
+    return key.stored, value.stored, key.flashcore_scale, value.flashcore_scale
 
 
 def _check_without_mask(query: torch.Tensor, key: torch.Tensor, causal: bool) -> None:

@@ -13,6 +13,9 @@ except ImportError:
     masking_utils = None
 
 __all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "FORWARD_MAKES_CACHE",
     "HAS_INTERFACE",
     "VERSION",
     "MaskCall",
@@ -32,11 +35,19 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # one by one: see legacy.py.
 HAS_INTERFACE = masking_utils is not None
 
+# What a model's forward, generate() and a model's output call the cache: `cache` from 5.24 on.
+_renamed = HAS_INTERFACE and "cache" in inspect.signature(masking_utils.create_causal_mask).parameters
+CACHE_NAME = "cache" if _renamed else "past_key_values"
+# And what it was called before: 5.24 still takes the old names, and so do models with code of their own.
+CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "past_key_values", "cache_params")))
+# Whether generate() leaves it to the first forward to make a DynamicCache: 5.0 does, 5.4 no longer.
+FORWARD_MAKES_CACHE = (5, 0) <= VERSION < (5, 4)
+
 if VERSION < (4, 40):
     raise ImportError(f"flashcore needs Transformers 4.40 or newer, and this is {transformers.__version__}")
 
 # The newest version that the tests and the sweep over all architectures have run on.
-NEWEST_TESTED = "5.23.0"
+NEWEST_TESTED = "5.24.0"
 
 
 def untested_version() -> str | None:

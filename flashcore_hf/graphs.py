@@ -10,6 +10,7 @@ from them there. The keys and values lie in a FlashCoreCache, whose buffers keep
 next step is recorded anew.
 """
 
+import inspect
 import os
 import threading
 import warnings
@@ -22,8 +23,10 @@ import torch
 from flashcore_kernels import Prompt, begin_compiling, steps_follow
 from transformers.utils import ModelOutput
 
-from .cache.flashcore_cache import FlashCoreCache, _converted, on_new_cache
+from .cache.flashcore_cache import FlashCoreCache, converted
 from .cache.layer import DevicePosition
+from .compat import CACHE_NAME, CACHE_NAMES
+from .hooks import caches, did_not_hold, on_new_cache, owner, reached
 from .models import NAME, takes_key_range
 
 # Inputs that change from step to step. Other tensors of a call may change too, so such calls are not recorded.
@@ -57,7 +60,10 @@ def graphed(model, enabled: bool = True):
     Raises:
         ImportError: Transformers before 4.57.
         ValueError: the model is not under "flashcore", or is an encoder-decoder.
+        RuntimeError: Transformers has nothing of the name that this hooks into. `generate()` raises it where
+            Transformers no longer comes by.
     """
+    whole, model = model, owner(model)
     steps = getattr(vars(model).get("forward"), "graphed_steps", None)
     if not enabled:
         if steps is not None:
@@ -70,7 +76,7 @@ def graphed(model, enabled: bool = True):
                 + (", and is an encoder-decoder" if model.config.is_encoder_decoder else "")
             )
         GraphedSteps(model)
-    return model
+    return whole
 
 
 def record(step: Callable[[], object], device: torch.device, graphs: dict) -> tuple[Callable[[], None], object]:
@@ -133,6 +139,7 @@ class DecodeGraph:
     Args:
         forward: the model's own forward.
         cache: its buffers are read and written by every replay.
+        cache_name: what the call calls it.
         inputs: the changing inputs of a call, by name; `attention_mask` is `[B, about length + 1]`.
         constants: all other arguments.
 
@@ -140,7 +147,10 @@ class DecodeGraph:
         RuntimeError, or whatever `forward` raises: it cannot be recorded.
     """
 
-    def __init__(self, forward: Callable, cache: FlashCoreCache, inputs: dict[str, torch.Tensor], constants: dict):
+    def __init__(
+        self, forward: Callable, cache: FlashCoreCache, cache_name: str, inputs: dict[str, torch.Tensor],
+        constants: dict,
+    ):  # fmt: skip
         self.buffers = [layer.key_buffer for layer in cache.layers]
         device = inputs["input_ids"].device
         # Not inference tensors, even under inference_mode: later calls may write to them outside of it.
@@ -159,7 +169,7 @@ class DecodeGraph:
             for position in self.positions.values():
                 torch.sub(self.length, position.base, out=position.slot[0])
             with cache.on_device(self.positions):
-                output = forward(**self.inputs, **constants, past_key_values=cache)
+                output = forward(**self.inputs, **constants, **{cache_name: cache})
             self.length += 1
             return output
 
@@ -169,6 +179,7 @@ class DecodeGraph:
             raise RuntimeError(f"forward returned a {type(output).__name__}, not a ModelOutput")
         self.output_type = type(output)
         self.outputs = {name: part for name, part in output.items() if part is not cache}
+        self.holds_cache = [name for name, part in output.items() if part is cache]
         self.host_length = -1  # recording has run the step
 
     def current(self, cache: FlashCoreCache) -> bool:
@@ -187,7 +198,8 @@ class DecodeGraph:
         self.host_length += 1
         for layer in cache.layers:
             layer.length += 1
-        return self.output_type(**{name: _copy(part) for name, part in self.outputs.items()}, past_key_values=cache)
+        parts = {name: _copy(part) for name, part in self.outputs.items()}
+        return self.output_type(**parts, **dict.fromkeys(self.holds_cache, cache))
 
     def _set(self, cache: FlashCoreCache, inputs: dict[str, torch.Tensor]) -> None:
         for name, tensor in inputs.items():
@@ -231,11 +243,14 @@ class GraphedSteps:
         self.stock: OrderedDict[tuple, tuple[list, dict]] = OrderedDict()
         self.lock = threading.Lock()
 
+        names = list(inspect.signature(type(model).forward).parameters)[1:]  # without self
+
         @wraps(original)
         def forward(*args, **kwargs):
-            if torch.compiler.is_compiling() or len(args) > 1 or kwargs.get("past_key_values") is None:
+            if torch.compiler.is_compiling():
                 return original(*args, **kwargs)
-            return self.step({"input_ids": args[0], **kwargs} if args else kwargs)
+            reached(model, "forward")
+            return self.step({**dict(zip(names, args)), **kwargs} if args else kwargs)
 
         forward.graphed_steps = self
         model.forward = forward
@@ -260,8 +275,20 @@ class GraphedSteps:
         self.model = None  # caches that are still out do not come back
 
     def step(self, kwargs: dict):
-        """A forward with a cache: replayed where it is a decode step that a graph can serve."""
-        tokens, cache = kwargs.get("input_ids"), kwargs["past_key_values"]
+        """A forward: replayed where it is a decode step that a graph can serve.
+
+        Raises:
+            RuntimeError: it has a cache under a name that we do not know.
+        """
+        name = next((name for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        if name is None:
+            unknown = caches(kwargs)
+            if unknown:
+                raise did_not_hold(
+                    self.model, ["graphs"], f"forward() got a cache as {unknown[0]!r}, not {CACHE_NAME!r}"
+                )
+            return self.original(**kwargs)
+        tokens, cache = kwargs.get("input_ids"), kwargs[name]
         if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():
             return self.original(**kwargs)
         if tokens.shape[1] != 1:
@@ -276,8 +303,8 @@ class GraphedSteps:
                 return self.original(**kwargs)
             inputs = {name: kwargs[name] for name in CHANGING if kwargs.get(name) is not None}
             constants = {name: value for name, value in kwargs.items() if name not in inputs}
-            del constants["past_key_values"]
-            graph = self.graph_for(cache, inputs, constants)
+            del constants[name]
+            graph = self.graph_for(cache, name, inputs, constants)
             if not isinstance(graph, str):
                 return graph.run(cache, inputs)
             reason = graph
@@ -290,9 +317,11 @@ class GraphedSteps:
         if self.device_reason is not None:
             return self.device_reason
         if not isinstance(cache, FlashCoreCache):
-            return f"past_key_values is a {type(cache).__name__}; graphs need a FlashCoreCache"
+            return f"the cache is a {type(cache).__name__}; graphs need a FlashCoreCache"
         if not cache.ours:
             return "the model has layers that are not plain attention"
+        if any(layer.length != cache.layers[0].length for layer in cache.layers):
+            return "the cache's layers hold different numbers of tokens"
         if model.training:
             return "the model is in training mode"
         if model.config._attn_implementation != NAME:
@@ -307,7 +336,7 @@ class GraphedSteps:
                 return f"the argument {name} is a {type(value).__name__}, which may change from step to step"
         return None
 
-    def graph_for(self, cache: FlashCoreCache, inputs: dict, constants: dict) -> DecodeGraph | str:
+    def graph_for(self, cache: FlashCoreCache, cache_name: str, inputs: dict, constants: dict) -> DecodeGraph | str:
         """The graph that serves this call, recorded if need be; or why there is none."""
         for layer in cache.layers:
             layer.reserve(1)
@@ -324,7 +353,7 @@ class GraphedSteps:
                     del cache.graphs[old]
         if graph is None:
             try:
-                graph = DecodeGraph(self.original, cache, inputs, constants)
+                graph = DecodeGraph(self.original, cache, cache_name, inputs, constants)
             except Exception as error:  # noqa: BLE001 - whatever it is, the step runs without a graph
                 graph = f"recording failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
             cache.graphs[key] = graph
@@ -348,7 +377,7 @@ class GraphedSteps:
 
         When the cache is garbage, and not before (a caller may keep it), its buffers go back into the stock.
         """
-        cache = _converted(cache)
+        cache = converted(cache)
         if not isinstance(cache, FlashCoreCache) or not cache.layers or not cache.ours or self.device_reason:
             return cache
         kind = (batch_size, *((layer.sliding_window, layer.max_length, layer.fp8) for layer in cache.layers))

@@ -20,6 +20,7 @@ import torch
 from transformers import StaticCache
 
 import flashcore_hf
+from flashcore_hf.compat import CACHE_NAME
 from tests.gpu.large_models import SHAPES, make_model, random_prompts
 
 
@@ -73,7 +74,7 @@ class Benchmark:
             if getattr(self, "static", None) is None:
                 self.static = StaticCache(config=self.model.config, max_batch_size=1, max_cache_len=case.slots)
             self.static.reset()
-            options = {"past_key_values": self.static}
+            options = {CACHE_NAME: self.static}
         if self.cuda:
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -129,7 +130,7 @@ class Benchmark:
             inputs, allocated = self.inputs(case), []
             cache = flashcore_hf.FlashCoreCache(self.model.config, max_length=case.prompt + steps + 8)
             with torch.no_grad():
-                out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = self.model(**inputs, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
                 seen = torch.ones(1, case.prompt + steps + 8, dtype=torch.long, device=self.model.device)
                 for step in range(steps + 3):
                     length = case.prompt + step
@@ -137,7 +138,7 @@ class Benchmark:
                     token = out.logits[:, -1:].argmax(-1)
                     out = self.model(
                         input_ids=token, attention_mask=seen[:, : length + 1], position_ids=position,
-                        past_key_values=cache, use_cache=True, logits_to_keep=1,
+                        **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1,
                     )  # fmt: skip
                     allocated.append(torch.cuda.memory_stats()["requested_bytes.all.current"] if self.cuda else 0)
         finally:

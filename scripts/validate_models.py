@@ -15,6 +15,7 @@ import benchmarking
 import torch
 from transformers import DynamicCache
 
+from flashcore_hf.compat import CACHE_NAME
 from flashcore_hf.parity.rules import Settings, compare_model, largest_difference, top2_gap
 from flashcore_hf.parity.runs import Cell, Run, generate, load, unload, wrong_scale
 from tests.gpu.large_models import SHAPES, make_model, random_prompts
@@ -87,7 +88,8 @@ def flat_memory(model, prompt_length: int, steps: int) -> dict:
     cache = DynamicCache(config=config)
 
     def step(tokens):
-        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        output = model(tokens, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        return output.logits[:, -1:].argmax(-1)
 
     def cached_bytes() -> int:
         return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))

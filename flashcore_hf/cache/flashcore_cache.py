@@ -6,10 +6,12 @@ graphs need (see `graphs`).
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from ..compat import initialize_cache_layer
+from ..hooks import on_new_cache, owner
 from .layer import DevicePosition, FlashCoreLayer  # first: it says so where Transformers is too old
 
 # isort: split
@@ -21,7 +23,7 @@ class FlashCoreCache(Cache):
 
     ```python
     cache = FlashCoreCache(model.config)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # before Transformers 5.24: past_key_values=cache
     ```
 
     Layers follow the model's config: full, or sliding ones that hold about two windows. Layers of other kinds (linear
@@ -54,7 +56,7 @@ class FlashCoreCache(Cache):
         if layers:
             super().__init__(layers=layers)
         else:
-            super().__init__(layer_class_to_replicate=lambda: FlashCoreLayer(**options))
+            super().__init__(layer_class_to_replicate=partial(FlashCoreLayer, **options))
         self.graphs = {}  # of `graphs`: what was recorded on these buffers
 
     @classmethod
@@ -109,6 +111,16 @@ class FlashCoreCache(Cache):
         """Whether every layer is a FlashCoreLayer."""
         return all(isinstance(layer, FlashCoreLayer) for layer in self.layers)
 
+    @property
+    def unused(self) -> bool:
+        """Whether a FlashCoreLayer should have got tokens by now, and none has."""
+        lengths = [layer.length for layer in self.layers if isinstance(layer, FlashCoreLayer)]
+        return not any(lengths) and (bool(lengths) or not self.layers)
+
+    def __getstate__(self) -> dict:
+        """Without graphs, which belong to these very buffers."""
+        return {**vars(self), "graphs": {}}
+
     @contextmanager
     def on_device(self, positions: dict[int | None, DevicePosition]):
         """While this holds, layers read where the next token goes from `positions`, window -> DevicePosition."""
@@ -138,76 +150,26 @@ def use_flashcore_cache(
     """Let `model.generate()` make a FlashCoreCache wherever it would have made a DynamicCache.
 
     Args:
-        model: with Transformers' generate(). Only this object is changed.
+        model: with Transformers' generate(), or a wrapper around one such as PEFT's. Only this object is changed.
         enabled: False puts the model back as it was.
         max_length, dtype: of `FlashCoreCache`.
 
     Returns:
         the model.
+
+    Raises:
+        ValueError: there is no generate(), or one that makes its cache in a way of its own.
+        RuntimeError: Transformers has nothing of the name that this hooks into. `generate()` raises it where
+            Transformers no longer comes by, or does not use the cache.
     """
-    if enabled:
-        on_new_cache(model, "cache", lambda cache, batch_size: _converted(cache, max_length, dtype))
-    else:
-        on_new_cache(model, "cache", None)
+    on_new_cache(owner(model), "cache", partial(converted, max_length=max_length, dtype=dtype) if enabled else None)
     return model
 
 
-def _converted(cache: Cache, max_length: int | None = None, dtype: torch.dtype | None = None) -> Cache:
-    """A FlashCoreCache in place of an empty DynamicCache; anything else as it is."""
+def converted(
+    cache: Cache, batch_size: int | None = None, max_length: int | None = None, dtype: torch.dtype | None = None
+) -> Cache:
+    """A FlashCoreCache in place of an empty DynamicCache, for any batch size; anything else as it is."""
     if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
         return FlashCoreCache.like(cache, max_length=max_length, dtype=dtype)
     return cache
-
-
-CHANGES = ("cache", "graphs")
-
-
-def on_new_cache(model, name: str, change) -> None:
-    """Have `change(cache, batch_size)` answer the cache that generate() goes on with, when it has made one.
-
-    Args:
-        name: one of CHANGES, in whose order they run. A `change` of None takes it away, and with the last one every
-            trace of them.
-    """
-    prepare = vars(model).get("_prepare_cache_for_generation")
-    if not isinstance(prepare, _PrepareCache):
-        prepare = _PrepareCache(model._prepare_cache_for_generation, prepare)
-    if change is not None:
-        prepare.changes[name] = change
-        model._prepare_cache_for_generation = prepare
-        return
-    prepare.changes.pop(name, None)
-    if not prepare.changes and "_prepare_cache_for_generation" in vars(model):
-        del model._prepare_cache_for_generation
-        if prepare.instance_attribute is not None:
-            model._prepare_cache_for_generation = prepare.instance_attribute
-
-
-class _PrepareCache:
-    """Stands in for a model's `_prepare_cache_for_generation`: Transformers decides, then `changes` have their turn."""
-
-    def __init__(self, original, instance_attribute):
-        self.original = original
-        self.instance_attribute = instance_attribute  # what stood on the object itself, which its class does not know
-        self.changes = {}
-
-    def __call__(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
-        answer = self.original(generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        model = self.original.__self__
-        if (
-            cache is None
-            and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
-            and model._supports_default_dynamic_cache()
-            and not model.config.is_encoder_decoder
-        ):
-            cache = DynamicCache(config=model.config.get_text_config(decoder=True))  # 5.0 leaves it to the forward
-        if given is None and cache is not None:
-            batch_size *= max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            for name in CHANGES:
-                if name in self.changes:
-                    cache = self.changes[name](cache, batch_size)
-            model_kwargs["past_key_values"] = cache
-        return answer

@@ -3,8 +3,9 @@
 import torch
 from flashcore_kernels import write_kv
 
-from ..attention import SCALE_ATTRIBUTE
 from ..compat import crop_takes_length, require_cache_layers
+from ..stored_fp8 import StoredFp8
+from .assign import assign
 from .quantize import dequantize, head_scales, quantize
 
 require_cache_layers()
@@ -65,6 +66,20 @@ class FlashCoreLayer(CacheLayerMixin):
         """Forget every token; the buffers stay."""
         self.length = self.base = self._recorded_from = 0
         self._scaled = False  # fp8: whether the scales were chosen
+        self._assigned: dict[str, torch.Tensor] = {}  # keys that wait for values of as many tokens, or the reverse
+
+    def __getstate__(self) -> dict:
+        """With e4m3 as bytes, which PyTorch can pickle; and without what belongs to a CUDA graph."""
+        state = {**vars(self), "device_position": None}
+        if self.fp8 and self.is_initialized:
+            state |= {name: _bytes(state[name]) for name in ("key_buffer", "value_buffer")}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.fp8 and self.is_initialized:
+            self.key_buffer = self.key_buffer.view(torch.float8_e4m3fn)
+            self.value_buffer = self.value_buffer.view(torch.float8_e4m3fn)
 
     @property
     def capacity(self) -> int:
@@ -73,23 +88,42 @@ class FlashCoreLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """What a DynamicCache's layer would hold: `[B, Hkv, tokens that later queries may see, D]`, a view."""
-        return self._view(self.key_buffer, self._visible(), self.length) if self.is_initialized else None
+        """What a DynamicCache's layer would hold: `[B, Hkv, tokens that later queries may see, D]`, a view (fp8: e4m3).
+
+        Keys and then values may be assigned, `[B, Hkv, n, D]` and `[B, Hkv, n, Dv]`: the tokens that an eviction keeps,
+        say. They are copied, and the next token follows them. In fp8 they are in the model's dtype, or in e4m3 with the
+        scales that the layer has. A sliding layer takes as many tokens as it shows, no other number.
+        """
+        return self._assigned.get("keys", self._shown(self.key_buffer))
+
+    @keys.setter
+    def keys(self, states: torch.Tensor) -> None:
+        assign(self, "keys", states)
 
     @property
     def values(self) -> torch.Tensor | None:
         """As `keys`, `[B, Hkv, tokens, Dv]`."""
-        return self._view(self.value_buffer, self._visible(), self.length) if self.is_initialized else None
+        return self._assigned.get("values", self._shown(self.value_buffer))
+
+    @values.setter
+    def values(self, states: torch.Tensor) -> None:
+        assign(self, "values", states)
+
+    def _shown(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        return self._view(buffer, self._visible(), self.length) if self.is_initialized else None
 
     def _visible(self) -> int:
         """The first position that the next query may see."""
         return 0 if self.sliding_window is None else max(self.length - self.sliding_window + 1, 0)
 
     def _view(self, buffer: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        view = buffer.narrow(2, first - self.base, end - first)  # a slice costs the host more
+        return buffer.narrow(2, first - self.base, end - first)  # a slice costs the host more
+
+    def _handed_on(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention gets."""
         if self.fp8:
-            setattr(view, SCALE_ATTRIBUTE, self.key_scale if buffer is self.key_buffer else self.value_scale)
-        return view
+            return StoredFp8.made(keys, self.key_scale), StoredFp8.made(values, self.value_scale)
+        return keys, values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Allocate buffers for sequences like these; `[B, Hkv, any, D]` and `[B, Hkv, any, Dv]`."""
@@ -156,7 +190,7 @@ class FlashCoreLayer(CacheLayerMixin):
 
         Returns:
             keys and values `[B, Hkv, seen + n, D or Dv]`: views of the buffers (for the first tokens of a sequence, the
-            arguments themselves). In fp8 they carry their scales as an attribute, for flashcore's attention function.
+            arguments themselves). In fp8 they are StoredFp8, which flashcore's attention function alone can read.
 
         Raises:
             ValueError: max_length would be exceeded, or the tokens are of another shape; nothing was written.
@@ -175,13 +209,15 @@ class FlashCoreLayer(CacheLayerMixin):
             past = (self.keys, self.values)
             whole = stored if start == 0 else [self._joined(*pair) for pair in zip(past, stored)]
             self._keep_end(whole, count)
-            return (key_states, value_states) if start == 0 else tuple(whole)
+            return (key_states, value_states) if start == 0 else self._handed_on(*whole)
         self.reserve(count)
         self._write(key_states, value_states, start - self.base)
         self.length += count
         if start == 0:
             return key_states, value_states
-        return self._view(self.key_buffer, first, self.length), self._view(self.value_buffer, first, self.length)
+        return self._handed_on(
+            self._view(self.key_buffer, first, self.length), self._view(self.value_buffer, first, self.length)
+        )
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, slot: int | torch.Tensor) -> None:
         write_kv(
@@ -198,7 +234,9 @@ class FlashCoreLayer(CacheLayerMixin):
         """Write one token at the slot that the device knows; return the whole buffers: a mask knows what is filled."""
         self._write(key_states, value_states, self.device_position.slot)
         end = self.base + self.capacity
-        return self._view(self.key_buffer, self.base, end), self._view(self.value_buffer, self.base, end)
+        return self._handed_on(
+            self._view(self.key_buffer, self.base, end), self._view(self.value_buffer, self.base, end)
+        )
 
     def _kept(self) -> int:
         """Position of the oldest token that a sliding layer must keep."""
@@ -220,8 +258,6 @@ class FlashCoreLayer(CacheLayerMixin):
         whole = past.new_empty(*past.shape[:2], past.shape[2] + new.shape[2], past.shape[3])
         whole[:, :, : past.shape[2]] = past
         whole[:, :, past.shape[2] :] = new
-        if self.fp8:
-            setattr(whole, SCALE_ATTRIBUTE, getattr(past, SCALE_ATTRIBUTE))
         return whole
 
     def _keep_end(self, whole: list[torch.Tensor], count: int) -> None:
@@ -238,8 +274,14 @@ class FlashCoreLayer(CacheLayerMixin):
         """Make room for `count` more tokens: drop what a sliding layer no longer needs, or double the buffers.
 
         Raises:
-            ValueError: max_length would be exceeded; nothing has changed.
+            ValueError: max_length would be exceeded, or keys were assigned and no values; nothing has changed.
         """
+        if self._assigned:
+            counts = {name: states.shape[2] for name, states in self._assigned.items()}
+            raise ValueError(
+                f"{counts} tokens were assigned to a layer of a FlashCoreCache that holds {self.length}: assign keys "
+                "and values of as many tokens"
+            )
         if self.max_length is not None and self.length + count > self.max_length:
             raise ValueError(
                 f"FlashCoreCache would overflow: it holds {self.length} tokens and has max_length={self.max_length}, "

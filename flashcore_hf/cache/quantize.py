@@ -26,7 +26,7 @@ def head_scales(states: torch.Tensor) -> torch.Tensor:
 
 def quantize(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`[B, Hkv, n, D]` divided by `[B, Hkv]`, saturating at e4m3's largest. NaN stays NaN."""
-    scaled = states.float() * scale.reciprocal()[:, :, None, None]
+    scaled = states.float() / scale[:, :, None, None]
     return scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 

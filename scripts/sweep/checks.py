@@ -108,7 +108,7 @@ class Comparison:
                 padded = {**inputs, "attention_mask": mask, "input_ids": inputs["input_ids"] * mask}
                 self.forward(side, padded, mask)
         encoder_decoder = "decoder_input_ids" in takes
-        if "past_key_values" in takes and not encoder_decoder:
+        if compat.CACHE_NAME in takes and not encoder_decoder:
             self.steps("chunked", inputs, takes, [5, 4, 4])
             self.steps("decode", inputs, takes, [9, 1, 1, 1, 1])
         if "position_ids" in takes and not encoder_decoder:
@@ -222,8 +222,8 @@ class Comparison:
                 if "position_ids" in takes:
                     positions = (mask.cumsum(1) - 1).clamp(min=0)
                     step["position_ids"] = positions[:, start : start + length]
-                output = run(model, step, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = run(model, step, use_cache=True, **{compat.CACHE_NAME: cache})
+                cache = getattr(output, compat.CACHE_NAME)
                 if cache is None:
                     raise ValueError("the model returns no cache")
                 outputs += masked(tensors(output), mask[:, start : start + length])

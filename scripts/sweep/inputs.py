@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from flashcore_hf.compat import CACHE_NAME
+
 from .configs import VOCABULARY
 from .special import BATCH, LENGTH, NEEDED, SPECIAL, first_field, noise, padding, token_ids
 
@@ -102,7 +104,7 @@ def _text(takes: dict, config) -> dict[str, torch.Tensor] | None:
         return None
     inputs = {"input_ids": token_ids()}
     eos = getattr(config, "eos_token_id", None)
-    if "past_key_values" not in takes and isinstance(eos, int) and eos < VOCABULARY:
+    if CACHE_NAME not in takes and isinstance(eos, int) and eos < VOCABULARY:
         inputs["input_ids"][:, LENGTH - 5] = eos  # some pool there; it is no padding on either side
     if "attention_mask" in takes:
         inputs["attention_mask"] = padding(None)

@@ -8,6 +8,8 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import GenerationConfig
 
+from flashcore_hf.compat import CACHE_NAMES
+
 from .inputs import parameters_of, recipes
 
 
@@ -89,7 +91,7 @@ def tensors(output) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() and output.numel() > 1 else []
     if hasattr(output, "items"):
-        left_out = ("past_key_values", "attentions")
+        left_out = (*CACHE_NAMES, "attentions")
         return [t for name, value in output.items() if not name.endswith(left_out) for t in tensors(value)]
     if isinstance(output, (tuple, list)):
         return [t for value in output for t in tensors(value)]

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from flashcore_hf.cache.flashcore_cache import FlashCoreCache
 
 from ..hf.cache.test_flashcore_cache import assert_same, layer_pair, tokens
-from ..hf.compare import greedy
+from ..hf.compare import greedy, named
 from ..hf.models import VOCABULARY, model_pair, prompts
 
 
@@ -23,7 +23,7 @@ def test_generate(model, options, padding):
     answers = []
     for cache in (DynamicCache(config=model.config), FlashCoreCache(model.config)):
         torch.manual_seed(3)
-        answers.append(greedy(model, ids, mask, 40, past_key_values=cache, **options))
+        answers.append(greedy(model, ids, mask, 40, **named(cache), **options))
     assert torch.equal(*answers)
 
 
@@ -31,7 +31,7 @@ def test_prompt_lookup(model):
     ids = torch.arange(3, 9).repeat(3)[None].cuda()
     options = {"prompt_lookup_num_tokens": 4, "eos_token_id": VOCABULARY - 1}
     answers = [
-        greedy(model, ids, torch.ones_like(ids), 40, past_key_values=cache, **options)
+        greedy(model, ids, torch.ones_like(ids), 40, **named(cache), **options)
         for cache in (DynamicCache(), FlashCoreCache(model.config))
     ]
     assert torch.equal(*answers)

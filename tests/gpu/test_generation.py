@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ..hf.compare import greedy
+from ..hf.compare import greedy, named
 from ..hf.models import model_pair, prompts
 
 
@@ -40,7 +40,7 @@ def test_offloaded(pair, padding):
     expected = greedy(eager, ids, mask, 32)
     cache = DynamicCache(config=model.config, offloading=True)
     cache.prefetch_stream = torch.cuda.current_stream()
-    assert torch.equal(greedy(model, ids, mask, 32, past_key_values=cache), expected)
+    assert torch.equal(greedy(model, ids, mask, 32, **named(cache)), expected)
 
 
 def test_beams_and_prompt_lookup(pair):

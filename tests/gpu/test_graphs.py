@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import flashcore_hf
 from flashcore_hf import graphs
 
-from ..hf.compare import greedy
+from ..hf.compare import cache_of, greedy, named
 from ..hf.models import model_pair, prompts
 
 pytestmark = pytest.mark.filterwarnings("error::flashcore_hf.graphs.FlashcoreGraphWarning")
@@ -88,7 +88,7 @@ def test_two_texts_at_once_on_two_streams():
     plain, model = graphed_pair("llama")
     given = [cuda_prompts(2, 9, seed=seed) for seed in (1, 2)]
     expected = [greedy(plain, *each, 40) for each in given]
-    kept = [greedy(model, *each, 2, return_dict_in_generate=True).past_key_values for each in given]
+    kept = [cache_of(greedy(model, *each, 2, return_dict_in_generate=True)) for each in given]
     assert kept[0].layers[0].key_buffer.data_ptr() != kept[1].layers[0].key_buffer.data_ptr()
     streams = [torch.cuda.Stream() for _ in given]
     torch.cuda.synchronize()
@@ -104,7 +104,7 @@ def test_two_texts_at_once_on_two_streams():
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 position = torch.full((2, 1), 9 + step, device="cuda")
                 logits = model(
-                    input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache,
+                    input_ids=token, attention_mask=mask, position_ids=position, **named(cache),
                     cache_position=position[0], use_cache=True, logits_to_keep=1, return_dict=True,
                 ).logits  # fmt: skip
                 state[1:] = mask, logits[:, -1:].argmax(-1)
@@ -149,4 +149,4 @@ def test_restore_and_first_tokens():
     flashcore_hf.graphed(model, False)
     assert "forward" not in vars(model) and "_prepare_cache_for_generation" not in vars(model)
     got = greedy(model, ids, mask, 8, return_dict_in_generate=True)
-    assert torch.equal(got.sequences, expected) and type(got.past_key_values) is DynamicCache
+    assert torch.equal(got.sequences, expected) and type(cache_of(got)) is DynamicCache

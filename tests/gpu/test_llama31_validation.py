@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from flashcore_hf.parity.rules import check_paths, compare, largest_difference
 from flashcore_hf.parity.runs import Cell, caught_at, generate, wrong_scale
 
+from ..hf.compare import named
 from .large_models import make_model, random_prompts
 
 VOCABULARY = 128256
@@ -79,8 +80,8 @@ def test_memory(model):
     ids = torch.tensor(random_prompts(1, 1024, VOCABULARY), device="cuda")
     cache = DynamicCache(config=config)
     with torch.no_grad():
-        token = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(ids, **named(cache), use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(token, **named(cache), use_cache=True).logits[:, -1:].argmax(-1)
         torch.cuda.synchronize()
 
         def cached_bytes() -> int:
@@ -92,7 +93,7 @@ def test_memory(model):
 
         before, before_cached = requested_bytes(), cached_bytes()
         for _ in range(200):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, **named(cache), use_cache=True).logits[:, -1:].argmax(-1)
         torch.cuda.synchronize()
         grown = requested_bytes() - before
     assert grown == cached_bytes() - before_cached

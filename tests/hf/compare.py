@@ -2,6 +2,18 @@
 
 import torch
 
+from flashcore_hf.compat import CACHE_NAME
+
+
+def named(cache) -> dict:
+    """A cache as an argument of forward() and generate(), under the name that this Transformers gives it."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(output):
+    """The cache in a model's output."""
+    return getattr(output, CACHE_NAME)
+
 
 @torch.no_grad()
 def logit_error(reference, other, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> float:

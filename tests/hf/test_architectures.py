@@ -12,6 +12,7 @@ import transformers
 
 from flashcore_hf import backend, compat, models
 
+from .compare import named
 from .models import skip_without_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -181,8 +182,8 @@ def test_image_tokens_see_their_block():
     def logits(each, blocks):
         embeddings = each.get_input_embeddings()(ids)
         mask = create_causal_mask(
-            config=each.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None,
-            position_ids=None, block_sequence_ids=blocks,
+            config=each.config, inputs_embeds=embeddings, attention_mask=None, position_ids=None,
+            block_sequence_ids=blocks, **named(None),
         )  # fmt: skip
         masks = {"full_attention": mask, "sliding_attention": mask}
         with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
-from .compare import TOLERANCE
+from .compare import TOLERANCE, named
 from .models import model_pair, prompts
 
 STEPS = 64
@@ -30,15 +30,13 @@ def decode(step, model, ids, mask, slots: int) -> torch.Tensor:
     full[:, length:] = 1
     logits = []
     with torch.no_grad():
-        out = model(
-            ids, attention_mask=full, past_key_values=cache, use_cache=True, cache_position=torch.arange(length)
-        )
+        out = model(ids, attention_mask=full, **named(cache), use_cache=True, cache_position=torch.arange(length))
         for i in range(STEPS):
             token = out.logits[:, -1:].argmax(-1)
             position = torch.tensor([length + i])
             ranks = (full[:, : length + i].sum(-1, keepdim=True)).long()
             out = step(
-                token, attention_mask=full, past_key_values=cache, use_cache=True, cache_position=position,
+                token, attention_mask=full, **named(cache), use_cache=True, cache_position=position,
                 position_ids=ranks,
             )  # fmt: skip
             logits.append(out.logits)

@@ -6,7 +6,7 @@ import transformers
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
-from .compare import TOLERANCE, greedy, logit_error
+from .compare import TOLERANCE, cache_of, greedy, logit_error, named
 from .models import VOCABULARY, model_pair, prompts
 
 VERSION = Version(transformers.__version__)
@@ -43,7 +43,7 @@ def test_static_cache_object_larger_than_needed(pair):
     answers = []
     for each in (eager, model):
         cache = StaticCache(config=each.config, max_batch_size=2, max_cache_len=64)
-        answers.append(greedy(each, ids, mask, 10, past_key_values=cache))
+        answers.append(greedy(each, ids, mask, 10, **named(cache)))
     assert torch.equal(*answers)
 
 
@@ -52,7 +52,7 @@ def test_nan_in_unfilled_slots_reaches_nothing():
     ids, mask = prompts(2, 9)
     cache = StaticCache(config=model.config, max_batch_size=2, max_cache_len=64)
     with torch.no_grad():
-        first = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        first = model(ids, attention_mask=mask, **named(cache), use_cache=True).logits
         layers = getattr(cache, "layers", None)
         buffers = (
             [t for layer in layers for t in (layer.keys, layer.values)]
@@ -64,7 +64,7 @@ def test_nan_in_unfilled_slots_reaches_nothing():
             buffer[:, :, 9:] = torch.nan
         position = torch.tensor([9])
         step = model(
-            ids[:, :1], attention_mask=torch.ones(2, 10, dtype=torch.long), past_key_values=cache, use_cache=True,
+            ids[:, :1], attention_mask=torch.ones(2, 10, dtype=torch.long), **named(cache), use_cache=True,
             cache_position=position,
         ).logits  # fmt: skip
     assert not first.isnan().any() and not step.isnan().any()
@@ -120,8 +120,8 @@ def test_chunked_prefill(pair, chunks):
         for size in chunks:
             part = slice(start, start + size)
             start += size
-            out = model(ids[:, part], attention_mask=mask[:, :start], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(ids[:, part], attention_mask=mask[:, :start], **named(cache), use_cache=True)
+            cache = cache_of(out)
             got.append(out.logits)
     error = ((torch.cat(got, dim=1) - expected).abs() * mask[..., None]).max() / expected.abs().max()
     assert error < TOLERANCE

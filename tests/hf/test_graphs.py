@@ -13,7 +13,7 @@ from flashcore_kernels.device import Device
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from .compare import greedy
+from .compare import cache_of, greedy, named
 from .models import VOCABULARY, model_pair, prompts, tiny_config
 
 if Version(transformers.__version__) < Version("4.57"):
@@ -158,7 +158,7 @@ def test_prompt_lookup_takes_tokens_back(pair, recorded):
     options = {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCABULARY - 1}
     mask = torch.ones_like(ids)
     # Up to 5.4, sliding layers of a DynamicCache cannot be cropped.
-    expected = greedy(plain, ids, mask, 20, past_key_values=DynamicCache(), **options)
+    expected = greedy(plain, ids, mask, 20, **named(DynamicCache()), **options)
     assert torch.equal(greedy(model, ids, mask, 20, **options), expected)
 
 
@@ -180,18 +180,18 @@ def test_a_cache_that_someone_keeps_is_left_alone(recorded):
     plain, model = graphed_pair("llama")
     ids, mask = prompts(2, 9)
     first = greedy(model, ids, mask, 4, return_dict_in_generate=True)
-    keys = first.past_key_values.layers[0].keys.clone()
-    address = first.past_key_values.layers[0].key_buffer.data_ptr()
+    keys = cache_of(first).layers[0].keys.clone()
+    address = cache_of(first).layers[0].key_buffer.data_ptr()
     greedy(model, prompts(2, 9, seed=5)[0], mask, 4)
-    assert torch.equal(first.past_key_values.layers[0].keys, keys) and recorded["recorded"] == 2
+    assert torch.equal(cache_of(first).layers[0].keys, keys) and recorded["recorded"] == 2
     # It can be gone on with.
     more = torch.cat([first.sequences, ids[:, :3]], dim=1)
-    got = greedy(model, more, torch.ones_like(more), 4, past_key_values=first.past_key_values)
+    got = greedy(model, more, torch.ones_like(more), 4, **named(cache_of(first)))
     assert torch.equal(got, greedy(plain, more, torch.ones_like(more), 4))
     del first
     gc.collect()
     last = greedy(model, ids, mask, 4, return_dict_in_generate=True)
-    assert last.past_key_values.layers[0].key_buffer.data_ptr() == address and recorded["recorded"] == 2
+    assert cache_of(last).layers[0].key_buffer.data_ptr() == address and recorded["recorded"] == 2
 
 
 def test_a_loop_of_ones_own(recorded):
@@ -206,7 +206,7 @@ def test_a_loop_of_ones_own(recorded):
                 seen = torch.nn.functional.pad(mask, (0, length - 9), value=1)
                 position = seen.cumsum(-1)[:, -step.shape[1] :] - 1
                 out = each(
-                    input_ids=step, attention_mask=seen, position_ids=position.clamp(min=0), past_key_values=cache,
+                    input_ids=step, attention_mask=seen, position_ids=position.clamp(min=0), **named(cache),
                     cache_position=torch.arange(length - step.shape[1], length), use_cache=True,
                 )  # fmt: skip
                 logits.append(out.logits[:, -1])
@@ -250,7 +250,7 @@ def test_restore(recorded):
     flashcore_hf.graphed(model, False)
     ids, mask = prompts(2, 9)
     answer = greedy(model, ids, mask, 3, return_dict_in_generate=True)
-    assert type(answer.past_key_values) is FlashCoreCache and not recorded
+    assert type(cache_of(answer)) is FlashCoreCache and not recorded
     flashcore_hf.use_flashcore_cache(model, False)
     assert {name for name in vars(model) if name in ("forward", "_prepare_cache_for_generation")} == before == set()
     assert model.forward == forward
@@ -278,7 +278,7 @@ def test_an_fp8_cache_whichever_line_comes_first(first, recorded):
     flashcore_hf.use_flashcore_cache(model, dtype=torch.float8_e4m3fn)
     flashcore_hf.graphed(model)
     answer = greedy(model, *prompts(1, 9), 4, return_dict_in_generate=True)
-    assert answer.past_key_values.layers[0].key_buffer.dtype == torch.float8_e4m3fn and recorded["replayed"] == 3
+    assert cache_of(answer).layers[0].key_buffer.dtype == torch.float8_e4m3fn and recorded["replayed"] == 3
 
 
 def warned(model, ids, mask, **options) -> list[str]:
@@ -292,7 +292,7 @@ def warned(model, ids, mask, **options) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"past_key_values": DynamicCache}, "is a DynamicCache"),
+        ({"cache": DynamicCache}, "is a DynamicCache"),
         ({"cache_implementation": "static", "disable_compile": True}, "is a StaticCache"),
     ],
     ids=["dynamic", "static"],
@@ -300,11 +300,11 @@ def warned(model, ids, mask, **options) -> list[str]:
 def test_another_cache_runs_as_ever(options, reason, recorded, monkeypatch):
     plain, model = graphed_pair("llama")
     ids, mask = prompts(2, 9)
-    if "past_key_values" in options:
+    if "cache" in options:
         caches = [DynamicCache(), DynamicCache()]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            answers = [greedy(model, ids, mask, 4, past_key_values=cache) for cache in caches]
+            answers = [greedy(model, ids, mask, 4, **named(cache)) for cache in caches]
         told = [str(each.message) for each in caught if each.category is graphs.FlashcoreGraphWarning]
         assert torch.equal(answers[0], greedy(plain, ids, mask, 4))
     else:

@@ -9,6 +9,7 @@ from flashcore_kernels.runtime import launch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
+from flashcore_hf.compat import CACHE_NAME
 from flashcore_hf.masks import CAUSAL, EVERYTHING, Pattern, flashcore_mask, recognise, takes_key_range
 
 from .compare import greedy, logit_error
@@ -299,7 +300,7 @@ def test_no_tensor_of_queries_times_keys(model_type, cache, kind, implementation
     kwargs, slots = {"use_cache": cache != "none"}, LENGTH
     if cache == "static":
         slots = SLOTS
-        kwargs["past_key_values"] = StaticCache(config=model.config, max_batch_size=3, max_cache_len=SLOTS)
+        kwargs[CACHE_NAME] = StaticCache(config=model.config, max_batch_size=3, max_cache_len=SLOTS)
     with torch.no_grad(), Sizes() as sizes:
         model(ids, attention_mask=None if mask is None else mask.long(), **kwargs)
     found = has_square(sizes.shapes, LENGTH, slots)

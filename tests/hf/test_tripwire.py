@@ -34,9 +34,9 @@ DENSE = {
     "padding_mask_function", "add_offsets_to_mask_function",
 }  # fmt: skip
 MASK_MAKER_ARGUMENTS = {
-    "config", "inputs_embeds", "input_embeds", "attention_mask", "past_key_values", "position_ids", "layer_idx",
-    "or_mask_function", "and_mask_function", "block_sequence_ids", "encoder_hidden_states", "cache_position",
-    "allow_is_causal_skip", "allow_is_bidirectional_skip",
+    "config", "inputs_embeds", "input_embeds", "attention_mask", "past_key_values", "cache", "position_ids",
+    "layer_idx", "or_mask_function", "and_mask_function", "block_sequence_ids", "encoder_hidden_states",
+    "cache_position", "allow_is_causal_skip", "allow_is_bidirectional_skip",
 }  # fmt: skip
 REQUEST = {
     "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "cache_position", "mask_function", "attention_mask",
@@ -185,11 +185,11 @@ class TestUntestedVersion:
             flashcore_hf.enable()
         return [str(w.message) for w in caught]
 
-    @pytest.mark.parametrize("version", ["5.24.0", "6.0.0", "5.99.0.dev0"])
+    @pytest.mark.parametrize("version", ["5.25.0", "6.0.0", "5.99.0.dev0"])
     def test_newer_warns_once(self, monkeypatch, version):
         messages = self.enable_under(monkeypatch, version)
         assert len(messages) == 1 and version in messages[0] and compat.NEWEST_TESTED in messages[0]
 
-    @pytest.mark.parametrize("version", ["5.23.0", "5.23.4", "4.57.6"])
+    @pytest.mark.parametrize("version", ["5.24.0", "5.24.4", "4.57.6"])
     def test_tested_ones_do_not(self, monkeypatch, version):
         assert self.enable_under(monkeypatch, version) == []

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from flashcore_kernels import FlashcoreFallbackWarning, attention, make_key_range, naive_attention, op, path_counts
+from flashcore_kernels.device import Device
 from flashcore_kernels.fallback import forget_warnings, torch_attention
 from flashcore_kernels.portable import decode
 from flashcore_kernels.problem import check_problem

@@ -80,7 +80,7 @@ def _write(key_buffer, value_buffer, key, value, slot, first, key_scale, value_s
         return
     for buffer, states, scale in ((key_buffer, key, key_scale), (value_buffer, value, value_scale)):
         if fp8:
-            states = states.float() * scale.reciprocal()[:, :, None, None]
+            states = states.float() / scale[:, :, None, None]
             states = states.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn)
             buffer, states = buffer.view(torch.uint8), states.view(torch.uint8)  # index_copy_ takes bytes
         if slot is None:

@@ -12,7 +12,8 @@ from ..runtime.launch import launch
 def store_tokens(Buffer, base, states, slots, valid, offs, scale, SIZE: tl.constexpr):
     """[S, D] new tokens into their slots, divided by `scale` where the buffer is e4m3."""
     if Buffer.dtype.element_ty == tl.float8e4nv:
-        states = states.to(tl.float32) / scale
+        # `/` may be off by an ulp on a GPU, and so store another number than PyTorch's division.
+        states = tl.div_rn(states.to(tl.float32), scale)
         # Comparisons leave NaN as it is.
         states = tl.where(states > 448.0, 448.0, tl.where(states < -448.0, -448.0, states))
     at = base + slots[:, None] * SIZE + offs[None, :]

@@ -8,7 +8,7 @@ from flashcore_kernels.device import Device
 from packaging.version import Version
 from transformers import DynamicCache
 
-from ..compare import greedy
+from ..compare import cache_of, greedy, named
 from ..models import VOCABULARY, model_pair, prompts, tiny_config
 
 if Version(transformers.__version__) < Version("4.57"):
@@ -18,7 +18,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from flashcore_hf.cache.flashcore_cache import FlashCoreCache, use_flashcore_cache
 from flashcore_hf.cache.layer import CROP_TAKES_LENGTH, FIRST_CAPACITY, MARGIN, FlashCoreLayer
-from flashcore_hf.cache.quantize import LARGEST, dequantize, head_scales, quantize
 
 MODELS = ("llama", "mistral", "gemma3_text")
 
@@ -75,7 +74,7 @@ def test_generate(model, ways, padding, torch_attention):
     # Up to 5.4, sliding layers of a DynamicCache cannot be cropped, and generate() has full ones instead.
     for cache in (DynamicCache() if ways == "prompt lookup" else None, FlashCoreCache(model.config)):
         torch.manual_seed(3)
-        answers.append(greedy(model, ids, mask, 20, past_key_values=cache, **options))
+        answers.append(greedy(model, ids, mask, 20, **named(cache), **options))
     assert torch.equal(*answers)
 
 
@@ -83,9 +82,7 @@ def test_generate(model, ways, padding, torch_attention):
 def test_kernels_read_the_views(model_type, paths):
     eager, model = model_pair(model_type)
     ids, mask = prompts(2, 9, "left")
-    assert torch.equal(
-        greedy(model, ids, mask, 8, past_key_values=FlashCoreCache(model.config)), greedy(eager, ids, mask, 8)
-    )
+    assert torch.equal(greedy(model, ids, mask, 8, **named(FlashCoreCache(model.config))), greedy(eager, ids, mask, 8))
     assert paths["torch"] == 0 and paths.total() > 0
 
 
@@ -94,9 +91,9 @@ def test_a_second_turn_continues_the_first(model, torch_attention):
     ids, mask = prompts(2, 9)
     answers = []
     for cache in (DynamicCache(config=model.config), FlashCoreCache(model.config)):
-        first = greedy(model, ids, mask, 5, past_key_values=cache)
+        first = greedy(model, ids, mask, 5, **named(cache))
         ids_two = torch.cat([first, ids[:, :4]], dim=1)
-        answers.append(greedy(model, ids_two, torch.ones_like(ids_two), 5, past_key_values=cache))
+        answers.append(greedy(model, ids_two, torch.ones_like(ids_two), 5, **named(cache)))
     assert torch.equal(*answers)
 
 
@@ -112,12 +109,12 @@ def test_as_the_default_of_generate(model, torch_attention):
     before = {name for name in vars(model) if "prepare" in name}
     assert use_flashcore_cache(model) is model
     got = run()
-    assert type(got.past_key_values) is FlashCoreCache
+    assert type(cache_of(got)) is FlashCoreCache
     assert torch.equal(got.sequences, expected.sequences)
-    assert type(run(past_key_values=DynamicCache(config=model.config)).past_key_values) is DynamicCache
-    assert type(run(cache_implementation="static").past_key_values).__name__ == "StaticCache"
+    assert type(cache_of(run(**named(DynamicCache(config=model.config))))) is DynamicCache
+    assert type(cache_of(run(cache_implementation="static"))).__name__ == "StaticCache"
     use_flashcore_cache(model, False)
-    assert type(run().past_key_values) is DynamicCache
+    assert type(cache_of(run())) is DynamicCache
     assert {name for name in vars(model) if "prepare" in name} == before == set()
 
 
@@ -220,13 +217,13 @@ def test_overflow_loses_nothing(model):
     cache = FlashCoreCache(model.config, max_length=12)
     ids, mask = prompts(2, 9)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **named(cache))
         before = [(layer.keys.clone(), layer.length) for layer in cache.layers]
         with pytest.raises(ValueError, match="holds 9 tokens and has max_length=12, and 4 more"):
-            model(ids[:, :4], attention_mask=torch.ones(2, 13, dtype=torch.long), past_key_values=cache)
+            model(ids[:, :4], attention_mask=torch.ones(2, 13, dtype=torch.long), **named(cache))
         for layer, (keys, length) in zip(cache.layers, before):
             assert torch.equal(layer.keys, keys) and layer.length == length
-        model(ids[:, :3], attention_mask=torch.ones(2, 12, dtype=torch.long), past_key_values=cache)
+        model(ids[:, :3], attention_mask=torch.ones(2, 12, dtype=torch.long), **named(cache))
     assert cache.get_seq_length() == 12
     assert all(layer.capacity <= FIRST_CAPACITY for layer in cache.layers)
 
@@ -278,96 +275,3 @@ def test_refusals(model):
     assert layer.get_seq_length() == 3
     with pytest.raises(ValueError, match="gradients"):
         layer.update(*(part.requires_grad_() for part in tokens(2, 1)))
-
-
-def test_fp8_error_is_that_of_three_bits():
-    """Whatever the size of a head's values; and saturating where a later token is far larger."""
-    sizes = torch.tensor([1e-3, 1.0, 300.0, 1e4])
-    states = torch.randn(2, 4, 50, 32, generator=torch.Generator().manual_seed(0)) * sizes[:, None, None]
-    scale = head_scales(states[:, :, :10])
-    stored = dequantize(quantize(states, scale), scale, torch.float32)
-    relative = (stored - states).abs() / states.abs().clamp(min=4e-3 * sizes[:, None, None])
-    assert relative.max() <= 2**-4
-    assert torch.equal(torch.log2(scale), torch.log2(scale).round())
-    # A constant scale of 1 saturates the large head and loses the small one.
-    plain = quantize(states, torch.ones_like(scale)).float()
-    assert ((plain - states).abs() / states.abs())[:, 3].max() > 0.5
-    huge = quantize(states * 1e4, scale).float()
-    assert huge.abs().max() == LARGEST and not huge.isnan().any()
-    assert quantize(torch.full((1, 1, 1, 1), torch.nan), torch.ones(1, 1)).float().isnan().all()
-
-
-def test_fp8_does_not_depend_on_padding():
-    """Scales are powers of two: a large value in a padding token changes what no other token is rounded to."""
-    states = torch.randn(1, 2, 20, 16, generator=torch.Generator().manual_seed(0))
-    padded = torch.cat([30 * torch.ones(1, 2, 4, 16), states], dim=2)
-    answers = []
-    for given in (states, padded):
-        scale = head_scales(given)
-        answers.append(dequantize(quantize(given, scale), scale, torch.float32)[:, :, -20:])
-    big = states.abs() > 2**-4
-    assert torch.equal(answers[0][big], answers[1][big])
-    assert not torch.equal(head_scales(states), head_scales(padded))
-
-
-@pytest.mark.parametrize("window", [None, 6])
-def test_fp8_layer(window):
-    """Half a 16-bit cache's bytes; what comes back is within e4m3's rounding; scales are set once a sequence."""
-    layer, other = layer_pair(window, dtype=torch.float8_e4m3fn)
-    for step, count in enumerate((9, 1, 30, 150, 1)):
-        pair = tokens(2, count, seed=step)
-        got, want = layer.update(*pair), other.update(*pair)
-        if step == 0:
-            assert got[0] is pair[0]  # the first tokens are read as they came
-            scales = layer.key_scale.clone()
-            continue
-        assert got[0].dtype == torch.float8_e4m3fn and torch.equal(got[0].flashcore_scale, scales)
-        for part, wanted, scale in zip(got, want, (layer.key_scale, layer.value_scale)):
-            error = (dequantize(part, scale, torch.float32) - wanted).abs()
-            assert (error <= wanted.abs() * 2**-4 + 1e-3).all()
-    assert layer.key_buffer.element_size() == 1
-    layer.reset()
-    layer.update(*(100 * part for part in tokens(2, 9)))
-    assert (layer.key_scale > 10 * scales).all()
-
-
-def fp8_logits(model, ids, mask, cache) -> list[torch.Tensor]:
-    """Logits of three chunks of a text, the later two of which read what the cache stored."""
-    logits, start = [], 0
-    with torch.no_grad():
-        for count in (6, 4, 1):
-            part = slice(start, start + count)
-            start += count
-            out = model(ids[:, part], attention_mask=mask[:, :start], past_key_values=cache, use_cache=True)
-            logits.append(out.logits[:, -1])
-    return logits
-
-
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_fp8_model(model_type, paths):
-    """Chunks and single tokens read e4m3 by kernel; logits near those of the exact cache, and generate() runs."""
-    _, model = model_pair(model_type)
-    ids, mask = prompts(2, 11, "left")
-    exact = fp8_logits(model, ids, mask, DynamicCache(config=model.config))
-    paths.clear()
-    got = fp8_logits(model, ids, mask, FlashCoreCache(model.config, dtype=torch.float8_e4m3fn))
-    assert paths["torch"] == 0
-    torch.testing.assert_close(got[0], exact[0])  # nothing was read from the cache yet
-    for a, b in zip(got[1:], exact[1:]):
-        assert 0 < (a - b).abs().max() < 0.25 * b.abs().max()
-    cache = FlashCoreCache(model.config, dtype=torch.float8_e4m3fn)
-    assert greedy(model, ids, mask, 6, past_key_values=cache).shape == (2, 17)
-    assert cache.layers[0].key_buffer.dtype == torch.float8_e4m3fn
-
-
-def test_fp8_whose_scales_are_lost_is_refused():
-    from flashcore_hf.attention import flashcore_attention
-
-    layer = FlashCoreLayer(dtype=torch.float8_e4m3fn)
-    layer.update(*tokens(1, 5, value_dim=8))
-    keys, values = layer.update(*tokens(1, 1, value_dim=8))
-    query = torch.randn(1, 2, 1, 8)
-    module = torch.nn.Module()
-    flashcore_attention(module, query, keys, values, None, is_causal=False)
-    with pytest.raises(ValueError, match="scales are lost"):
-        flashcore_attention(module, query, keys.clone(), values, None, is_causal=False)

@@ -52,6 +52,28 @@ def test_tokens_land_in_their_slots(write, dtype, where, count, layout, device):
 
 
 @pytest.mark.parametrize("write", ["kernel", "public"])
+def test_e4m3_is_divided_by_any_scale(write, device):
+    """Quotients halfway between two e4m3 numbers, exactly: a product with the reciprocal falls to the wrong side."""
+    halfway = torch.arange(1, 15, 2, device=device) / 16 + 1  # the last one below 2 would carry; see above
+    # With the first row's reciprocals the products are above, with the second row's below.
+    scales = torch.tensor([[4032.0, 16320.0, 8160.0], [15628.0, 16247.0, 8084.0]], device=device) / 4096
+    states = (halfway * scales[:, :, None, None]).expand(2, 3, 1, 7).contiguous()
+    want = (states / scales[:, :, None, None]).to(E4M3).float()
+    assert torch.equal(want, halfway.to(E4M3).float().expand_as(want))
+    by_reciprocal = (states * scales.reciprocal()[:, :, None, None]).to(E4M3).float()
+    assert (by_reciprocal != want).sum() >= 12
+    held = tuple(torch.zeros(2, 3, 4, 7, device=device).to(E4M3) for _ in range(2))
+    if write == "public":
+        write_kv(*held, states, states, 2, scales, scales)
+    else:
+        run_write(*held, states, states, None, 2, scales, scales)
+    if write == "kernel" and device.type == "cpu":
+        want = (halfway + 1 / 16).expand_as(want)  # where Triton's interpreter rounds each half up, and PyTorch to even
+    for buffer in held:
+        assert torch.equal(buffer[:, :, 2:3].float(), want)
+
+
+@pytest.mark.parametrize("write", ["kernel", "public"])
 def test_e4m3_saturates_and_keeps_nan(write, device):
     skip_where_the_interpreter_rounds(write, E4M3, device)
     new = tuple(
