@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..device import goes_past_dispatcher
-from ..problem import Inputs, Problem
+from ..problem import Inputs, Problem, any_requires_grad
 from .launch import Launch, compiled_kernel, launcher
 from .workspace import forget, workspace
 
@@ -30,13 +30,7 @@ def find(inputs: Inputs, options: tuple) -> tuple[tuple | None, tuple[str, Calla
     query, key, value, key_range, _, sinks, key_scale, value_scale = inputs
     try:
         if not goes_past_dispatcher(query) or (
-            _is_grad_enabled()
-            and (
-                query.requires_grad
-                or key.requires_grad
-                or value.requires_grad
-                or (sinks is not None and sinks.requires_grad)
-            )
+            _is_grad_enabled() and any_requires_grad(query, key, value, sinks, key_scale, value_scale)
         ):
             return None, None
         signature = (
