@@ -2,7 +2,7 @@
 
 `enable()` and `disable()` switch the backend on and off again; importing enables it. Where something that is needed
 cannot be imported, this package can still be: `import_error` then holds the reason, and `python -m flashcore_hf env`
-prints it.
+prints it. `allow_argument(name)` lets a keyword that flashcore does not know pass through attention unread.
 
 `FlashCoreCache`, `use_flashcore_cache` and `graphed` need Transformers 4.57. On 4.40 to 4.52 the way in is
 `replace_attention_with_flashcore(model)`, which `restore_attention(model)` undoes. All are imported when asked for.
@@ -10,11 +10,12 @@ prints it.
 
 import importlib
 
-__version__ = "0.1.0"
-
 import_error: str | None = None
+__version__ = "unknown"  # where the kernels cannot be imported
 
 try:
+    from flashcore_kernels import __version__
+
     from .backend import disable, enable
 
     enable()
@@ -30,6 +31,7 @@ except Exception as error:  # noqa: BLE001 - `env` must be able to report whatev
 
 
 _LAZY = {
+    "allow_argument": "arguments",
     "FlashCoreCache": "cache.flashcore_cache",
     "use_flashcore_cache": "cache.flashcore_cache",
     "graphed": "graphs",

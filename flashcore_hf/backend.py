@@ -1,23 +1,21 @@
 """The name, and what makes Transformers accept it: two registries, and a check that reads "flash" in every name.
 
-`enable()` notes what stood in each place before it, `disable()` puts exactly that back.
+`enable()` notes what stood in each place before it, `disable()` puts exactly that back. Where somebody else has put
+something on top of ours since, theirs stays, and ours below it does nothing but call on.
 """
 
 import functools
-import re
-import sys
 import warnings
-from inspect import getsource
 
 from . import compat
 from .attention import flashcore_attention
 from .masks import flashcore_mask
-
-NAME = "flashcore"
+from .models import NAME, refuse_model
 
 _MISSING = object()
 _warned_version = False
-_undo: list[tuple] = []  # (mapping or class, key or attribute, what stood there or _MISSING)
+_enabled = False
+_undo: list[tuple] = []  # (mapping or class, key or attribute, what stood there or _MISSING, ours)
 
 
 def enable() -> None:
@@ -26,8 +24,10 @@ def enable() -> None:
     Before 4.53 Transformers goes on refusing the name, and says what to call instead: see `legacy`. Calling it again
     changes nothing.
     """
-    if _undo:
+    global _enabled
+    if _enabled:
         return
+    _enabled = True
     _warn_of_untested_version()
     if compat.attention_registry() is not None:
         _register(compat.attention_registry(), NAME, flashcore_attention)
@@ -41,6 +41,10 @@ def enable() -> None:
         _patch(model_class, "set_attn_implementation", _refuse_before_setting)
     else:
         _patch(model_class, "_autoset_attn_implementation", _refuse_in_autoset)
+    if compat.continuous_batching() is not None:
+        mixin, manager = compat.continuous_batching()
+        _patch(mixin, "init_continuous_batching", _refuse_batching)
+        _patch(manager, "start", _refuse_started)
 
 
 def _warn_of_untested_version() -> None:
@@ -61,9 +65,14 @@ def disable() -> None:
 
     Models that were loaded with "flashcore" can no longer run; `model.set_attn_implementation("sdpa")` moves them.
     """
+    global _enabled
+    _enabled = False
     while _undo:
-        place, key, before = _undo.pop()
-        if isinstance(place, dict):
+        place, key, before, ours = _undo.pop()
+        in_dict = isinstance(place, dict)
+        if (place if in_dict else vars(place)).get(key) is not ours:
+            continue  # somebody else's is there now
+        if in_dict:
             if before is _MISSING:
                 place.pop(key, None)
             else:
@@ -80,7 +89,7 @@ def status() -> dict[str, str]:
     for label, registry in (("attention", compat.attention_registry()), ("mask", compat.mask_registry())):
         if registry is not None:
             report[f"{label} function"] = "registered" if NAME in registry else "not registered"
-    patched = {key for place, key, _ in _undo if not isinstance(place, dict)}
+    patched = {key for place, key, _, _ in _undo if not isinstance(place, dict)}
     for attribute in (
         "_check_and_adjust_attn_implementation",
         "set_attn_implementation",
@@ -92,14 +101,15 @@ def status() -> dict[str, str]:
 
 
 def _register(registry: dict, name: str, function) -> None:
-    _undo.append((registry, name, registry.get(name, _MISSING)))
+    _undo.append((registry, name, registry.get(name, _MISSING), function))
     registry[name] = function
 
 
 def _patch(owner: type, attribute: str, wrapper) -> None:
     before = vars(owner).get(attribute, _MISSING)
-    _undo.append((owner, attribute, before))
-    setattr(owner, attribute, wrapper(before))
+    ours = wrapper(before)
+    _undo.append((owner, attribute, before, ours))
+    setattr(owner, attribute, ours)
 
 
 def _accept_name(original):
@@ -107,8 +117,8 @@ def _accept_name(original):
 
     @functools.wraps(original)
     def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, *args, **kwargs):
-        if attn_implementation == NAME:
-            _refuse_without_interface(type(self))
+        if _enabled and attn_implementation == NAME:
+            refuse_model(type(self))
             return self.get_correct_attn_implementation(attn_implementation, is_init_check)
         return original(self, attn_implementation, is_init_check, *args, **kwargs)
 
@@ -123,7 +133,7 @@ def _ours_makes_any_mask(original):
 
     @functools.wraps(original)
     def is_flash_attention_requested(config=None, *args, **kwargs):
-        if config is not None and config._attn_implementation == NAME:
+        if _enabled and config is not None and config._attn_implementation == NAME:
             return False
         return original(config, *args, **kwargs)
 
@@ -135,8 +145,8 @@ def _refuse_before_setting(original):
 
     @functools.wraps(original)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        if attn_implementation == NAME:
-            _refuse_without_interface(type(self))
+        if _enabled and attn_implementation == NAME:
+            refuse_model(type(self))
         return original(self, attn_implementation, *args, **kwargs)
 
     return set_attn_implementation
@@ -147,83 +157,49 @@ def _refuse_in_autoset(original):
 
     @functools.wraps(original.__func__)
     def _autoset_attn_implementation(cls, config, *args, **kwargs):
-        if getattr(config, "_attn_implementation_internal", None) == NAME:
+        if _enabled and getattr(config, "_attn_implementation_internal", None) == NAME:
             if not compat.HAS_INTERFACE:
                 raise ValueError(
                     f'attn_implementation="{NAME}" needs Transformers 4.53 or newer, and this is '
                     f'{compat.transformers.__version__}. Here, load the model with attn_implementation="sdpa" and call '
                     "flashcore_hf.replace_attention_with_flashcore(model), for LLaMA, Mistral and Qwen2."
                 )
-            _refuse_without_interface(cls)
+            refuse_model(cls)
         return original.__func__(cls, config, *args, **kwargs)
 
     return classmethod(_autoset_attn_implementation)
 
 
-@functools.cache
-def uses_interface(model_class: type) -> bool:
-    """Whether the model's attention goes through Transformers' registry of attention functions.
+def _refuse_batching(original):
+    """Continuous batching calls the model in a thread of its own, whose errors reach a log and nobody else."""
 
-    Read from the source of the file that defines the class, as Transformers itself does: a file with attention classes
-    of its own that never asks the registry runs its own attention whatever the name says, and so does one that chooses
-    among classes in a table by the name, but for the classes beside it that say they take any backend and
-    FlashAttention (DeepSeek-OCR 2's text model). A file without attention classes (composite models) says nothing, and
-    the models inside are asked for themselves.
-    """
-    module = sys.modules.get(model_class.__module__)
-    try:
-        source = getsource(module)
-    except (OSError, TypeError):
-        return False
-    if re.search(r"_CLASSES\[\s*config\._attn_implementation", source):
-        names = ("_supports_attention_backend", "_supports_flash_attn")
-        return "ALL_ATTENTION_FUNCTIONS" in source and all(getattr(model_class, name, False) for name in names)
-    has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
-    return not has_attention or "ALL_ATTENTION_FUNCTIONS" in source
+    @functools.wraps(original)
+    def init_continuous_batching(self, *args, **kwargs):
+        _refuse_paged(self)
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
 
 
-def _drops_mask(model_class: type) -> bool:
-    """Models that forget their mask, and say it in no other way, where a name has "flash" in it.
+def _refuse_started(original):
+    """A manager from before the model was switched to ours."""
 
-    SigLIP's text models before 5.0 forget padding; Pixtral's tower in 5.0 to 5.17 what keeps images apart.
-    """
-    source = getsource(sys.modules[model_class.__module__])
-    if model_class.__name__ in ("SiglipTextModel", "Siglip2TextModel"):
-        return '"flash" in self.config._attn_implementation' in source
-    if model_class.__name__ == "PixtralVisionModel":
-        return "is_flash_attention_requested(self.config)" in source and "cu_seq_lens_q" not in source
-    return False
+    @functools.wraps(original)
+    def start(self, *args, **kwargs):
+        _refuse_paged(self.model)
+        return original(self, *args, **kwargs)
+
+    return start
 
 
-def _causal_in_eager_alone(model_class: type) -> bool:
-    """The Decision Transformer before 5.4: `eager` adds what is causal to the padding mask that it is given."""
-    source = getsource(sys.modules[model_class.__module__])
-    return (
-        model_class.__name__.startswith("DecisionTransformer")
-        and "module.bias[" in source
-        and "create_causal_mask" not in source
-    )
-
-
-def _refuse_without_interface(model_class: type) -> None:
-    if _causal_in_eager_alone(model_class):
-        raise ValueError(
-            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which in this Transformers is causal '
-            "under eager alone once it is given a mask. Supported is this model in Transformers 5.4 and newer. Load it "
-            'with attn_implementation="eager".'
-        )
-    if _drops_mask(model_class):
-        raise ValueError(
-            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which in this Transformers forgets '
-            'its mask for every name with "flash" in it. Supported are newer versions of Transformers, and the other '
-            'parts of a model that holds this one: attn_implementation={"text_config": "flashcore"} (or '
-            '"vision_config"). Load this one with attn_implementation="sdpa" or "eager".'
-        )
-    if not uses_interface(model_class):
-        raise ValueError(
-            f'attn_implementation="{NAME}" was asked for {model_class.__name__}, which does not use Transformers\' '
-            "attention interface: its attention would run as it always does, and misread the masks. Supported are "
-            "models whose attention is looked up in ALL_ATTENTION_FUNCTIONS (LLaMA, Mistral, Qwen, Gemma and most "
-            'newer ones). Load this one with attn_implementation="sdpa" or "eager"; where it is a part of a larger '
-            'model, name the part that can: attn_implementation={"text_config": "flashcore"}.'
+def _refuse_paged(model) -> None:
+    config = model.config
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    names = (getattr(part, "_attn_implementation", None) or "" for part in parts)
+    if _enabled and any(isinstance(name, str) and name.rpartition("|")[2] == NAME for name in names):
+        other = "sdpa_paged" if "sdpa_paged" in compat.attention_registry() else "sdpa"
+        raise NotImplementedError(
+            f"continuous batching (generate_batch) was asked of {type(model).__name__} with "
+            f'attn_implementation="{NAME}", which cannot read keys and values that are kept in pages. Supported is '
+            f'model.generate(). For continuous batching call model.set_attn_implementation("{other}") first.'
         )

@@ -18,6 +18,7 @@ __all__ = [
     "MaskCall",
     "PreTrainedModel",
     "attention_registry",
+    "continuous_batching",
     "crop_takes_length",
     "initialize_cache_layer",
     "mask_call",
@@ -57,6 +58,19 @@ def attention_registry() -> dict | None:
 def mask_registry() -> dict | None:
     """The class-level mapping from name to mask function; None before 4.53."""
     return masking_utils.AttentionMaskInterface._global_mapping if HAS_INTERFACE else None
+
+
+def continuous_batching() -> tuple[type, type] | None:
+    """The mixin that gives models `init_continuous_batching`, through which every other way in leads, and the class of
+    the managers that it makes; None before 4.53."""
+    try:
+        from transformers.generation import continuous_batching as module
+    except ImportError:
+        return None
+    from transformers.generation.utils import GenerationMixin
+
+    mixins = [base for base in GenerationMixin.__mro__ if "init_continuous_batching" in vars(base)]
+    return (mixins[0], module.ContinuousBatchingManager) if mixins else None
 
 
 class MaskCall(NamedTuple):

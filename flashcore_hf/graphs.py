@@ -19,13 +19,12 @@ from collections.abc import Callable
 from functools import partial, wraps
 
 import torch
-from flashcore_kernels import precompile
+from flashcore_kernels import Prompt, begin_compiling, steps_follow
 from transformers.utils import ModelOutput
 
-from .backend import NAME
 from .cache.flashcore_cache import FlashCoreCache, _converted, on_new_cache
 from .cache.layer import DevicePosition
-from .masks import takes_key_range
+from .models import NAME, takes_key_range
 
 # Inputs that change from step to step. Other tensors of a call may change too, so such calls are not recorded.
 CHANGING = ("input_ids", "attention_mask", "position_ids", "cache_position")
@@ -112,7 +111,7 @@ def unsupported_device(model) -> str | None:
     return None
 
 
-def prompt_of(model) -> precompile.Prompt | None:
+def prompt_of(model) -> Prompt | None:
     """What the kernel for a prompt depends on, as the first decoder layer tells.
 
     None where that is not enough: for a model without KeyRanges, and for DeepSeek's heads of two sizes, which some
@@ -124,7 +123,7 @@ def prompt_of(model) -> precompile.Prompt | None:
         if getattr(module, "is_causal", False) and hasattr(module, "head_dim") and not hasattr(module, "v_head_dim"):
             softcap = bool(getattr(module, "attn_logit_softcapping", None))
             sinks = getattr(getattr(module, "sinks", None), "dtype", None)
-            return precompile.Prompt(module.head_dim, module.head_dim, model.dtype, softcap, sinks)
+            return Prompt(module.head_dim, module.head_dim, model.dtype, softcap, sinks)
     return None
 
 
@@ -241,7 +240,7 @@ class GraphedSteps:
         forward.graphed_steps = self
         model.forward = forward
         if self.device_reason is None:
-            precompile.begin(next(model.parameters()).device, prompt_of(model))
+            begin_compiling(next(model.parameters()).device, prompt_of(model))
         on_new_cache(model, "graphs", self.new_cache)
 
     def __reduce_ex__(self, protocol):
@@ -269,7 +268,7 @@ class GraphedSteps:
             if self.reason_against(cache, kwargs) is not None:
                 return self.original(**kwargs)
             # Steps are what a prompt is for: their kernels are compiled while its own are.
-            with precompile.steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
+            with steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
                 return self.original(**kwargs)
         reason = self.reason_against(cache, kwargs)
         if reason is None:

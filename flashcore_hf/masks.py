@@ -4,41 +4,13 @@ Transformers describes a mask by a function of (batch, head, query, key) made of
 the parts that we know amount to; anything else becomes the dense bool mask that `sdpa` would get, always right.
 """
 
-import functools
-import inspect
-import sys
 from typing import NamedTuple
 
 import torch
-from flashcore_kernels import make_key_range, make_row_ranges
-from flashcore_kernels.key_range import make_step_key_range
+from flashcore_kernels import make_key_range, make_row_ranges, make_step_key_range
 
 from .compat import MaskCall, mask_call, masking_utils
-
-# Models that hand the mask from the mask function to the attention function as it is. Others may read or slice it,
-# and get a dense mask. Every entry was run beside eager by scripts/sweep_architectures.py, and its code read for uses
-# of the mask in Transformers 4.53 to 5.23.
-KEY_RANGE_MODELS = frozenset(
-    (
-        "afmoe apertus arcee aria_text axk1 bailing_hybrid bamba bitnet cohere cohere2 cohere2_moe cwm dbrx "
-        "deepseek_v2 deepseek_v3 dots1 emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 "
-        "flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 "
-        "glm4_moe glm4_moe_lite gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa "
-        "granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax "
-        "inkling2_text inkling_text jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama "
-        "longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mistral4 mixtral "
-        "modernbert-decoder nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi "
-        "phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss "
-        "smollm3 solar_open stablelm starcoder2 vaultgemma youtu zamba2 zaya"
-    ).split()
-)
-
-# Models that add the mask to scores, or terms to the mask, in code of their own, and so need eager's additive one.
-ADDITIVE_MASK_MODELS = frozenset({"bigbird_pegasus", "deepseek_v4", "informer"})
-
-# Models whose masks have the wrong length (up to 5.22; Informer's between its layers) and only work because eager
-# leaves out what hides nothing; None then means that everything is seen (see attention._NOT_CAUSAL).
-MAYBE_NO_MASK_MODELS = frozenset({"bridgetower", "bridgetower_text_model", "informer"})
+from .models import takes_key_range, takes_no_mask, wants_additive_mask
 
 
 class Pattern(NamedTuple):
@@ -66,48 +38,86 @@ CAUSAL = Pattern(right=0)
 EVERYTHING = Pattern()
 
 
-def flashcore_mask(**kwargs) -> torch.Tensor:
+def flashcore_mask(**kwargs) -> torch.Tensor | None:
     """Answer Transformers' mask request: a KeyRange (int32) where it can say the mask, else a dense bool mask.
 
-    Never None, but for MAYBE_NO_MASK_MODELS: to the attention function that would mean "no mask" or "causal", depending
-    on who asks.
+    None where one query sees every key that there is (and for models.MAYBE_NO_MASK_MODELS): causal or not is the same
+    there, and layers whose caches kept different numbers of tokens are each served all of theirs, as `sdpa` does. With
+    more queries None would mean "no mask" or "causal", depending on who asks.
 
     Args: Transformers' own, by keyword (see `compat.mask_call`).
 
     Returns:
-        int32 `[B, 1, 1, W]` or `[B, 1, Q, 2]` (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`, or for a few
-        models the same in floating point, 0 and the lowest number.
+        an int32 KeyRange (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`, or for a few models the same in
+        floating point, 0 and the lowest number; or None.
     """
-    pattern = recognise(kwargs) if takes_key_range(kwargs.get("config")) else None
     call = mask_call(kwargs)
+    mask = _answer(kwargs, call)
+    # The last token sees all tokens, causal or not.
+    causal_may_be_left_out = call.num_queries > 1 and kwargs.get("allow_is_causal_skip", True)
+    if mask is not None and causal_may_be_left_out and not torch.compiler.is_compiling():
+        _keep_request(mask, kwargs)
+    return mask
+
+
+def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
+    pattern = recognise(kwargs) if takes_key_range(kwargs.get("config")) else None
     if pattern is not None and pattern.documents is not None:
         ranges = _packed_ranges(call, pattern)
         if ranges is not None:
             return ranges
     elif pattern is not None:
+        if _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
+            return None
         make = make_step_key_range if call.num_queries == 1 else make_key_range
         return make(
             call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
             key_mask=call.key_mask, device=call.device,
         )  # fmt: skip
-    model_type = getattr(kwargs.get("config"), "model_type", None)
     whole = {**kwargs, "allow_is_causal_skip": False}
-    if model_type not in MAYBE_NO_MASK_MODELS:
+    if not takes_no_mask(kwargs.get("config")):
         whole["allow_is_bidirectional_skip"] = False
-    if model_type in ADDITIVE_MASK_MODELS or (model_type == "gemma4_audio" and _gemma4_audio_adds()):
+    if wants_additive_mask(kwargs.get("config")):
         return masking_utils.eager_mask(**whole)
     return masking_utils.sdpa_mask(**whole)
 
 
-@functools.cache
-def _gemma4_audio_adds() -> bool:
-    """Whether this Transformers' Gemma 4 hears with an additive mask; 5.17 still negates a bool one."""
-    return "finfo(mask_4d.dtype)" in inspect.getsource(sys.modules["transformers.models.gemma4.modeling_gemma4"])
+# Where a mask keeps what was asked for, until a layer that is not causal wants to know what `sdpa` would have made.
+_REQUEST = "_flashcore_request"
 
 
-def takes_key_range(config) -> bool:
-    """Whether this model hands masks on unread: it is one of Transformers' own, and of a type that we know."""
-    return type(config).__module__.startswith("transformers.") and config.model_type in KEY_RANGE_MODELS
+def _keep_request(mask: torch.Tensor, kwargs: dict) -> None:
+    if isinstance(kwargs.get("q_offset"), torch.Tensor):
+        # The cache's own counter, perhaps, which this forward advances.
+        kwargs = {**kwargs, "q_offset": kwargs["q_offset"].clone()}
+    setattr(mask, _REQUEST, kwargs)
+
+
+def sdpa_would_leave_out(mask: torch.Tensor) -> bool:
+    """Whether `sdpa` had been given no mask in place of this one, and would ask the layer whether it is causal.
+
+    It leaves a causal mask out where nothing is padded, which it looks for in the padding mask's values: on a GPU this
+    waits for them, as `sdpa` does. Here that is only for layers which are not causal under a causal mask.
+    """
+    asked = getattr(mask, _REQUEST, None)
+    if isinstance(asked, dict):
+        asked = masking_utils.sdpa_mask(**asked) is None
+        setattr(mask, _REQUEST, asked)
+    return bool(asked)
+
+
+def _sees_every_key(call: MaskCall, pattern: Pattern, every_slot_filled: bool) -> bool:
+    """Whether this is one query, the last of keys that all exist, as the host can tell.
+
+    Args:
+        every_slot_filled: what Transformers knows of the cache: False for a static one, say.
+    """
+    if call.num_queries != 1 or call.key_mask is not None or not every_slot_filled:
+        return False
+    # A cache that counts on the device (a static one, one in a CUDA graph) may have slots that are not filled.
+    if isinstance(call.query_start, torch.Tensor) or call.query_start != call.num_keys - 1:
+        return False
+    return pattern.left < 0 or call.num_keys <= pattern.left + 1
 
 
 def _packed_ranges(call: MaskCall, pattern: Pattern) -> torch.Tensor | None:

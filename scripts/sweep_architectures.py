@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
                         help="causal models that are also run through the kernels, in Triton's interpreter; "
                              "without names the 20 most used")  # fmt: skip
     parser.add_argument("--key-range-for-all", action="store_true",
-                        help="not only for masks.KEY_RANGE_MODELS: shows which models could join them")  # fmt: skip
+                        help="not only for models.KEY_RANGE_MODELS: shows which models could join them")  # fmt: skip
     parser.add_argument("--limit", type=float, default=1e9, metavar="SECONDS",
                         help="begin no class after this; the next call goes on")  # fmt: skip
     parser.add_argument("--redo", nargs="*", default=[], help="statuses to run again, as wrong or unbuildable")

@@ -53,7 +53,7 @@ def test_causal_models_of_the_newest():
 
 
 def test_every_key_range_model_was_run_on_key_ranges():
-    from flashcore_hf.masks import KEY_RANGE_MODELS
+    from flashcore_hf.models import KEY_RANGE_MODELS
 
     found = {row["model_type"]: row for row in rows("5.23.0") if row["class"].endswith("ForCausalLM")}
     for model_type in KEY_RANGE_MODELS:

@@ -3,8 +3,9 @@
 import torch
 from flashcore_kernels import write_kv
 
+from ..attention import SCALE_ATTRIBUTE
 from ..compat import crop_takes_length, require_cache_layers
-from .quantize import SCALE_ATTRIBUTE, dequantize, head_scales, quantize
+from .quantize import dequantize, head_scales, quantize
 
 require_cache_layers()
 

@@ -10,8 +10,6 @@ the keys, and would gain nothing.
 
 import torch
 
-# Where quantised keys and values carry their scales from the cache to the attention function.
-SCALE_ATTRIBUTE = "flashcore_scale"
 LARGEST = 448.0  # of e4m3fn
 # The largest of the first tokens' values is put into (32, 64].
 ROOM_BELOW = 6

@@ -23,13 +23,12 @@ from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
-from flashcore_kernels import make_key_range
-from flashcore_kernels.key_range import UNLIMITED
+from flashcore_kernels import UNLIMITED, make_key_range
 from transformers import DynamicCache, StaticCache, cache_utils
 
 from .. import compat
 from ..attention import flashcore_attention
-from ..backend import NAME
+from ..models import NAME
 
 _SLIDING_CACHES = getattr(cache_utils, "SlidingWindowCache", ())
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from .. import compat
-from ..backend import NAME, uses_interface
+from ..models import NAME, uses_interface
 from .classes import family, is_stand_in, original_class, replace_class, restore_class
 
 __all__ = [

@@ -9,10 +9,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from flashcore_kernels import interpreter_pace
 
 from ..cache.flashcore_cache import use_flashcore_cache
 from .rules import Settings, check_paths, largest_difference
-from .runs import generate, interpreter_pace, load
+from .runs import generate, load
 
 
 @dataclass

@@ -29,8 +29,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from flashcore_kernels import interpreter_pace
 
-from .runs import Cell, Run, caught_at, generate, interpreter_pace, load, unload, wrong_scale
+from .runs import Cell, Run, caught_at, generate, load, unload, wrong_scale
 
 REFERENCES = ("eager", "sdpa")
 MOST_EXCUSABLE = 0.10

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import torch
 from flashcore_kernels import path_counts
-from flashcore_kernels import plan as kernel_plan
-from flashcore_kernels.runtime.interpreter import quick_interpreter
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -248,27 +246,3 @@ def wrong_scale(model, factor: float = 1.5) -> Iterator[None]:
     finally:
         for module, original in zip(modules, originals):
             module.scaling = original
-
-
-@contextmanager
-def interpreter_pace(keys: int = 256, queries: int = 64) -> Iterator[None]:
-    """While this holds, Triton's interpreter is quicker and the kernels take at least `keys` keys a block and chunk.
-
-    For the interpreter alone, where a block costs the same Python time whatever its size, and a GPU's blocks of 32
-    keys would make parity last several times as long. So would its tiles of 32 queries: they have `queries` at least.
-    What the kernels compute stays the same.
-    """
-    original = kernel_plan.configuration
-
-    def widened(*arguments):
-        row = original(*arguments)
-        # The merge goes over all chunks that there may be.
-        larger = dict(block_m=max(row.block_m, queries), block_n=max(row.block_n, keys))
-        return row._replace(**larger, min_chunk=max(row.min_chunk, keys), chunks=4)
-
-    kernel_plan.configuration = widened
-    try:
-        with quick_interpreter():
-            yield
-    finally:
-        kernel_plan.configuration = original

@@ -2,12 +2,18 @@
 
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
-from .fallback import FlashcoreFallbackWarning
-from .key_range import make_key_range, make_row_ranges
+from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
+from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges
 from .naive import naive_attention
-from .op import attention, explain, path_counts
+from .op import attend, attention, explain, path_counts
+from .portable.interpreter_pace import interpreter_pace
+from .precompile import Prompt, begin_compiling, steps_follow
+from .problem import Inputs, check_problem
+from .step_key_range import make_step_key_range
+from .version import __version__
 
 __all__ = [
+    "__version__",
     "FlashcoreFallbackWarning",
     "KVCache",
     "attention",
@@ -18,4 +24,17 @@ __all__ = [
     "naive_attention",
     "path_counts",
     "write_kv",
+    # What adapters use beside these: the public names' insides, which may change with any release.
+    "Inputs",
+    "Prompt",
+    "UNLIMITED",
+    "attend",
+    "begin_compiling",
+    "check_problem",
+    "interpreter_pace",
+    "layout_of",
+    "make_step_key_range",
+    "note_fallback",
+    "steps_follow",
+    "torch_attention",
 ]

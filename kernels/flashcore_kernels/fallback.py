@@ -43,7 +43,8 @@ def torch_attention(
 
     Args:
         problem: what `inputs` ask; its window counts where there is no KeyRange.
-        dropout: the probability of dropping an attention weight.
+        inputs: sinks may be `[B, H, Q, 1]` too, a logit for each query.
+        dropout: the probability of dropping an attention weight, after the softmax. lse does not change by it.
 
     Returns:
         output `[B, H, Q, Dv]`; lse `[B, H, Q]` (float64 for float64 inputs, else float32) or None.
@@ -51,18 +52,13 @@ def torch_attention(
     query, key, value, key_range, mask, sinks, key_scale, value_scale = inputs
     if problem.fp8:
         key, value = dequantized(key, key_scale, query.dtype), dequantized(value, value_scale, query.dtype)
-    sdpa_can = not (problem.softcap or problem.has_sinks or return_lse or problem.head_dim != problem.value_dim)
+    sdpa_can = not (problem.softcap or sinks is not None or return_lse or problem.head_dim != problem.value_dim)
     if not sdpa_can:
-        if dropout:
-            raise NotImplementedError(
-                "dropout together with softcap, sinks, lse or a value head_dim of its own is not supported; "
-                "set attention_dropout=0 or load the model with attn_implementation='eager'"
-            )
         # One of the two spellings of what is visible is in the KeyRange already.
         window = None if key_range is not None else (problem.left, problem.right)
         output, lse = naive_attention(
             query, key, value, key_range=key_range, mask=mask, window=window, scale=problem.scale,
-            softcap=problem.softcap, sinks=sinks,
+            softcap=problem.softcap, sinks=sinks, dropout=dropout,
         )  # fmt: skip
         return output, (lse if return_lse else None)
 

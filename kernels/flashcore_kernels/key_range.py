@@ -6,7 +6,7 @@ depends on lengths (one CUDA graph serves every length).
 
 Two layouts, both 4-D, so that Transformers hands them through untouched where it expects a mask:
 
-`sequence`, `[B, 1, 1, 6 + ceil(K / 32)]`, one line of words for each sequence:
+`sequence`, `[B, 1, 2 + unused, 6 + ceil(K / 32)]`, one line of words for each sequence:
 
     FIRST         first key slot that exists (left padding ends here)
     END           one past the last key slot that exists (right padding or unfilled slots begin here)
@@ -16,8 +16,13 @@ Two layouts, both 4-D, so that Transformers hands them through untouched where i
     HOLES         0, or 1 where [FIRST, END) has holes; only then is the bitmap read
     bitmap        bit k % 32 of word k / 32 is 1 where key k exists
 
-`rows`, `[B, 1, Q, 2]`, a pair (first, end) for each query: query i sees keys [first, end). Packed sequences, chunked
-attention and blocks of image tokens are of this form.
+`rows`, `[B, 1, Q + K, 2]`, a pair (first, end) for each query: query i sees keys [first, end). Packed sequences,
+chunked attention and blocks of image tokens are of this form. The K lines behind the queries' hold nothing.
+
+The shape says for how many keys a KeyRange was made, so that a layer with another number refuses it: nothing is read
+from the device for that, and no copy loses it. In the `sequence` layout `unused` counts the bits of the bitmap that
+stand for no key, K = 32 * (width - 6) - unused, and the third dimension repeats the one line with stride 0. It is never
+1, so that torch.compile does not look at numbers of keys that are multiples of 32 apart from others.
 
 A mask that a user made could be int32 and 4-D too. The width is chosen so that it can be neither 1 nor K (one word of
 slack is added where it would be K), so no KeyRange has the shape of a mask that broadcasts to `[B, H, Q, K]`.
@@ -38,9 +43,29 @@ def sequence_width(num_keys: int) -> int:
     return width + 1 if width == num_keys else width
 
 
+def sequence_shape(batch_size: int, num_keys: int) -> tuple[int, int, int, int]:
+    """Shape of a KeyRange of the `sequence` layout."""
+    width = sequence_width(num_keys)
+    # The bits behind the last key's in its word, written so that a compiler sees at once that they are 0 to 31.
+    unused = 31 - (num_keys - 1) % 32
+    if width > HEADER_WORDS + (num_keys + 31) // 32:  # the word of slack
+        unused += 32
+    return batch_size, 1, 2 + unused, width
+
+
+def as_key_range(words: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """A view of the lines of words `[B, sequence_width(K)]` that has the shape of a KeyRange."""
+    return words[:, None, None].expand(sequence_shape(words.shape[0], num_keys))
+
+
 def rows_width(num_keys: int) -> int:
     """Words in a line of the `rows` layout for `num_keys` key slots."""
     return ROW_WORDS + 1 if num_keys == ROW_WORDS else ROW_WORDS
+
+
+def rows_shape(batch_size: int, num_queries: int, num_keys: int) -> tuple[int, int, int, int]:
+    """Shape of a KeyRange of the `rows` layout."""
+    return batch_size, 1, num_queries + num_keys, rows_width(num_keys)
 
 
 def make_key_range(
@@ -67,7 +92,7 @@ def make_key_range(
         device: where to build; by default that of the first tensor argument, else CPU.
 
     Returns:
-        int32 `[B, 1, 1, sequence_width(K)]`, freshly allocated: it never aliases an argument.
+        int32 of shape `sequence_shape(B, K)`, freshly allocated: it never aliases an argument.
 
     Raises:
         ValueError: `key_mask` has another shape, or `left`/`right` is below -1.
@@ -88,7 +113,7 @@ def make_key_range(
     words[:, RIGHT] = min(right, FARTHEST)
     if key_mask is not None:
         _write_key_mask(words, key_mask.to(device=device, dtype=torch.bool))
-    return words[:, None, None, :]
+    return as_key_range(words, num_keys)
 
 
 def _write_key_mask(words: torch.Tensor, key_mask: torch.Tensor) -> None:
@@ -119,36 +144,60 @@ def make_row_ranges(first: torch.Tensor, end: torch.Tensor, num_keys: int) -> to
         num_keys: K.
 
     Returns:
-        int32 `[B, 1, Q, rows_width(K)]`.
+        int32 of shape `rows_shape(B, Q, K)`.
     """
     if first.shape != end.shape or first.dim() != 2:
         raise ValueError(f"first and end must both be [B, Q], got {list(first.shape)} and {list(end.shape)}")
-    rows = torch.zeros(*first.shape, rows_width(num_keys), dtype=torch.int32, device=first.device)
-    rows[..., 0] = first
-    rows[..., 1] = end
-    return rows[:, None]
+    batch_size, num_queries = first.shape
+    rows = torch.zeros(rows_shape(batch_size, num_queries, num_keys), dtype=torch.int32, device=first.device)
+    rows[:, 0, :num_queries, 0] = first
+    rows[:, 0, :num_queries, 1] = end
+    return rows
 
 
 def layout_of(key_range: torch.Tensor, batch_size: int, num_queries: int, num_keys: int) -> str:
     """Tell by its shape which layout `key_range` has for a `[B, H, Q, K]` problem: "sequence" or "rows".
 
     Raises:
-        ValueError: it is neither, for instance a mask that is int32, or a KeyRange made for another key length.
+        ValueError: it was made for another number of keys, or is no KeyRange for such a problem, for instance a mask
+            that is int32.
     """
     shape = tuple(key_range.shape)
-    sequence = (batch_size, 1, 1, sequence_width(num_keys))
-    rows = (batch_size, 1, num_queries, rows_width(num_keys))
+    sequence = sequence_shape(batch_size, num_keys)
+    rows = rows_shape(batch_size, num_queries, num_keys)
     if key_range.dtype != torch.int32:
         raise ValueError(f"key_range must be int32, got {key_range.dtype}")
     if shape == sequence:
         return "sequence"
     if shape == rows:
         return "rows"
+    made_for = _made_for(shape, batch_size, num_queries)
+    if made_for is not None and shape[3] != num_keys:
+        raise ValueError(
+            f"this KeyRange was made for {made_for} keys, and the layer that got it has {num_keys}. Make one for each "
+            "number of keys. In a model whose cache keeps more tokens in some layers than in others (one that evicts "
+            "tokens), no one mask fits all layers: call the model one token at a time and without attention_mask, "
+            "which needs a batch without padding; then every layer sees all of its keys."
+        )
     raise ValueError(
         f"an int32 mask is taken for a KeyRange, and for {batch_size} sequences, {num_queries} queries and {num_keys} "
-        f"keys its shape is {list(sequence)} (a line a sequence) or {list(rows)} (a line a query), got {list(shape)}. "
+        f"keys its shape is {list(sequence)} (a line a sequence) or {list(rows)} (a line a query), got {list(shape)}"
+        f"{'' if made_for is None else f' (that of one made for {made_for} keys)'}. "
         "For a mask of your own use bool (True: may attend) or an additive float tensor."
     )
+
+
+def _made_for(shape: tuple[int, ...], batch_size: int, num_queries: int) -> int | None:
+    """For how many keys a KeyRange of this shape was made; None where it is none for such sequences and queries."""
+    if len(shape) != 4:
+        return None
+    for num_keys in (32 * (shape[3] - HEADER_WORDS) - (shape[2] - 2), shape[2] - num_queries):
+        if num_keys >= 1 and shape in (
+            sequence_shape(batch_size, num_keys),
+            rows_shape(batch_size, num_queries, num_keys),
+        ):
+            return num_keys
+    return None
 
 
 def visible(key_range: torch.Tensor, num_queries: int, num_keys: int) -> torch.Tensor:
@@ -159,7 +208,8 @@ def visible(key_range: torch.Tensor, num_queries: int, num_keys: int) -> torch.T
     layout = layout_of(key_range, key_range.shape[0], num_queries, num_keys)
     slot = torch.arange(num_keys, dtype=torch.int32, device=key_range.device)  # [K]
     if layout == "rows":
-        return (slot >= key_range[..., 0, None]) & (slot < key_range[..., 1, None])  # [B, 1, Q, K]
+        lines = key_range[:, :, :num_queries]
+        return (slot >= lines[..., 0, None]) & (slot < lines[..., 1, None])  # [B, 1, Q, K]
 
     words = key_range[:, 0, 0]  # [B, W]
     query = words[:, QUERY_START, None] + torch.arange(num_queries, dtype=torch.int32, device=key_range.device)

@@ -23,6 +23,7 @@ def naive_attention(
     return_weights: bool = False,
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(cap(scale * Q K^T) + mask) V over the keys that each query sees.
 
@@ -33,12 +34,16 @@ def naive_attention(
     Args: as `flashcore_kernels.attention`, and:
         dtype: of the arithmetic; by default float64 for float64 inputs, else float32.
         probability_dtype: round the probabilities to this before the product with V, as fused kernels do.
-        return_weights: return the probabilities `[B, H, Q, K]` (in `dtype`) in place of the lse.
+        sinks: also `[B, H, Q, 1]`, a logit for each query.
+        return_weights: return the probabilities `[B, H, Q, K]` (in `dtype`) in place of the lse, after dropout.
+        dropout: set each probability to 0 with this chance, and divide what stays by 1 - dropout. The softmax comes
+            first, sinks included, so neither lse nor a sink's share changes.
 
     Returns:
         output `[B, H, Q, Dv]` in query's dtype, and lse `[B, H, Q]` (natural logarithm, sinks included) in `dtype`.
     """
-    inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
+    for_heads = sinks if sinks is None or sinks.dim() == 1 else None
+    inputs = Inputs(query, key, value, key_range, mask, for_heads, key_scale, value_scale)
     problem = check_problem(inputs, is_causal, window, scale, softcap)
     if dtype is None:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -57,10 +62,13 @@ def naive_attention(
     scores = scores.masked_fill(~seen, -torch.inf)
     logits = scores
     if sinks is not None:
-        logits = torch.cat([scores, sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+        sinks = sinks if for_heads is None else sinks[:, None, None]
+        logits = torch.cat([scores, sinks.to(dtype).expand(*scores.shape[:3], 1)], dim=-1)
     lse = torch.logsumexp(logits, dim=-1)  # [B, H, Q]
     # exp(-inf - -inf) is NaN; rows without a key have weight 0 everywhere.
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    if dropout:
+        weights = torch.nn.functional.dropout(weights, dropout)
     rounded = weights if probability_dtype is None else weights.to(probability_dtype).to(dtype)
     output = (rounded @ value).to(query.dtype)
     return output, (weights if return_weights else lse)

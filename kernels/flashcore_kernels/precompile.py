@@ -17,7 +17,7 @@ import torch
 from .choose import choose
 from .device import Device, device_of
 from .dispatch import serve
-from .key_range import HEADER_WORDS, sequence_width
+from .key_range import HEADER_WORDS, as_key_range, sequence_width
 from .problem import Inputs, Problem, check_problem
 
 # CPython 3.11 up to 3.11.7 fails where two threads parse at once (its issue 106905); Triton before 3.5 hashes without a
@@ -52,7 +52,7 @@ class Prompt(NamedTuple):
     sinks: torch.dtype | None
 
 
-def begin(device: torch.device, prompt: Prompt | None = None) -> None:
+def begin_compiling(device: torch.device, prompt: Prompt | None = None) -> None:
     """A generation is going to come: import what it needs, and compile in the background what can be told already.
 
     On Hopper that is the kernel of its prompt, whatever its length, batch and number of heads. Elsewhere, and where
@@ -78,7 +78,7 @@ def compile_first(prompt: Prompt | None, kind: Device) -> None:
         query = torch.empty(1, 1, SLOTS, prompt.head_dim, dtype=prompt.dtype, device="meta")
         key = torch.empty_like(query)
         value = key.new_empty(1, 1, SLOTS, prompt.value_dim)
-        key_range = key.new_empty(1, 1, 1, sequence_width(SLOTS), dtype=torch.int32)
+        key_range = as_key_range(key.new_empty(1, sequence_width(SLOTS), dtype=torch.int32), SLOTS)
         sinks = None if prompt.sinks is None else key.new_empty(1, dtype=prompt.sinks)
         softcap = 1.0 if prompt.softcap else None
         inputs = Inputs(query, key, value, key_range, sinks=sinks)
@@ -178,7 +178,7 @@ def compile_step(problem: Problem, sinks: torch.Tensor | None, kind: Device, wai
     value_buffer = new(batch, kv_heads, SLOTS, problem.value_dim, dtype=stored)
     scales = [new(batch, kv_heads, dtype=torch.float32) for _ in "kv"] if problem.fp8 else [None, None]
     slot = new(1, dtype=torch.int64)
-    key_range = new(batch, 1, 1, sequence_width(SLOTS), dtype=torch.int32)
+    key_range = as_key_range(new(batch, sequence_width(SLOTS), dtype=torch.int32), SLOTS)
     new_key, new_value = token(kv_heads, problem.head_dim), token(kv_heads, problem.value_dim)
     time.sleep(wait)
     compile_key_range()

@@ -3,7 +3,7 @@
 import torch
 
 from .device import device_of, goes_past_dispatcher
-from .key_range import FARTHEST, HEADER_WORDS, UNLIMITED, make_key_range, sequence_width
+from .key_range import FARTHEST, HEADER_WORDS, UNLIMITED, as_key_range, make_key_range, sequence_width
 
 
 def make_step_key_range(
@@ -27,7 +27,7 @@ def make_step_key_range(
 
         words = torch.empty(batch_size, sequence_width(num_keys), dtype=torch.int32, device=key_mask.device)
         run_key_range(words, key_mask, query_start, min(left, FARTHEST), min(right, FARTHEST), HEADER_WORDS)
-        return words[:, None, None, :]
+        return as_key_range(words, num_keys)
     return make_key_range(
         batch_size, num_keys, query_start=query_start, left=left, right=right, key_mask=key_mask, device=device
     )

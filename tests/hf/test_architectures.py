@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from flashcore_hf import backend, compat
+from flashcore_hf import backend, compat, models
 
 from .models import skip_without_config
 
@@ -203,7 +203,7 @@ class TestRefused:
     )  # fmt: skip
     def test_by_name_with_the_alternative(self, class_name):
         model_class = getattr(transformers, class_name)
-        if backend.uses_interface(model_class):
+        if models.uses_interface(model_class):
             pytest.skip(f"Transformers {transformers.__version__} looks its attention up")
         config = tiny_config(model_class.config_class, class_name)
         with pytest.raises(ValueError, match=f'"flashcore" was asked for {class_name[:3]}.*"sdpa" or "eager"'):

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import flashcore_hf
-from flashcore_hf import backend, compat
+from flashcore_hf import backend, compat, models
 
 from .models import model_pair, prompts, tiny_config
 
@@ -151,8 +151,8 @@ class TestRefusal:
         assert model.config._attn_implementation == before
 
     def test_others_are_let_in(self):
-        assert backend.uses_interface(transformers.LlamaForCausalLM)
-        assert not backend.uses_interface(transformers.BloomForCausalLM)
+        assert models.uses_interface(transformers.LlamaForCausalLM)
+        assert not models.uses_interface(transformers.BloomForCausalLM)
 
 
 def test_unknown_name_is_still_transformers_business():

@@ -68,14 +68,14 @@ def test_the_prompts_kernel_is_compiled_from_the_beginning(model_type, recorded,
     if model_type == "gpt_oss" and Version(transformers.__version__) < Version("5.4"):
         pytest.skip("5.0 refuses it under any other backend whose name has flash in it")
     begun, asked = [], []
-    monkeypatch.setattr(graphs.ahead, "begin", lambda device, prompt: begun.append(prompt))
+    monkeypatch.setattr(graphs, "begin_compiling", lambda device, prompt: begun.append(prompt))
     check = op.check_problem
     monkeypatch.setattr(op, "check_problem", lambda *args: asked.append((check(*args), args[9])) or asked[-1][0])
     _, model = graphed_pair(model_type)
     greedy(model, *prompts(2, 20, "left"), 1)
     problem, sinks = asked[0]
     assert problem.range_layout == "sequence" and problem.num_queries == 20
-    told = graphs.ahead.Prompt(
+    told = graphs.Prompt(
         problem.head_dim,
         problem.value_dim,
         problem.dtype,
@@ -89,7 +89,7 @@ def test_the_prompts_kernel_is_compiled_from_the_beginning(model_type, recorded,
 def test_nothing_is_told_of_what_is_not_known(model_type, recorded, monkeypatch):
     """Of dense masks, and of heads that some versions pad."""
     begun = []
-    monkeypatch.setattr(graphs.ahead, "begin", lambda device, prompt: begun.append(prompt))
+    monkeypatch.setattr(graphs, "begin_compiling", lambda device, prompt: begun.append(prompt))
     if model_type == "llama":
         monkeypatch.setattr(graphs, "takes_key_range", lambda config: False)
     graphed_pair(model_type)

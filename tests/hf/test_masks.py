@@ -79,8 +79,89 @@ def test_key_range_says_what_the_dense_mask_says(name, kind, shape):
         num_queries, num_keys, query_start=start, padding=padding(start + num_queries, kind), function=FUNCTIONS[name]
     )
     answer = flashcore_mask(**kwargs)
+    if answer is None:
+        assert NEW_SIGNATURE and (num_queries, kind) == (1, None) and dense(kwargs).all()
+        return
     assert answer.dtype == torch.int32 and layout_of(answer, 3, num_queries, num_keys) == "sequence"
     assert torch.equal(visible(answer, num_queries, num_keys), dense(kwargs))
+
+
+@pytest.mark.skipif(not NEW_SIGNATURE, reason="before 5.4 the host is not told where a query stands")
+class TestNothingHidden:
+    """One query that sees all of the keys gets no mask, which fits layers of any length."""
+
+    def test_the_last_query_gets_none(self):
+        for name in ("causal", "sliding", "bidirectional"):
+            assert flashcore_mask(**request(1, 4, query_start=3, function=FUNCTIONS[name])) is None
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"padding": torch.ones(3, 9, dtype=torch.bool)},  # whose values the host does not know
+            {"query_start": 7},  # a slot behind it
+            {"query_start": torch.tensor(8)},  # a cache that counts on the device
+            {"function": FUNCTIONS["sliding"]},  # 9 keys, and a window of 4
+            {"allow_is_causal_skip": False},  # slots of the cache may not be filled
+        ],
+        ids=lambda asked: next(iter(asked)),
+    )
+    def test_else_a_key_range(self, asked):
+        kwargs = request(1, 9, **{"query_start": 8, **asked})
+        answer = flashcore_mask(**kwargs)
+        assert layout_of(answer, 3, 1, 9) == "sequence" and torch.equal(visible(answer, 1, 9), dense(kwargs))
+
+    def test_more_queries_get_a_key_range(self):
+        assert (
+            flashcore_mask(**request(9, 9)) is not None and flashcore_mask(**request(2, 9, query_start=7)) is not None
+        )
+
+
+class TestLayersOfDifferentLengths:
+    """A cache that evicts tokens (kvpress, PyramidKV) keeps more in some layers than in others; the mask is layer 0's.
+
+    Layer 1 took a KeyRange of 13 keys for its own 25 and lost the last 12, the new token among them.
+    """
+
+    @staticmethod
+    def step(model, ids, kept, **kwargs):
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        position = torch.full((ids.shape[0], 1), ids.shape[1])
+        if not NEW_SIGNATURE:
+            kwargs["cache_position"] = torch.tensor([kept])
+        with torch.no_grad():
+            model(ids, **{name: cache})
+            layer = cache.layers[0]
+            layer.keys, layer.values = layer.keys[:, :, :kept], layer.values[:, :, :kept]
+            return model(ids[:, :1], **{name: cache}, position_ids=position, **kwargs).logits
+
+    @pytest.fixture
+    def models(self):
+        if not hasattr(__import__("transformers").DynamicCache(), "layers"):
+            pytest.skip("caches have no layers in this version")
+        return model_pair("llama", implementation="sdpa")[1], model_pair("llama")[1]
+
+    @pytest.mark.skipif(not NEW_SIGNATURE, reason="before 5.4 the host is not told where a query stands")
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    @pytest.mark.parametrize("kept", [24, 12, 4])
+    def test_without_padding_each_layer_sees_its_own(self, models, kept, batch_size):
+        sdpa, model = models
+        ids = prompts(batch_size, 24)[0]
+        want = self.step(sdpa, ids, kept)
+        torch.testing.assert_close(self.step(model, ids, kept), want, atol=1e-4, rtol=1e-4)
+        if kept < 24:
+            assert not torch.allclose(self.step(sdpa, ids, 24), want, atol=1e-3), "what is kept counts"
+
+    @pytest.mark.parametrize("kept", [12, 4])
+    def test_with_padding_they_are_refused(self, models, kept):
+        """No mask of layer 0's length says which tokens layer 1 has kept."""
+        ids = prompts(2, 24)[0]
+        mask = torch.ones(2, kept + 1, dtype=torch.long)
+        mask[0, :2] = 0
+        with pytest.raises(ValueError, match=f"made for {kept + 1} keys, and the layer that got it has 25"):
+            self.step(models[1], ids, kept, attention_mask=mask)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["int offset", "tensor offset"])

@@ -8,7 +8,7 @@ import torch
 from flashcore_kernels import key_range
 from transformers import CONFIG_MAPPING
 
-from flashcore_hf import compat, masks
+from flashcore_hf import compat, masks, models
 
 from .compare import TOLERANCE, greedy, logit_error
 from .models import FAMILIES, model_pair, prompts, skip_without_config
@@ -29,7 +29,7 @@ def build(model_type: str):
 
 def test_every_family_gets_key_ranges():
     """The others that get them have their rows in SUPPORT.md's data: see tests/test_support_table.py."""
-    assert set(FAMILIES) <= masks.KEY_RANGE_MODELS
+    assert set(FAMILIES) <= models.KEY_RANGE_MODELS
 
 
 @pytest.mark.parametrize("model_type", PRESENT)

@@ -1,7 +1,7 @@
 """A new Transformers that asks something new of backends fails here, with the list of what the adapter does not know.
 
 When it fires: find out what the new thing means for flashcore (take it, refuse it, or see that it does not matter),
-do that in attention.py, masks.py or backend.py, add a test, and only then add the name below.
+do that in attention.py, arguments.py, masks.py or backend.py, add a test, and only then add the name below.
 """
 
 import inspect
@@ -16,7 +16,7 @@ import pytest
 import transformers
 
 import flashcore_hf
-from flashcore_hf import attention, backend, compat, masks
+from flashcore_hf import arguments, attention, backend, compat, masks
 
 from . import scan
 
@@ -45,9 +45,9 @@ REQUEST = {
 
 
 def known_arguments() -> set[str]:
-    """What the attention function takes or knows to leave alone; a head mask is refused unless it is None."""
+    """What the attention function takes or knows to leave alone."""
     taken = {p.name for p in inspect.signature(attention.flashcore_attention).parameters.values()}
-    return (taken - {"kwargs"}) | attention._NOT_OURS | {"head_mask"}
+    return (taken - {"kwargs"}) | arguments.passing_arguments()
 
 
 # How often each file asks for "flash" in a name, at most over the versions that were looked at: towers that then pass
@@ -58,9 +58,9 @@ KNOWN_FLASH_TESTS = Counter(json.loads((Path(__file__).parent / "known_flash_tes
 
 def unknown(root: Path) -> list[str]:
     """Everything under `root` that asks of backends what the adapter does not know."""
-    arguments = scan.attention_arguments(root)
+    found = scan.attention_arguments(root)
     parts = scan.mask_parts(root)
-    news = [f"attention argument '{a}' in {sorted(arguments[a])}" for a in sorted(arguments.keys() - known_arguments())]
+    news = [f"attention argument '{a}' in {sorted(found[a])}" for a in sorted(found.keys() - known_arguments())]
     known_parts = IN_A_KEY_RANGE | DENSE | {f"argument {name}" for name in MASK_MAKER_ARGUMENTS}
     news += [f"masking_utils: {part}" for part in sorted(parts - known_parts)]
     news += [f"mask request keyword '{keyword}'" for keyword in sorted(scan.mask_requests(root) - REQUEST)]

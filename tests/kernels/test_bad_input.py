@@ -129,7 +129,9 @@ def test_key_range_says_causal_and_window_itself(option):
 
 
 def test_key_range_of_another_problem():
-    refused("taken for a KeyRange", *tensors(), key_range=make_key_range(2, 8 * 40))
+    refused("made for 320 keys.*has 7", *tensors(), key_range=make_key_range(2, 8 * 40))
+    refused("7 keys.*made for 5 keys", *tensors(), key_range=make_key_range(2, 5))
+    refused("taken for a KeyRange", *tensors(), key_range=make_key_range(3, 7))
     refused("must be int32", *tensors(), key_range=make_key_range(2, 7).float())
 
 

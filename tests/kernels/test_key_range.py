@@ -1,8 +1,8 @@
-"""The KeyRange's layout: what it says, that it aliases nothing, and that its shape cannot be taken for a mask's."""
+"""The KeyRange's layout: what it says, that it aliases nothing, and what its shape is taken for."""
 
 import pytest
 import torch
-from flashcore_kernels import key_range, step_key_range
+from flashcore_kernels import attention, key_range, step_key_range
 from flashcore_kernels.device import Device
 from flashcore_kernels.key_range import (
     FIRST,
@@ -11,7 +11,9 @@ from flashcore_kernels.key_range import (
     layout_of,
     make_key_range,
     make_row_ranges,
+    rows_shape,
     rows_width,
+    sequence_shape,
     sequence_width,
     visible,
 )
@@ -49,8 +51,7 @@ def test_layouts_are_told_apart():
         torch.zeros(2, 1, 5, 40, dtype=torch.int32),  # an int mask
         torch.zeros(2, 1, 1, 40, dtype=torch.int32),
         make_key_range(3, 40),  # of another batch
-        make_key_range(2, 80),  # of other keys
-        make_row_ranges(*torch.zeros(2, 2, 4, dtype=torch.int32), 40),  # of other queries
+        make_key_range(2, 40)[:, :, :1],
         make_key_range(2, 40)[:, 0],
     ],
     ids=lambda tensor: "x".join(map(str, tensor.shape)),
@@ -58,6 +59,89 @@ def test_layouts_are_told_apart():
 def test_another_shape_is_refused(wrong):
     with pytest.raises(ValueError, match="taken for a KeyRange.*got"):
         layout_of(wrong, 2, 5, 40)
+
+
+class TestNumberOfKeys:
+    """A cache that evicts tokens may keep more of them in one layer than in another, and a mask is made once for all.
+
+    A KeyRange of 13 keys was taken for one of 25: the width was all that was looked at, and the last 12 were lost.
+    """
+
+    def test_the_width_alone_does_not_tell(self):
+        assert sequence_width(13) == sequence_width(25) and rows_width(13) == rows_width(25)
+
+    def test_each_number_has_a_shape_of_its_own(self):
+        """7 and 2 are the numbers of keys for which a line has a word of slack."""
+        for most in (40, 20000):
+            assert len({sequence_shape(3, num_keys) for num_keys in range(1, most)}) == most - 1
+            assert len({rows_shape(3, 9, num_keys) for num_keys in range(1, most)}) == most - 1
+
+    @pytest.mark.parametrize("num_queries", [1, 2, 5, 33])
+    def test_another_number_is_refused(self, num_queries):
+        first = torch.zeros(2, num_queries, dtype=torch.int32)
+        for made_for in range(1, 70):
+            ranges = make_key_range(2, made_for), make_row_ranges(first, first, made_for)
+            for num_keys in range(1, 70):
+                for layout, answer in zip(("sequence", "rows"), ranges):
+                    if num_keys == made_for:
+                        assert layout_of(answer, 2, num_queries, num_keys) == layout
+                        continue
+                    with pytest.raises(ValueError, match=f"made for {made_for} keys") as refusal:
+                        layout_of(answer, 2, num_queries, num_keys)
+                    assert str(num_keys) in str(refusal.value)
+
+    def test_other_queries_are_refused(self):
+        rows = make_row_ranges(*torch.zeros(2, 2, 4, dtype=torch.int32), 40)
+        with pytest.raises(ValueError):
+            layout_of(rows, 2, 5, 40)
+
+    @pytest.mark.parametrize(
+        "copied",
+        [
+            torch.Tensor.clone, torch.Tensor.contiguous, torch.clone, lambda t: t.to("meta"), lambda t: t[:2][:],
+            lambda t: torch.cat([t[:1], t[1:]]), lambda t: t.repeat_interleave(1, 0), torch.empty_like,
+            torch.compile(lambda t: t + 0, backend="aot_eager"),
+        ],
+    )  # fmt: skip
+    def test_no_copy_loses_it(self, copied):
+        for num_keys in (1, 2, 7, 32, 39, 40):
+            ranges = make_key_range(2, num_keys)
+            rows = make_row_ranges(*torch.zeros(2, 2, 5, dtype=torch.int32), num_keys)
+            assert layout_of(copied(ranges), 2, 5, num_keys) == "sequence"
+            assert layout_of(copied(rows), 2, 5, num_keys) == "rows"
+
+    @pytest.mark.parametrize("num_queries", [1, 40])
+    def test_kernels_read_a_copy_with_lines_of_its_own(self, device, num_queries):
+        """The lines of the third dimension are one in memory, until somebody makes them several."""
+        generator = torch.Generator(device=device).manual_seed(0)
+        query, key, value = (
+            torch.randn(2, heads, length, 32, generator=generator, device=device)
+            for heads, length in ((4, num_queries), (2, 40), (2, 40))
+        )
+        ranges = make_key_range(2, 40, first=torch.tensor([3, 9], device=device), query_start=40 - num_queries, right=0)
+        assert ranges.stride(2) == 0 and ranges.contiguous().stride(2) != 0
+        want = attention(query, key, value, key_range=ranges)
+        assert torch.equal(attention(query, key, value, key_range=ranges.contiguous()), want)
+        assert not torch.equal(attention(query, key, value, key_range=ranges.flip(0)), want)
+
+    def test_a_growing_cache_compiles_twice(self):
+        """Once for a length and once for all: a dimension of size 1 at every 32nd length would be compiled anew."""
+        compiled = []
+
+        def backend(graph, inputs):
+            compiled.append(graph)
+            return graph.forward
+
+        @torch.compile(backend=backend, fullgraph=True)
+        def step(key_mask):
+            ranges = make_key_range(2, key_mask.shape[1], key_mask=key_mask, right=0)
+            assert layout_of(ranges, 2, 1, key_mask.shape[1]) == "sequence"
+            return ranges
+
+        for num_keys in range(40, 140):
+            key_mask = torch.ones(2, num_keys, dtype=torch.bool)
+            assert layout_of(step(key_mask), 2, 1, num_keys) == "sequence"
+        assert len(compiled) == 2
 
 
 def test_another_dtype_is_refused():

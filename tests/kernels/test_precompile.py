@@ -9,7 +9,7 @@ from flashcore_kernels import precompile
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
 from flashcore_kernels.dispatch import empty_outputs, serve
-from flashcore_kernels.key_range import make_key_range, sequence_width
+from flashcore_kernels.key_range import as_key_range, make_key_range, sequence_width
 from flashcore_kernels.problem import Inputs, check_problem, with_alignment
 from flashcore_kernels.runtime import launch
 
@@ -63,7 +63,7 @@ def step(problem, sinks, fp8, capacity, softcap):
     words = torch.empty(2, sequence_width(capacity), dtype=torch.int32)
     mask = torch.ones(2, capacity + 9, dtype=torch.bool)[:, :capacity]
     run_key_range(words, mask, torch.zeros((), dtype=torch.int64) - 0, -1, 0, 6)
-    key_range = words[:, None, None]
+    key_range = as_key_range(words, capacity)
     inputs = Inputs(query, *buffers, key_range, None, sinks, *scales)
     asked = check_problem(inputs, softcap=softcap)
     output, _ = empty_outputs(query, new_value, False)
@@ -78,7 +78,7 @@ def test_the_kernels_are_those_of_a_step(keys, fp8, features):
     asked = set(keys)
     assert len(asked) == 3
     keys.clear()
-    precompile.begin(GPU)
+    precompile.begin_compiling(GPU)
     wait()
     assert len(keys) == 1 and keys < asked, "that of KeyRanges, which all models share"
     precompile.compile_step(precompile.step_after(problem, fp8), sinks, H200)
@@ -106,7 +106,7 @@ def test_the_prompts_kernel_is_told_by_a_layer(keys, shape, value_dim, softcap, 
     asked = set(keys)
     keys.clear()
     prompt = precompile.Prompt(192, value_dim, torch.bfloat16, softcap is not None, sinks)
-    precompile.begin(GPU, prompt)
+    precompile.begin_compiling(GPU, prompt)
     wait()
     assert keys == asked and len(keys) == 1
     for other in (
@@ -171,7 +171,7 @@ def test_what_is_not_compiled_ahead(begun, monkeypatch):
     pytest.importorskip("flashcore_kernels.hopper.decode.launch")  # which `begin` imports for a Hopper GPU
 
     def ask(layout="sequence"):
-        precompile.begin(GPU)
+        precompile.begin_compiling(GPU)
         with precompile.steps_follow():
             precompile.prompt_attends(prompt()._replace(range_layout=layout), None, GPU, False)
         return len(begun)

@@ -9,14 +9,14 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from flashcore_kernels import FlashcoreFallbackWarning
+from flashcore_kernels import FlashcoreFallbackWarning, interpreter_pace
 from flashcore_kernels.fallback import forget_warnings
 from packaging.version import Version
 
 from flashcore_hf.__main__ import parser
 from flashcore_hf.parity import command, tiny_models
 from flashcore_hf.parity.rules import Settings, check_paths, compare, compare_model, top2_gap, unexcused
-from flashcore_hf.parity.runs import Cell, Run, caught_at, generate, interpreter_pace, left_padded, load, wrong_scale
+from flashcore_hf.parity.runs import Cell, Run, caught_at, generate, left_padded, load, wrong_scale
 
 from ..models import VOCABULARY, model_pair
 

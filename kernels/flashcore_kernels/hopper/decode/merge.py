@@ -8,7 +8,7 @@ the order of their numbers, however few of them it runs at once.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..prefill.output import end_of_rows
+from ..rows import end_of_rows
 from .slots import clear_slots, join, pieces_of, read_slots, rows_layout, split, write_slot
 
 

@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..prefill.softmax import tanh
+from ..rows import tanh
 from ..triton_api import copy_async
 from .fp8 import column_of
 

@@ -13,11 +13,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..rows import tanh
 from ..triton_api import ROUND_LATE
 from ..visible import row_ranges, sequence_bounds, tile_blocks, tile_keys
 from .output import write
 from .schedule import place_of, taken_over
-from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums, tanh
+from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums
 
 
 @gluon.jit

@@ -4,34 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from ..rows import end_of_rows
 from ..triton_api import barrier, tma_store
 from .softmax import whole_sums
-
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def end_of_rows(m, l, sink, C: gl.constexpr):
-    """What rows' sums are multiplied by in the end, 0 where a row saw no key, and their log-sum-exp.
-
-    Args:
-        m, l: maxima in units of log2, sums of probabilities.
-        sink: logits that enter the denominators, looked at with `C.sinks` alone.
-    """
-    if C.sinks:
-        sink = sink.to(gl.float32) * LOG2_E
-        m_new = gl.maximum(m, sink)
-        m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = gl.exp2(m - m_finite)
-        l = l * alpha + gl.exp2(sink - m_finite)
-        m = m_new
-    else:
-        alpha = gl.full_like(m, 1.0)
-    # Not l > 0: a NaN in the inputs must stay one.
-    empty = l == 0.0
-    whole = gl.where(empty, 1.0, l)
-    return alpha / whole, gl.where(empty, float("-inf"), (m + gl.log2(whole)) * LN_2)
 
 
 @gluon.jit

@@ -48,19 +48,6 @@ def rescale(acc, alpha):
 
 
 @gluon.jit
-def tanh(x):
-    """tanh with a relative error below 4e-6, a hundredth of what 16 bits round by."""
-    e = gl.exp2(2.8853900817779268 * x)  # exp(2 x)
-    inverse = gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=gl.float32, is_pure=True, pack=1
-    )
-    # 1 - 2 / (1 + e) would cancel near 0: there Taylor's series, up to x^5.
-    x2 = x * x
-    series = x + x * x2 * (x2 * 0.13333333333333333 - 0.3333333333333333)
-    return gl.where(gl.abs(x) < 0.0625, series, 1.0 - 2.0 * inverse)
-
-
-@gluon.jit
 def _hide_by_constants(s, n, row_lo, row_hi):
     """-inf where a key is not in its row's [row_lo, row_hi).
 

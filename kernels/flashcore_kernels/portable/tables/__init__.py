@@ -3,6 +3,8 @@
 One file an architecture, each row with the reason for it. `row_for` finds the row.
 """
 
+from contextvars import ContextVar
+
 import torch
 
 from . import sm80, sm89, sm90, sm100
@@ -10,6 +12,9 @@ from .row import Row
 
 # Compute capability -> table. A capability that is not listed takes the nearest listed one below it.
 TABLES = {80: sm80.ROWS, 86: sm89.ROWS, 89: sm89.ROWS, 90: sm90.ROWS, 100: sm100.ROWS, 120: sm89.ROWS}
+
+# In the interpreter: least queries and keys of a tile, see `interpreter_pace`.
+LEAST_TILE: ContextVar[tuple[int, int] | None] = ContextVar("flashcore_least_tile", default=None)
 
 
 def row_for(
@@ -45,5 +50,16 @@ def row_for(
         for row in rows:
             fits = head_dim <= row.head_dim and (full_columns or not row.full_columns) and (row.ranges or not ranges)
             if fits and (row.kernel, row.bits, row.gaps) == (kernel, size, gaps):
-                return row
+                return _widened(row) if arch == 0 else row
     raise LookupError(f"no configuration of {kernel} for sm_{arch}, {bits} bits, head_dim {head_dim}")
+
+
+def _widened(row: Row) -> Row:
+    least = LEAST_TILE.get()
+    if least is None:
+        return row
+    queries, keys = least
+    # The merge goes over all chunks that there may be.
+    return row._replace(
+        block_m=max(row.block_m, queries), block_n=max(row.block_n, keys), min_chunk=max(row.min_chunk, keys), chunks=4
+    )
