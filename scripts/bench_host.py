@@ -18,8 +18,7 @@ from pathlib import Path
 import benchmarking
 import torch
 from flashcore_kernels import attention as kernel_attention
-from flashcore_kernels import op
-from flashcore_kernels.device import Device
+from flashcore_kernels.device import Device, device_of
 from flashcore_kernels.runtime import launch as launch_module
 from flashcore_kernels.runtime import prepared
 from transformers import DynamicCache
@@ -88,7 +87,7 @@ def parts(device: str) -> dict:
         flashcore_attention(layer, query, key, value, ranges, scaling=scale, dropout=0.0, position_ids=None)
 
     def attend_to_another_length():  # as in the first layer of each step
-        prepared._prepared.clear()
+        prepared._calls.clear()
         attend()
 
     def updating(cache):
@@ -112,13 +111,14 @@ def parts(device: str) -> dict:
 
 def pretend_a_gpu() -> None:
     """As if tensors were on a Hopper GPU, up to the launch, which does nothing."""
-    launch = launch_module.launch
+    launch, probe, hopper = launch_module.launch, device_of, Device("cuda", 90, triton=(3, 6))
     for module in list(sys.modules.values()):
         if vars(module).get("launch") is launch:  # getattr would make Transformers import what it has none of
-            module.launch = lambda *arguments: None
+            module.launch = lambda *arguments, **options: None
+        if vars(module).get("device_of") is probe:
+            module.device_of = lambda device: hopper
     compiled = types.SimpleNamespace(run=lambda *arguments: None, function=None, packed_metadata=None)
     prepared.compiled_kernel = lambda *arguments: compiled
-    op.device_of = lambda device: Device("cuda", 90, triton=(3, 6))
     torch.Tensor.is_cuda, torch.Tensor.get_device = True, lambda self: 0
     torch.cuda.current_device = lambda: None  # the index of a CPU's device
     torch._C._cuda_getDevice = torch._C._cuda_getCurrentRawStream = lambda *index: 0

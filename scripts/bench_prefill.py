@@ -146,15 +146,15 @@ def flashcore(case: Case, x: Inputs, portable: bool = False) -> Callable | None:
 
     def call_portable():
         # With a Triton that is too old for the Hopper kernel, which no call like this one was served by before.
-        op.device_of, prepared._prepared = (lambda _: device._replace(triton=(0, 0))), prepared_portable
+        op.device_of, prepared._calls = (lambda _: device._replace(triton=(0, 0))), prepared_portable
         try:
             return attention(*x, **arguments)
         finally:
-            op.device_of, prepared._prepared = original, prepared_others
+            op.device_of, prepared._calls = original, prepared_others
 
     if not portable:
         return call
-    original, prepared_others, prepared_portable = op.device_of, prepared._prepared, {}
+    original, prepared_others, prepared_portable = op.device_of, prepared._calls, {}
     path_counts.clear()
     for _ in range(2):
         call_portable()

@@ -53,15 +53,15 @@ def test_beams_and_prompt_lookup(pair):
 def test_a_compiled_decode_may_be_the_first_call():
     """torch.compile warms up inside a graph's memory pool; what the kernels keep must not come out of it."""
     from flashcore_kernels import attention
-    from flashcore_kernels.runtime.workspace import counters, slots
+    from flashcore_kernels.runtime.workspace import _counters, _mailboxes
 
     torch._dynamo.reset()
-    for words in (counters, slots):
+    for words in (_counters, _mailboxes):
         words._buffers.clear()
     query, key = torch.randn(2, 4, 1, 64, device="cuda"), torch.randn(2, 2, 2000, 64, device="cuda")
     step = torch.compile(lambda q, k: attention(q, k, k).clone(), mode="reduce-overhead", fullgraph=True)
     want = attention(query, key, key)
-    for words in (counters, slots):
+    for words in (_counters, _mailboxes):
         words._buffers.clear()
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()

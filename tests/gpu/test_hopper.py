@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flashcore_kernels import attention, explain, make_key_range, path_counts
-from flashcore_kernels.runtime.workspace import counters, forget
+from flashcore_kernels.runtime import workspace
 
 from ..kernels.reference import RANGES, assert_right, build, check, together
 
@@ -150,12 +150,13 @@ def test_counter_of_tiles(head_dim):
                 dtype=torch.bfloat16, device="cuda",
             )  # fmt: skip
             on_hopper(call)
-            assert not counters.get(1, device).any()
+            assert not workspace._counters.get(1, device).any()
     want = call.run()
     other = call._replace(value=-call.value)
-    counters.get(1, device)[0] = 1  # negative control: nobody draws the first tile behind those of the first round
+    # Negative control: nobody draws the first tile behind those of the first round.
+    workspace._counters.get(1, device)[0] = 1
     assert not torch.equal(other.run(), -want)
-    forget(device)
+    workspace.forget(device)
     assert torch.equal(other.run(), -want)
 
 

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 from flashcore_kernels import attention, explain, make_key_range, path_counts
-from flashcore_kernels.hopper.decode import launch as decode_run
-from flashcore_kernels.hopper.prefill import table as tables
+from flashcore_kernels.hopper.decode import launch as decode_launch
+from flashcore_kernels.hopper.decode import sharing, table
 from flashcore_kernels.runtime import prepared, workspace
 
 from ..kernels import test_fp8
@@ -209,17 +209,17 @@ def test_alone_batched_and_padded(head_dim, softcap, window):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_whole_sequences(head_dim, batch_size, num_queries, monkeypatch):
     """Programs that have all keys of a sequence, one or two on an SM, give the bits of those that share them."""
-    planned, whole = decode_run.sharing, []
+    planned, whole = sharing.share_out, []
 
-    def spy(problem, plan):
-        whole.append(planned(problem, plan).whole)
-        return planned(problem, plan)
+    def spy(problem, config):
+        whole.append(planned(problem, config).whole)
+        return planned(problem, config)
 
-    monkeypatch.setattr(decode_run, "sharing", spy)
+    monkeypatch.setattr(decode_launch, "share_out", spy)
     call = build((), num_queries, 1500, batch_size=batch_size, heads=(16, 8), head_dim=head_dim, dtype=torch.bfloat16,
                  device="cuda")  # fmt: skip
     for window in (None, 700):
-        monkeypatch.setattr(prepared, "_prepared", {})  # a window in a KeyRange is no other kind of call
+        monkeypatch.setattr(prepared, "_calls", {})  # a window in a KeyRange is no other kind of call
         out = attention(call.query, call.key, call.value, is_causal=True, window=window)
         key_range = make_key_range(
             batch_size, 1500, query_start=1500 - num_queries, right=0, left=-1 if window is None else window - 1,
@@ -229,7 +229,7 @@ def test_whole_sequences(head_dim, batch_size, num_queries, monkeypatch):
         assert torch.equal(attention(call.query, call.key, call.value, key_range=key_range), out)
         assert whole and not any(whole), "lengths that may differ are shared"
     whole.clear()
-    monkeypatch.setattr(prepared, "_prepared", {})
+    monkeypatch.setattr(prepared, "_calls", {})
     attention(call.query, call.key, call.value, is_causal=True)
     assert whole and all(whole)
 
@@ -278,16 +278,16 @@ def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
         right=0, left=num_keys // 2 if features == "window" else -1,
     )  # fmt: skip
 
-    planned = decode_run.sharing
+    planned = sharing.share_out
 
     def call(each, fan_in, stages=1, in_a_row=False):
-        def forced(problem, plan):
+        def forced(problem, config):
             levels = each.bit_length() - 1
-            return planned(problem, plan)._replace(fan_in=fan_in, stages=stages, levels=levels, in_a_row=in_a_row)
+            return planned(problem, config)._replace(fan_in=fan_in, stages=stages, levels=levels, in_a_row=in_a_row)
 
-        monkeypatch.setattr(decode_run, "sharing", forced)
-        monkeypatch.setattr(decode_run.Sharing, "chunks_each", lambda self, chunks, units: each)
-        monkeypatch.setattr(prepared, "_prepared", {})
+        monkeypatch.setattr(decode_launch, "share_out", forced)
+        monkeypatch.setattr(sharing.Sharing, "chunks_each", lambda self, chunks, units: each)
+        monkeypatch.setattr(prepared, "_calls", {})
         path_counts.clear()
         answer = attention(query, key, value, key_range=key_range, return_lse=True, **scales)
         assert set(path_counts) == {"flashcore_hopper_decode"}
@@ -297,36 +297,36 @@ def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
     for shared in ((2, 16), (4, 16), (8, 16), (1, 4), (1, 8), (4, 4), (2, 8), (4, 8, 2), (1, 4, 1, True)):
         other_out, other_lse = call(*shared)
         assert torch.equal(other_out, out) and torch.equal(other_lse, lse), shared
-    monkeypatch.setattr(tables, "DECODE_ROWS", [row._replace(min_chunk=192, chunks=8) for row in tables.DECODE_ROWS])
+    monkeypatch.setattr(table, "ROWS", [row._replace(min_chunk=192, chunks=8) for row in table.ROWS])
     other_out, other_lse = call(1, 16)
     torch.testing.assert_close(other_lse, lse, atol=1e-4, rtol=1e-4)
     assert not torch.equal(other_out, out) or not torch.equal(other_lse, lse), "other chunks are another tree"
 
 
 @pytest.fixture
-def own_slots(monkeypatch):
-    """Slots that no other test has used."""
+def own_mailboxes(monkeypatch):
+    """Mailboxes that no other test has used."""
     own = workspace.Words(workspace.UNWRITTEN, pool=1 << 22, least=1 << 12, most=1 << 24)
-    monkeypatch.setattr(workspace, "slots", own)
+    monkeypatch.setattr(workspace, "_mailboxes", own)
     return own
 
 
 @pytest.mark.parametrize("name", REPEATED)
-def test_slots_are_unwritten_behind_a_call(name, own_slots):
+def test_mailboxes_are_unwritten_behind_a_call(name, own_mailboxes):
     """Else the next call of that stream would take this one's sums for its own, as the control does."""
     features, head_dim, num_queries, num_keys, heads = REPEATED[name]
     call = build(features, num_queries, num_keys, heads=heads, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     want = on_hopper(call)
-    (buffer,) = own_slots._buffers.values()
+    (buffer,) = own_mailboxes._buffers.values()
     torch.cuda.synchronize()
     assert (buffer == workspace.UNWRITTEN).all()
     buffer.fill_(0)
     assert not torch.equal(call.run(), want)
-    own_slots.forget(call.query.device)
+    own_mailboxes.forget(call.query.device)
     assert torch.equal(call.run(), want)
 
 
-def test_a_nan_with_the_bits_of_an_unwritten_slot():
+def test_a_nan_with_the_bits_of_an_unwritten_mailbox():
     for where in ("query", "key", "value"):
         call = build((), 1, 3000, heads=(8, 2), head_dim=128, dtype=torch.bfloat16, device="cuda")
         getattr(call, where)[0].view(torch.int16).fill_(-1)
@@ -373,8 +373,8 @@ def test_inverse_chunks_that_depend_on_the_batch(monkeypatch):
     """The test above would see other chunks for a batch than for a sequence."""
     batched, alone = batched_and_alone(7, None, None, 128)
     assert torch.equal(batched, alone)
-    monkeypatch.setattr(tables, "DECODE_ROWS", [row._replace(min_chunk=512) for row in tables.DECODE_ROWS])
-    monkeypatch.setattr(prepared, "_prepared", {})
+    monkeypatch.setattr(table, "ROWS", [row._replace(min_chunk=512) for row in table.ROWS])
+    monkeypatch.setattr(prepared, "_calls", {})
     other, _ = batched_and_alone(7, None, None, 128)
     torch.testing.assert_close(other, batched, atol=1e-2, rtol=1e-2)
     assert not torch.equal(other, batched)

@@ -119,7 +119,7 @@ def test_opcheck_on_the_gpu():
 @pytest.mark.parametrize("num_queries", [16, 64])
 @pytest.mark.parametrize("head_dim, value_dim", [(36, 20), (40, 24), (56, 28), (88, 20), (24, 28), (100, 24)])
 def test_rows_that_no_vector_load_fits(head_dim, value_dim, num_queries):
-    """ptxas 12.8 made wrong machine code of these: see `plan.value_columns`. On wgmma, so 16 queries x group 3."""
+    """ptxas 12.8 made wrong machine code of these: see `value_columns`. On wgmma, so 16 queries x group 3."""
     call = build((), num_queries, 144, heads=(12, 4), head_dim=head_dim, device="cuda")
     value = torch.randn(*call.value.shape[:3], value_dim, device="cuda").half()
     check(call._replace(value=value))
@@ -127,7 +127,7 @@ def test_rows_that_no_vector_load_fits(head_dim, value_dim, num_queries):
 
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 192, 256])
 def test_same_bits_alone_and_padded(head_dim):
-    """Though a key range may have tiles of its own, and rows that no vector load fits are not cut into pieces."""
+    """Though a key range may have tiles of its own, and rows that no vector load fits are not cut into two tiles."""
     call = build((), 300, 300, heads=(4, 2), head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
     first = torch.tensor([0, 77], device="cuda")
     padded = attention(

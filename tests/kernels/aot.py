@@ -29,7 +29,7 @@ FEATURES = {
     "sinks": {"sinks": True, "lse": True},
     "range-all": {"range": "sequence", "softcap": True, "sinks": True, "lse": True},
     "fp8": {"range": "sequence", "fp8": True},
-    # From here on keys may be seen by no row, and `plan` takes other rows of the tables.
+    # From here on keys may be seen by no row, and `choose` takes other rows of the tables.
     "rows": {"range": "rows"},
     "rows-all": {"range": "rows", "softcap": True, "sinks": True, "lse": True},
     "bool-mask": {"mask": "bool"},
@@ -84,7 +84,7 @@ def chosen_plan(variant: Variant):
     return problem, chosen
 
 
-def source(variant: Variant, plan):
+def source(variant: Variant, config):
     """The ASTSource of the variant, specialised as a launch on aligned tensors would be."""
     from flashcore_kernels.portable.decode import flashcore_decode
     from flashcore_kernels.portable.forward import flashcore_forward
@@ -95,17 +95,11 @@ def source(variant: Variant, plan):
     constants = {
         "HEAD_DIM": variant.head_dim,
         "VALUE_DIM": variant.value_dim,
-        "BLOCK_D": plan.block_d,
-        "BLOCK_DV": plan.block_dv,
-        "BLOCK_D1": plan.block_d1,
-        "BLOCK_DV1": plan.block_dv1,
-        "BLOCK_M": plan.block_m,
-        "BLOCK_N": plan.block_n,
+        "BLOCK_D": config.block_d,
+        "BLOCK_DV": config.block_dv,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
         "EXACT": variant.dtype == "fp32",
-        "MERGE_ROWS": max(min(plan.block_m, 512 // plan.block_dv), 1),
-        "MIN_CHUNK": plan.min_chunk,
-        "MAX_SPLITS": plan.max_splits,
-        "MAY_SPLIT": True,
         "RANGE": (None, "sequence", "rows").index(features.get("range")),
         "HAS_RANGE": "range" in features,
         "MASK": (None, "bool", "float").index(features.get("mask")),
@@ -113,6 +107,13 @@ def source(variant: Variant, plan):
         "SOFTCAP": bool(features.get("softcap")),
         "HAS_LSE": bool(features.get("lse")),
     }
+    if variant.kernel == "flashcore_forward":
+        constants |= {"BLOCK_D1": config.block_d1, "BLOCK_DV1": config.block_dv1}
+    else:
+        constants |= {
+            "MERGE_ROWS": max(min(config.block_m, 512 // config.block_dv), 1), "MIN_CHUNK": config.min_chunk,
+            "MAX_SPLITS": config.max_chunks, "MAY_SPLIT": True,
+        }  # fmt: skip
     constants = {name: constant for name, constant in constants.items() if name in fn.arg_names}
     stored = "fp8e4nv" if features.get("fp8") else variant.dtype
     pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype}
@@ -154,14 +155,14 @@ def source(variant: Variant, plan):
 def hopper_source(variant: Variant, problem, plan):
     """The GluonASTSource of the variant of `flashcore_hopper`."""
     from flashcore_kernels.hopper.prefill.kernel import flashcore_hopper
-    from flashcore_kernels.hopper.prefill.launch import make_config, tile_layout
+    from flashcore_kernels.hopper.prefill.launch import kernel_constants, tile_layout
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]
-    config = make_config(problem, plan, bool(features.get("lse")))
+    config = kernel_constants(problem, plan.config, bool(features.get("lse")))
     constants = {"C": config}
     keys, values = (config.d0, config.d1), (config.dv0, config.dv1)
-    out = (values[0] * config.query_slots // 2, values[1])  # with one slot it leaves in halves
+    out = (values[0] * plan.config.row.query_buffers // 2, values[1])  # from one buffer it leaves in halves
     tiles = {"q": (config.rows, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *out)}
     features = features | {"output": config.one_copy}
     optional = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
@@ -188,14 +189,15 @@ def hopper_source(variant: Variant, problem, plan):
 
 
 def hopper_decode_source(variant: Variant, problem, plan):
-    """As `hopper_source`, for `flashcore_hopper_decode` and the layout that caches have; and its DecodeConfig."""
+    """As `hopper_source`, for `flashcore_hopper_decode` and the layout that caches have; and its DecodeConstants."""
     from flashcore_kernels.hopper.decode.kernel import flashcore_hopper_decode
-    from flashcore_kernels.hopper.decode.launch import make_decode_config, sharing
+    from flashcore_kernels.hopper.decode.launch import kernel_constants
+    from flashcore_kernels.hopper.decode.sharing import share_out
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]
-    shared, lse = sharing(problem, plan), bool(features.get("lse"))
-    config = make_decode_config(problem, plan, shared, problem.head_dim, problem.value_dim, not shared.whole, lse)
+    shared, lse = share_out(problem, plan.config), bool(features.get("lse"))
+    config = kernel_constants(problem, plan.config, shared, problem.head_dim, problem.value_dim, not shared.whole, lse)
     stored = "fp8e4nv" if problem.fp8 else variant.dtype
     pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype, "Partial": "i32"}
     optional = {
@@ -218,32 +220,33 @@ def hopper_decode_source(variant: Variant, problem, plan):
 
 
 def compile_variant(variant: Variant, **override) -> dict:
-    """Compile one variant; `override` replaces fields of the Plan that the tables give."""
+    """Compile one variant; `override` replaces fields of the config that a portable kernel gets from its table."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     problem, plan = chosen_plan(variant)
-    plan = plan._replace(**override)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    plan = plan._replace(config=plan.config._replace(**override))
+    config = plan.config
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     counted = {}
     began = time.perf_counter()
     if variant.kernel == "flashcore_hopper":
         code = hopper_source(variant, problem, plan)
-        counted = {"one_copy": plan.hopper.one_copy}
+        counted = {"one_copy": config.row.one_copy}
     elif variant.kernel == "flashcore_hopper_decode":
-        from flashcore_kernels.hopper.decode.launch import decode_options
+        from flashcore_kernels.hopper.decode.launch import compiler_options
 
-        code, config = hopper_decode_source(variant, problem, plan)
-        options |= decode_options(config)
-        counted = {"resident": config.resident}
+        code, constants = hopper_decode_source(variant, problem, plan)
+        options |= compiler_options(constants)
+        counted = {"resident": constants.resident}
     else:
-        code = source(variant, plan)
+        code = source(variant, config)
     compiled = triton.compile(code, target=GPUTarget("cuda", variant.arch, 32), options=options)
     seconds = time.perf_counter() - began
     report = (
         variant._asdict()
         | {
-            "tile": [plan.block_m, plan.block_n, plan.num_warps, plan.num_stages],
+            "tile": [config.block_m, config.block_n, config.num_warps, config.num_stages],
             "triton": triton.__version__,
             "shared": compiled.metadata.shared,
             "shared_limit": SHARED_LIMIT[variant.arch],
@@ -277,7 +280,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--features", nargs="+", default=["none", "range-all", "mask-all"], choices=list(FEATURES))
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64], help="decode: query tokens x group")
     parser.add_argument("--batch", nargs="+", type=int, default=[2])
-    parser.add_argument("--tile", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table")
+    parser.add_argument(
+        "--tile", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="portable: instead of the table"
+    )
     return parser
 
 

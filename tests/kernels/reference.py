@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from flashcore_kernels import attention, make_key_range, make_row_ranges, naive_attention
 from flashcore_kernels.naive import hide_unseen, visible_mask
-from flashcore_kernels.problem import check_problem
+from flashcore_kernels.problem import Problem, check_problem, split_arguments
 
 MAX_RATIO, RMS_RATIO, LSE_TOLERANCE = 2.0, 1.5, 1e-3
 
@@ -30,6 +30,13 @@ class Call(NamedTuple):
         return attention(self.query, self.key, self.value, **{**self.arguments, **changed})
 
 
+def problem_of(call: Call) -> Problem:
+    """What the call asks, checked."""
+    arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
+    inputs, options = split_arguments(call.query, call.key, call.value, **arguments)
+    return check_problem(inputs, **options)
+
+
 def expected(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The float64 reference: output and lse."""
     arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
@@ -40,7 +47,7 @@ def expected(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def peer(call: Call) -> torch.Tensor:
     """The output whose error is the yardstick."""
     arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
-    problem = check_problem(call.query, call.key, call.value, **arguments)
+    problem = problem_of(call)
     if problem.softcap or problem.has_sinks or problem.head_dim != problem.value_dim:
         dtype = call.query.dtype
         return naive_attention(call.query, call.key, call.value, probability_dtype=dtype, **arguments)[0]
@@ -226,7 +233,7 @@ def strided(tensor: torch.Tensor, how: str) -> torch.Tensor:
 def poison_unseen(call: Call) -> Call:
     """NaN in the keys and values that no query of the sequence and KV head sees: none may reach an output."""
     arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
-    problem = check_problem(call.query, call.key, call.value, **arguments)
+    problem = problem_of(call)
     seen = visible_mask(problem, call.query.device, arguments.get("key_range"), arguments.get("mask"))
     seen = seen.any(dim=2).expand(problem.batch_size, problem.num_heads, problem.num_keys)
     seen = seen.unflatten(1, (problem.num_kv_heads, problem.group)).any(dim=2)  # [B, Hkv, K]

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from flashcore_kernels.hopper import FIRST_TRITON
 from flashcore_kernels.portable.tables import row_for
 
 from . import aot
@@ -52,21 +53,23 @@ def test_tables(arch, kernel, dtype, compiled):
         "--rows", *ROWS,
     )  # fmt: skip
     if kernel == "flashcore_forward" and dtype == "bf16":
-        reports += compiled(  # in pieces
+        reports += compiled(  # rows of two tiles
             "--arch", str(arch), "--kernel", kernel, "--dtype", dtype, "--head-dim", "96", "--features", "none"
         )
     wrong = [f"{report['head_dim']} {report['features']}: {report['problems']}" for report in reports]
     assert not any(report["problems"] for report in reports), "\n".join(wrong)
     used = {tuple(report["tile"]) for report in reports}
     for gaps in (False, True):
-        row = row_for(kernel, arch, torch.float32 if dtype == "fp32" else torch.float16, 128, gaps, whole=True)
+        row = row_for(
+            kernel, arch, torch.float32 if dtype == "fp32" else torch.float16, 128, gaps=gaps, full_columns=True
+        )
         assert (row.block_m, row.block_n, row.num_warps, row.num_stages) in used
 
 
 def gluon() -> bool:
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= HOPPER_TRITON
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= FIRST_TRITON
 
 
 @pytest.mark.skipif(not gluon(), reason="the Gluon kernel needs Triton 3.5 or newer")

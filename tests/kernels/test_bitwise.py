@@ -5,7 +5,8 @@ import torch
 from flashcore_kernels import attention, explain, make_key_range
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
-from flashcore_kernels.problem import check_problem
+from flashcore_kernels.plan import most_chunks
+from flashcore_kernels.problem import Inputs, check_problem
 
 from .reference import Call, assert_right, build
 
@@ -77,8 +78,8 @@ class TestSplits:
     """Decode over so many keys that a head's work is cut and merged."""
 
     def used(self, query, key, value, device):
-        chosen = choose(check_problem(query, key, value), Device("interpreter"))
-        return max_splits_for(key.shape[2], chosen)
+        config = choose(check_problem(Inputs(query, key, value)), Device("interpreter")).config
+        return most_chunks(key.shape[2], config.min_chunk, config.max_chunks)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("num_keys", [127, 128, 129, 257, 1023, 5000])
@@ -125,7 +126,7 @@ class TestSplits:
             assert torch.equal(output[b : b + 1], alone)
 
     def test_most_chunks(self, device):
-        """More keys than max_splits chunks of the least size: the chunks grow."""
+        """More keys than max_chunks chunks of the least size: the chunks grow."""
         query, key, value = tensors(1, 1, 9000, device, head_dim=16)
         call = Call(query, key, value, {"is_causal": True})
         assert_right(call.run(), call)

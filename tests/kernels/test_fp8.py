@@ -6,7 +6,7 @@ from flashcore_kernels import attention, make_key_range, naive_attention, path_c
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
 from flashcore_kernels.op import explain
-from flashcore_kernels.problem import check_problem
+from flashcore_kernels.problem import Inputs, check_problem
 
 E4M3 = torch.float8_e4m3fn
 
@@ -107,7 +107,7 @@ def test_through_pytorch(device):
 
 def test_older_gpus_say_so():
     query, key, value, scales = call(1, 50, torch.float16, "cpu")
-    problem = check_problem(query, key, value, **scales)
+    problem = check_problem(Inputs(query, key, value, **scales))
     assert choose(problem, Device("cuda", 80)).kernel == "torch"
     assert "compute capability 8.9" in explain(query, key, value, **scales, device=Device("cuda", 80))
     assert choose(problem, Device("cuda", 90)).kernel.startswith("flashcore_")

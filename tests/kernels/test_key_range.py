@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flashcore_kernels import attention, key_range, op
+from flashcore_kernels import attention, key_range, step_key_range
 from flashcore_kernels.device import Device
 from flashcore_kernels.key_range import (
     FIRST,
@@ -11,7 +11,6 @@ from flashcore_kernels.key_range import (
     layout_of,
     make_key_range,
     make_row_ranges,
-    make_step_key_range,
     rows_shape,
     rows_width,
     sequence_shape,
@@ -19,6 +18,7 @@ from flashcore_kernels.key_range import (
     visible,
 )
 from flashcore_kernels.portable import blocks
+from flashcore_kernels.step_key_range import make_step_key_range
 
 
 def test_kernels_read_the_words_that_the_host_writes():
@@ -243,7 +243,7 @@ class TestKernel:
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-        monkeypatch.setattr(op, "device_of", lambda device: Device("cuda", 90))
+        monkeypatch.setattr(step_key_range, "device_of", lambda device: Device("cuda", 90))
         launched = []
         monkeypatch.setattr(kernel, "launch", lambda *args: launched.append(args))
         mask = torch.ones(2, 40, dtype=torch.bool)

@@ -11,9 +11,8 @@ import torch
 from flashcore_kernels import FlashcoreFallbackWarning, attention, make_key_range, naive_attention, op, path_counts
 from flashcore_kernels.device import Device
 from flashcore_kernels.fallback import forget_warnings, torch_attention
-from flashcore_kernels.portable import decode
-from flashcore_kernels.problem import check_problem
-from flashcore_kernels.runtime import workspace
+from flashcore_kernels.problem import Inputs, check_problem, split_arguments
+from flashcore_kernels.runtime import launch, workspace
 from flashcore_kernels.runtime.workspace import Words
 from torch._dynamo.testing import CompileCounter
 
@@ -237,16 +236,18 @@ class TestDropout:
 
     def test_drops(self, device):
         call = build((), 33, 33, device=device)
-        problem = check_problem(*call[:3])
-        whole, _ = torch_attention(problem, *call[:3])
-        assert not torch.equal(torch_attention(problem, *call[:3], dropout=0.5)[0], whole)
+        inputs = Inputs(*call[:3])
+        problem = check_problem(inputs)
+        whole, _ = torch_attention(problem, inputs)
+        assert not torch.equal(torch_attention(problem, inputs, dropout=0.5)[0], whole)
 
     @pytest.mark.parametrize("feature", ["softcap", "sinks", "value-dim"])
     def test_is_refused_beside(self, feature, device):
         call = build({feature}, 5, 9, device=device)
-        problem = check_problem(*call[:3], **call.arguments)
+        inputs, options = split_arguments(*call[:3], **call.arguments)
+        problem = check_problem(inputs, **options)
         with pytest.raises(NotImplementedError, match="dropout together with"):
-            torch_attention(problem, *call[:3], sinks=call.arguments.get("sinks"), dropout=0.5)
+            torch_attention(problem, inputs, dropout=0.5)
 
 
 @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
@@ -307,33 +308,33 @@ class TestCounters:
 
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch):
-        monkeypatch.setattr(workspace, "counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
+        monkeypatch.setattr(workspace, "_counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
 
     def test_left_at_zero(self, device):
         check(self.split_call(device))
-        (buffer,) = workspace.counters._buffers.values()
+        (buffer,) = workspace._counters._buffers.values()
         assert not buffer.any()
 
     def test_one_buffer_serves_all_launches(self, device):
         check(self.split_call(device))
-        (before,) = workspace.counters._buffers.values()
+        (before,) = workspace._counters._buffers.values()
         check(self.split_call(device))
-        (after,) = workspace.counters._buffers.values()
+        (after,) = workspace._counters._buffers.values()
         assert before is after
 
     def test_a_larger_launch_has_a_larger_buffer(self, device):
-        small = workspace.counters.get(1, device)
-        large = workspace.counters.get(small.numel() + 1, device)
+        small = workspace._counters.get(1, device)
+        large = workspace._counters.get(small.numel() + 1, device)
         assert large.numel() > small.numel() and not large.any()
 
     def test_an_aborted_launch_poisons_nothing(self, device, monkeypatch):
-        def abort(*_):
-            (buffer,) = workspace.counters._buffers.values()
+        def abort(*_, **__):
+            (buffer,) = workspace._counters._buffers.values()
             buffer.fill_(3)  # as programs that were cut off would leave it
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(decode, "launch", abort)
+            patched.setattr(launch, "launch", abort)
             with pytest.raises(KeyboardInterrupt):
                 self.split_call(device).run()
         check(self.split_call(device))
@@ -345,7 +346,7 @@ class TestCounters:
         """
         call = self.split_call(device)
         right = call.run()
-        (buffer,) = workspace.counters._buffers.values()
+        (buffer,) = workspace._counters._buffers.values()
         buffer.fill_(1)
         assert not torch.equal(call.run(), right)
 
@@ -359,8 +360,8 @@ class TestCounters:
     def test_threads_do_not_share(self, device):
         import threading
 
-        mine, theirs = workspace.counters.get(1, torch.device("cpu")), []
-        thread = threading.Thread(target=lambda: theirs.append(workspace.counters.get(1, torch.device("cpu"))))
+        mine, theirs = workspace._counters.get(1, torch.device("cpu")), []
+        thread = threading.Thread(target=lambda: theirs.append(workspace._counters.get(1, torch.device("cpu"))))
         thread.start()
         thread.join()
         assert theirs[0] is not mine

@@ -5,12 +5,12 @@ import threading
 
 import pytest
 import torch
-from flashcore_kernels import op, precompile
+from flashcore_kernels import precompile
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
+from flashcore_kernels.dispatch import empty_outputs, serve
 from flashcore_kernels.key_range import as_key_range, make_key_range, sequence_width
-from flashcore_kernels.plan import Plan
-from flashcore_kernels.problem import check_problem, with_alignment
+from flashcore_kernels.problem import Inputs, check_problem, with_alignment
 from flashcore_kernels.runtime import launch
 
 pytest.importorskip("triton")
@@ -22,21 +22,19 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def keys(monkeypatch):
     """The keys of compiled kernels that launches ask for; nothing is compiled or launched."""
-    from flashcore_kernels.portable import decode, key_range_kernel, kv_write_kernel
+    from flashcore_kernels.portable import key_range_kernel, kv_write_kernel
 
     pytest.importorskip("flashcore_kernels.hopper.decode.launch")
-    from flashcore_kernels.hopper.prefill import launch as prefill
-
     asked = set()
 
-    def only_ask(kernel, programs, arguments, scalars, constants, plan, **options):
-        asked.add(launch._key(kernel, arguments, constants, plan))
+    def only_ask(kernel, programs, arguments, scalars, constants, *, num_warps=4, num_stages=1, **options):
+        asked.add(launch._key(kernel, arguments, constants, num_warps, num_stages))
 
-    for module in (decode, key_range_kernel, kv_write_kernel, prefill):
+    for module in (launch, key_range_kernel, kv_write_kernel):
         monkeypatch.setattr(module, "launch", only_ask)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(op, "device_of", lambda device: H200)
+    monkeypatch.setattr(precompile, "device_of", lambda device: H200)
     monkeypatch.setattr(precompile, "THREADS_MAY_PARSE", True)
     monkeypatch.setattr(precompile, "HEAD_START", 0.0)
     return asked
@@ -45,7 +43,7 @@ def keys(monkeypatch):
 def prompt(sinks=None, softcap=None):
     query, key, value = (torch.randn(2, 100, heads, 64, dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2))
     key_range = make_key_range(2, 100, right=0)
-    return check_problem(query, key, value, key_range, softcap=softcap, sinks=sinks)
+    return check_problem(Inputs(query, key, value, key_range, sinks=sinks), softcap=softcap)
 
 
 def step(problem, sinks, fp8, capacity, softcap):
@@ -66,11 +64,10 @@ def step(problem, sinks, fp8, capacity, softcap):
     mask = torch.ones(2, capacity + 9, dtype=torch.bool)[:, :capacity]
     run_key_range(words, mask, torch.zeros((), dtype=torch.int64) - 0, -1, 0, 6)
     key_range = as_key_range(words, capacity)
-    scales = scales if fp8 else ()
-    asked = check_problem(query, *buffers, key_range, None, False, None, None, softcap, sinks, *scales)
-    chosen = choose(with_alignment(asked, query, *buffers), H200)
-    output, _ = op._empty_outputs(query, new_value, False)
-    op._launch(chosen, asked, query, *buffers, key_range, None, sinks, output, None, *scales)
+    inputs = Inputs(query, *buffers, key_range, None, sinks, *scales)
+    asked = check_problem(inputs, softcap=softcap)
+    output, _ = empty_outputs(query, new_value, False)
+    serve(choose(with_alignment(asked, inputs), H200), asked, inputs, output, None)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -101,12 +98,11 @@ def test_the_prompts_kernel_is_told_by_a_layer(keys, shape, value_dim, softcap, 
     query, key, value = (torch.zeros(batch_size, length, *size, dtype=torch.bfloat16).transpose(1, 2) for size in sizes)
     key_range = make_key_range(batch_size, length, right=0)
     logits = None if sinks is None else torch.zeros(num_heads, dtype=sinks)
-    problem = check_problem(query, key, value, key_range, softcap=softcap, sinks=logits)
-    chosen = choose(with_alignment(problem, query, key, value), H200)
+    inputs = Inputs(query, key, value, key_range, sinks=logits)
+    problem = check_problem(inputs, softcap=softcap)
+    chosen = choose(with_alignment(problem, inputs), H200)
     assert chosen.kernel == "flashcore_hopper"
-    op._launch(
-        chosen, problem, query, key, value, key_range, None, logits, op._empty_outputs(query, value, False)[0], None
-    )
+    serve(chosen, problem, inputs, empty_outputs(query, value, False)[0], None)
     asked = set(keys)
     keys.clear()
     prompt = precompile.Prompt(192, value_dim, torch.bfloat16, softcap is not None, sinks)
@@ -139,7 +135,7 @@ def begun(monkeypatch):
     """What was begun in the background."""
     calls = []
     monkeypatch.setattr(precompile, "THREADS_MAY_PARSE", True)
-    monkeypatch.setattr(op, "device_of", lambda device: H200)
+    monkeypatch.setattr(precompile, "device_of", lambda device: H200)
     monkeypatch.setattr(precompile, "_in_background", lambda *args, **kwargs: calls.append((args, kwargs)))
     monkeypatch.setattr(precompile, "_begun", set())
     return calls
@@ -185,9 +181,9 @@ def test_what_is_not_compiled_ahead(begun, monkeypatch):
     assert ask() == 1
     monkeypatch.setattr(precompile, "THREADS_MAY_PARSE", True)
     for kind in (Device("interpreter"), Device("torch"), Device("cuda", 90, triton=(3, 4))):
-        monkeypatch.setattr(op, "device_of", lambda device, kind=kind: kind)
+        monkeypatch.setattr(precompile, "device_of", lambda device, kind=kind: kind)
         assert ask() == 1
-    monkeypatch.setattr(op, "device_of", lambda device: H200)
+    monkeypatch.setattr(precompile, "device_of", lambda device: H200)
     assert ask() == 3
 
 
@@ -249,16 +245,16 @@ def test_meta_tensors_compile_and_launch_nothing(monkeypatch):
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_specialization", lambda argument: argument.dtype)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kernel, chosen = Kernel(), Plan("a kernel", "")
+    kernel = Kernel()
     meta = torch.empty(4, dtype=torch.float16, device="meta")
-    thread = threading.Thread(target=launch.launch, args=(kernel, 1, (meta,), (), (), chosen))
+    thread = threading.Thread(target=launch.launch, args=(kernel, 1, (meta,), (), ()))
     thread.start()
     # A call that needs the kernel meanwhile waits for it.
-    other = threading.Thread(target=launch.launch, args=(kernel, 1, (OnAGpu,), (), (), chosen))
+    other = threading.Thread(target=launch.launch, args=(kernel, 1, (OnAGpu,), (), ()))
     other.start()
     other.join(0.1)
     assert other.is_alive() and not kernel.launched
     kernel.may_go_on.set()
     thread.join(5), other.join(5)
-    launch.launch(kernel, 1, (OnAGpu,), (), (), chosen)
+    launch.launch(kernel, 1, (OnAGpu,), (), ())
     assert kernel.compiled == 1 and kernel.launched == [(OnAGpu,), (OnAGpu,)]

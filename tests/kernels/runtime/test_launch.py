@@ -1,164 +1,138 @@
-"""What a launch gets on the long way, caught before it: descriptors, grids, how chunks are shared out, the launcher.
+"""From Python to a launch: when a compiled kernel is used again, and what Triton's launcher gets. No GPU is needed."""
 
-No GPU is needed. tests/gpu/test_hopper.py and test_hopper_decode.py see what the launches compute.
-"""
-
-import dataclasses
-import itertools
+import inspect
 import types
 
 import pytest
 import torch
-from flashcore_kernels.choose import choose
-from flashcore_kernels.plan import most_chunks
-from flashcore_kernels.problem import check_problem, with_alignment
 from flashcore_kernels.runtime import launch
 
-from ..test_plan import problem as problem_of
-from .test_prepared import H200, tensors_of  # which skips where there is no Triton
+
+class FakeKernel:
+    """Stands where a triton.jit function stands, and counts how often it is compiled."""
+
+    def __init__(self):
+        self.compiled = self.reused = 0
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, num_warps, num_stages):
+            self.compiled += 1
+            return self.Compiled(self)
+
+        return compile_and_launch
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch_again(*arguments):
+                self.kernel.reused += 1
+
+            return launch_again
 
 
-class TestHopper:
-    @pytest.fixture
-    def launched(self, monkeypatch):
-        run = pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
-        caught = []
-        monkeypatch.setattr(run, "launch", lambda *args: caught.append(args))
+class FakeTensor(torch.Tensor):
+    """A CPU tensor that says it is on a GPU, at an address of our choice."""
 
-        def launch_of(query, key, value, is_causal=False, sinks=None, lse=None):
-            problem = check_problem(query, key, value, None, None, is_causal, None, None, None, sinks, None, None)
-            chosen = choose(with_alignment(problem, query, key, value), H200)
-            assert chosen.kernel == "flashcore_hopper", chosen
-            out = torch.empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype)
-            run.run_hopper(problem, chosen, query, key, value, None, None, sinks, out.transpose(1, 2), lse)
-            return chosen, caught.pop()
+    address = 0
+    device = torch.device("cuda", 0)
 
-        return launch_of
-
-    def test_descriptors_say_where_the_tensors_are(self, launched):
-        query, key, value = tensors_of(num_queries=200)
-        chosen, (_, programs, arguments, scalars, _, _) = launched(query, key, value)
-        q, _, k, _, v, _, o, _ = arguments[:8]
-        for tensor, descriptor, rows in (
-            (query, q, 64),
-            (key, k, chosen.config.block_n),
-            (value, v, chosen.config.block_n),
-        ):
-            assert descriptor.base is tensor and list(descriptor.shape) == list(tensor.shape)
-            assert list(descriptor.strides) == list(tensor.stride())
-            assert list(descriptor.block_shape) == [1, 1, rows, 64]
-        assert list(o.shape) == [2, 8, 200, 64] and o.strides[1] == 64
-        tiles = -(-200 // chosen.config.block_m)
-        assert programs == min(132, 16 * tiles)
-        assert scalars[:5] == (8, 4, 200, 500, 300) and scalars[-3:] == (16, tiles, 1)
-
-    def test_head_dims_that_are_no_power_of_two_come_in_two_pieces(self, launched):
-        query, key, value = (torch.randn(1, 4, 100, size, dtype=torch.float16) for size in (192, 192, 128))
-        _, (_, _, arguments, _, _, _) = launched(query, key, value)
-        columns = [None if d is None else d.block_shape[3] for d in arguments[:8]]
-        assert columns == [128, 64, 128, 64, 128, None, 64, None], "the output leaves in halves"
-
-    def test_a_stride_that_is_never_used_does_not_matter(self, launched):
-        """One sequence, whose batch stride may be anything."""
-        query = torch.randn(1, 4, 100, 64, dtype=torch.float16)
-        odd = query.as_strided(query.shape, (3, *query.stride()[1:]))
-        _, (_, _, arguments, _, _, _) = launched(odd, query, query)
-        assert arguments[0].strides[0] % 8 == 0
-
-    def test_causal_tiles_come_in_sections(self, launched):
-        query = torch.empty(1, 32, 8192, 64, dtype=torch.float16)
-        key = query[:, :8]
-        full, causal = (launched(query, key, key, is_causal=c)[1][3][-1] for c in (False, True))
-        assert full == 1 < causal
-
-    def test_sections_last_as_many_rounds_as_the_row_says(self, launched):
-        """Of these heads 4 fit; 3 consumers want five rounds, which 8 of them make."""
-        query = torch.empty(1, 32, 16384, 64, dtype=torch.float16)
-        chosen, (_, _, _, scalars, _, _) = launched(query, query, query, is_causal=True)
-        assert chosen.config.row.least_rounds == 5 and scalars[-1] == 8
+    def data_ptr(self):
+        return self.address
 
 
-@pytest.mark.parametrize("queries", [1, 4, 16])
-@pytest.mark.parametrize("heads", [(8, 8), (32, 8), (32, 1)])
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("processors", [132, 114, 78])
-def test_how_the_hopper_kernel_shares_chunks_out(processors, fp8, heads, queries):
-    """On an H200, and on other parts of compute capability 9.0 (H100 PCIe, H20)."""
-    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
-    decode_run = pytest.importorskip("flashcore_kernels.hopper.decode.launch")
-    for batch, keys, head_dim in itertools.product((1, 2, 7, 16, 64, 300), (1, 129, 2048, 100_000), (64, 128, 256)):
-        made = problem_of(queries, heads=heads, head_dim=head_dim, value_dim=head_dim)
-        made = made._replace(batch_size=batch, num_keys=keys, aligned=True, fp8=fp8)
-        chosen = plan(made, H200._replace(processors=processors))
-        key = torch.empty(1, heads[1], 1, head_dim, dtype=torch.bfloat16)
-        setup = decode_run.hopper_decode_launch(made, chosen, key, key, key, None, False)
-        (config,), (num_splits, each, lines) = setup.constants, setup.scalars[5:8]
-        units = batch * heads[1] * config.row_tiles
-        chunks = most_chunks(keys, chosen.config.min_chunk, chosen.config.max_chunks)
-        shared = decode_run.sharing(made, chosen)
-        assert each == 2**config.levels if shared.whole else each in (1, 2, 4, 8) and each <= 2**config.levels
-        assert num_splits == -(-chunks // each) and sorted(setup.programs) == sorted((units, num_splits))
-        assert setup.programs == ((num_splits, units) if config.in_a_row else (units, num_splits))
-        assert not config.in_a_row or units * num_splits <= processors, "what others wait for runs at the same time"
-        assert units * num_splits >= min(units * chunks, processors - 4), "the GPU is filled where there are chunks"
-        if shared.whole:
-            assert each >= chosen.max_splits and num_splits == 1, "no chunk is left out, whatever the length"
-            assert not config.may_split and processors - 4 <= units <= shared.resident * processors
-            unequal = made._replace(range_layout="sequence")
-            assert not decode_run.sharing(unequal, chosen).whole, "one sequence may be much longer than the others"
-        else:
-            one_or_two = processors - 4 <= units <= 2 * processors
-            assert fp8 or not one_or_two or config.rows > 8 or heads[1] < 8, "equal lengths, an SM each"
-        level, nodes = num_splits, num_splits
-        while level > 1:
-            level = -(-level // config.fan_in)
-            nodes += level
-        assert lines == nodes and setup.units == 0, "partial sums are their own flags"
-        rows = queries * heads[0] // heads[1]
-        floats = batch * heads[1] * rows * nodes * (chosen.config.block_dv + 2)
-        assert setup.partial == (floats if chunks > 1 and not shared.whole else 0)
-        long = made._replace(num_keys=10 * keys)
-        (longer,) = decode_run.hopper_decode_launch(long, chosen, key, key, key, None, False).constants
-        assert longer == dataclasses.replace(config, may_split=longer.may_split), (
-            "a generation compiles one kernel, and one more while there is a single chunk"
-        )
+def fake(dtype=torch.float16, address=4096, index=0):
+    tensor = torch.zeros(1, dtype=dtype).as_subclass(FakeTensor)
+    tensor.address, tensor.device = address, torch.device("cuda", index)
+    return tensor
 
 
-def test_the_number_of_processors_reaches_the_launch():
-    """Negative control of the above: what is shared out for 132 would not be right for 78."""
-    decode_run = pytest.importorskip("flashcore_kernels.hopper.decode_run")
-    made = problem_of(1, heads=(8, 8), head_dim=128, value_dim=128)._replace(batch_size=1, num_keys=2048, aligned=True)
-    key = torch.empty(1, 8, 1, 128, dtype=torch.bfloat16)
-    setups = [
-        decode_run.hopper_decode_launch(made, plan(made, H200._replace(processors=n)), key, key, key, None, False)
-        for n in (132, 78)
-    ]
-    many, few = (config for setup in setups for config in setup.constants)
-    assert many.in_a_row and not few.in_a_row
+class TestLaunchCache:
+    """A compiled kernel is used again exactly where Triton itself would have compiled the same one."""
 
+    BASE = ((fake(), 64, 3), (5, 0.5), (64, True))
 
-def test_a_gpus_processors_are_counted(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr("flashcore_kernels.forward.flashcore_forward", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=78)
+    @pytest.fixture(autouse=True)
+    def empty_cache(self, monkeypatch):
+        monkeypatch.setattr(launch, "_compiled", {})
+
+    def launched(self, first, second, **changed):
+        """`changed` are options of the second launch."""
+        kernel = FakeKernel()
+        usual = {"num_warps": 4, "num_stages": 2}
+        launch.launch(kernel, 7, *first, **usual)
+        launch.launch(kernel, 7, *second, **{**usual, **changed})
+        return kernel.compiled, kernel.reused
+
+    def test_reused(self):
+        assert self.launched(self.BASE, self.BASE) == (1, 1)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [(fake(), 128, 3), (fake(), 64, 5), (fake(address=8192), 64, 3)],
+        ids=["another multiple of 16", "another odd int", "another aligned address"],
     )
-    found = op.device_of.__wrapped__(torch.device("cuda", 0))
-    assert (found.kind, found.arch, found.processors) == ("cuda", 90, 78)
-    assert plan(problem_of(aligned=True), found).processors == 78
+    def test_reused_for(self, arguments):
+        assert self.launched(self.BASE, (arguments, *self.BASE[1:])) == (1, 1)
+
+    def test_reused_for_other_scalars(self):
+        """Lengths must not compile anew: one kernel serves every length."""
+        assert self.launched(self.BASE, (self.BASE[0], (4096, 2.5), self.BASE[2])) == (1, 1)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (fake(torch.bfloat16), 64, 3),
+            (fake(address=4098), 64, 3),
+            (fake(index=1), 64, 3),
+            (None, 64, 3),
+            (fake(), 65, 3),
+            (fake(), 64, 1),
+            (fake(), 64, 16),
+            (fake(), 2**40, 3),
+        ],
+        ids=["dtype", "alignment", "device", "None", "% 16", "== 1", "3 -> 16", "int64"],
+    )
+    def test_compiled_anew_for(self, arguments):
+        first = self.BASE if arguments[0] is not None else ((fake(), fake(), 64), *self.BASE[1:])
+        second = arguments if arguments[0] is not None else (fake(), None, 64)
+        assert self.launched(first, (second, *self.BASE[1:])) == (2, 0)
+
+    def test_compiled_anew_for_constants(self):
+        assert self.launched(self.BASE, (*self.BASE[:2], (64, False))) == (2, 0)
+
+    @pytest.mark.parametrize("field", ["num_warps", "num_stages"])
+    def test_compiled_anew_for_options(self, field):
+        assert self.launched(self.BASE, self.BASE, **{field: 7}) == (2, 0)
+
+    def test_a_grid_too_large_is_refused(self):
+        with pytest.raises(ValueError, match="more than a grid holds"):
+            launch.launch(FakeKernel(), 2**31, *self.BASE)
+        with pytest.raises(ValueError, match="more than a grid holds"):
+            launch.launch(FakeKernel(), (7, 2**16), *self.BASE)
+
+    def test_arguments_are_the_kernels_parameters(self):
+        """Positions, not names, go to Triton: a parameter moved in one place alone would go unnoticed."""
+        from flashcore_kernels.portable.decode import flashcore_decode
+        from flashcore_kernels.portable.forward import flashcore_forward
+
+        for kernel in (flashcore_forward, flashcore_decode):
+            parameters = inspect.signature(kernel.fn).parameters
+            assert list(parameters)[:4] == ["Q", "K", "V", "Out"]
+            constant = ["constexpr" in str(parameter.annotation) for parameter in parameters.values()]
+            assert constant == sorted(constant), "constexprs stand last"
 
 
 def test_aligned_and_unaligned_calls_get_kernels_of_their_own():
     """What Triton compiles a variant for is in the key under which a compiled kernel is kept."""
     tensor = torch.zeros(64, dtype=torch.float16)
-    chosen = choose(check_problem(*tensors_of(), None, None, False, None, None, None, None, None, None), H200)
     keys = [
-        launch._key("kernel", (pointer, number), (), chosen)
+        launch._key("kernel", (pointer, number), (), 4, 2)
         for pointer, number in ((tensor, 16), (tensor[1:], 16), (tensor, 17), (tensor, 1), (tensor, 2**33))
     ]
     assert len(set(keys)) == len(keys)
-    assert keys[0] == launch._key("kernel", (torch.zeros(64, dtype=torch.float16), 32), (), chosen)
+    assert keys[0] == launch._key("kernel", (torch.zeros(64, dtype=torch.float16), 32), (), 4, 2)
 
 
 class CudaLauncher:

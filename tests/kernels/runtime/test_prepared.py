@@ -1,10 +1,9 @@
-"""Calls like one before, which skip checks and plan: what the host then hands to a GPU, caught before the launch.
+"""Calls like one before, which skip checks and choice: what the host then hands to a GPU, caught before the launch.
 
 No GPU is needed. tests/gpu/test_prepared.py sees what such launches compute.
 """
 
 import gc
-import sys
 import weakref
 
 import pytest
@@ -12,17 +11,15 @@ import torch
 from flashcore_kernels import make_key_range, op
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
-from flashcore_kernels.problem import check_problem, with_alignment
+from flashcore_kernels.dispatch import empty_outputs, make_launch, serve
+from flashcore_kernels.problem import Inputs, check_problem, with_alignment
 from flashcore_kernels.runtime import launch, prepared, workspace
 from flashcore_kernels.runtime.workspace import Words
-from torch.autograd import forward_ad
 
 pytest.importorskip("triton")
 
-from flashcore_kernels.portable import (
-    decode,  # noqa: E402
-    forward,  # noqa: E402
-)
+from flashcore_kernels.portable.decode import flashcore_decode  # noqa: E402
+from flashcore_kernels.portable.forward import flashcore_forward  # noqa: E402
 
 H200 = Device("cuda", 90, triton=(3, 9))
 A100 = Device("cuda", 80, triton=(3, 9))
@@ -51,26 +48,36 @@ class FakeCompiled:
 def compiled(monkeypatch):
     fake = FakeCompiled()
     monkeypatch.setattr(prepared, "compiled_kernel", lambda *args: fake)
-    monkeypatch.setattr(prepared, "_prepared", {})
-    monkeypatch.setattr(workspace, "counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
-    monkeypatch.setattr(workspace, "slots", Words(-1, pool=1 << 20, least=1 << 12, most=1 << 31))
+    monkeypatch.setattr(prepared, "_calls", {})
+    monkeypatch.setattr(workspace, "_counters", Words(0, pool=1 << 20, least=1 << 12, most=1 << 31))
+    monkeypatch.setattr(workspace, "_mailboxes", Words(-1, pool=1 << 20, least=1 << 12, most=1 << 31))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
     return fake
 
 
-def prepare(query, key, value, sinks=None, return_lse=False, scales=(None, None), device=A100):
-    problem = check_problem(query, key, value, None, None, False, None, None, None, sinks, *scales)
-    chosen = choose(with_alignment(problem, query, key, value), device)
-    return problem, chosen, prepared.prepare(problem, chosen, (query, key, value, None, sinks, *scales), return_lse)
+def prepare(inputs, return_lse=False, device=A100):
+    """What is asked, the Plan, and the function for calls like this one."""
+    problem = with_alignment(check_problem(inputs), inputs)
+    chosen = choose(problem, device)
+    setup = make_launch(chosen, problem, inputs, empty_outputs(inputs.query, inputs.value, False)[0], return_lse)
+    return problem, chosen, prepared.make_call(setup, problem, inputs, return_lse)
+
+
+def full_launch(monkeypatch, problem, chosen, inputs, output, lse=None):
+    """(kernel, grid, arguments, scalars, constants) of the long way, which are caught."""
+    caught = []
+    monkeypatch.setattr(launch, "launch", lambda *args, **options: caught.append(args))
+    serve(chosen, problem, inputs, output.transpose(1, 2), lse)
+    return caught.pop()
 
 
 class TestPrepared:
     @pytest.mark.parametrize("return_lse", [False, True])
     def test_arguments_are_those_of_a_full_launch(self, compiled, monkeypatch, return_lse):
-        first, second = tensors_of(), tensors_of()
         sinks = torch.zeros(8)
-        problem, chosen, call = prepare(*first, sinks, return_lse)
-        output, lse = call(*second, None, sinks, None, None)
+        first, second = (Inputs(*tensors_of(), sinks=sinks) for _ in "ab")
+        problem, chosen, call = prepare(first, return_lse)
+        output, lse = call(second)
         assert output.shape == (2, 1, 8, 64) and output.is_contiguous()
         assert lse is None or lse.shape == (2, 8, 1) and lse.dtype == torch.float32
         (arguments,) = compiled.launches
@@ -78,74 +85,72 @@ class TestPrepared:
         assert (one, stream, function, metadata) == (1, 77, "function", "metadata")
         assert arguments[6:9] == (None, None, None)
         pointers, rest = arguments[9:19], arguments[19:]
-        addresses = [t.data_ptr() for t in (*second, output)]
+        addresses = [t.data_ptr() for t in (*second[:3], output)]
         assert list(pointers[:4]) == addresses and pointers[7] == sinks.data_ptr()
         assert pointers[4] == (lse.data_ptr() if return_lse else None) and pointers[5] is pointers[6] is None
         assert pointers[8] and pointers[9], "500 keys are several chunks: a workspace and counters"
 
-        caught = []
-        monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
-        decode.run_decode(problem, chosen, *second, None, None, sinks, output.transpose(1, 2), lse)
-        ((_, full_programs, full, scalars, constants, _),) = caught
-        assert tuple(programs) == full_programs
+        kernel, full_programs, full, scalars, constants = full_launch(monkeypatch, problem, chosen, second, output, lse)
+        assert kernel is flashcore_decode and tuple(programs) == full_programs
         assert rest == (*full[10:], *scalars, *constants)
 
     @pytest.mark.parametrize("fp8", [False, True])
     def test_arguments_of_the_hopper_kernel(self, compiled, monkeypatch, fp8):
-        pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
-        decode_run = pytest.importorskip("flashcore_kernels.hopper.decode.launch")
-        first, second = tensors_of(), tensors_of()
+        pytest.importorskip("flashcore_kernels.hopper.decode.launch")
+        first, second = (Inputs(*tensors_of()) for _ in "ab")
         scales = (None, None)
         if fp8:
-            first, second = (
-                (query, key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)) for query, key, value in
-                (first, second)
-            )  # fmt: skip
             scales = (torch.ones(2, 2), torch.ones(2, 2))
-        problem, chosen, call = prepare(*first, scales=scales, device=H200)
+            first, second = (
+                Inputs(
+                    query, key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn), key_scale=scales[0],
+                    value_scale=scales[1],
+                )
+                for query, key, value, *_ in (first, second)
+            )  # fmt: skip
+        problem, chosen, call = prepare(first, device=H200)
         assert chosen.kernel == "flashcore_hopper_decode"
-        output, _ = call(*second, None, None, *scales)
+        output, _ = call(second)
         (arguments,) = compiled.launches
         programs, pointers, rest = arguments[:2], arguments[9:19], arguments[19:]
-        assert pointers[:4] == tuple(t.data_ptr() for t in (*second, output))
+        assert pointers[:4] == tuple(t.data_ptr() for t in (*second[:3], output))
         assert pointers[4:9] == (None, None, None, *(None if t is None else t.data_ptr() for t in scales))
-        assert pointers[9] == workspace.slots.get(1, torch.device("cpu")).data_ptr(), "partial sums have a place each"
+        assert pointers[9] == workspace._mailboxes.get(1, torch.device("cpu")).data_ptr(), (
+            "partial sums have a place each"
+        )
 
-        caught = []
-        monkeypatch.setattr(decode, "launch", lambda *args, **options: caught.append(args))
-        decode_run.run_hopper_decode(problem, chosen, *second, None, None, None, output.transpose(1, 2), None, *scales)
-        ((kernel, full_programs, full, scalars, constants, _),) = caught
+        kernel, full_programs, full, scalars, constants = full_launch(monkeypatch, problem, chosen, second, output)
         assert programs == full_programs and rest == (*full[10:], *scalars, *constants)
         assert len(full) + len(scalars) + len(constants) == len(kernel.arg_names)
 
     def test_a_call_in_one_chunk_has_no_workspace(self, compiled):
-        tensors = tensors_of(num_keys=64)
-        *_, call = prepare(*tensors)
-        call(*tensors, None, None, None, None)
+        inputs = Inputs(*tensors_of(num_keys=64))
+        *_, call = prepare(inputs)
+        call(inputs)
         assert compiled.launches[0][17:19] == (None, None)
 
     def test_a_launch_that_fails_takes_its_counters_with_it(self, compiled, monkeypatch):
-        tensors = tensors_of()
-        *_, call = prepare(*tensors)
-        call(*tensors, None, None, None, None)
-        (before,) = workspace.counters._buffers.values()
+        inputs = Inputs(*tensors_of())
+        *_, call = prepare(inputs)
+        call(inputs)
+        (before,) = workspace._counters._buffers.values()
         monkeypatch.setattr(compiled, "launches", None)
         with pytest.raises(AttributeError):
-            call(*tensors, None, None, None, None)
-        assert not workspace.counters._buffers
+            call(inputs)
+        assert not workspace._counters._buffers
         monkeypatch.setattr(compiled, "launches", [])
-        call(*tensors, None, None, None, None)
-        (after,) = workspace.counters._buffers.values()
+        call(inputs)
+        (after,) = workspace._counters._buffers.values()
         assert before.data_ptr() != after.data_ptr()
 
     def test_nothing_is_prepared_where_no_launch_was_made(self):
-        assert prepare(*tensors_of())[2] is None
+        assert prepare(Inputs(*tensors_of()))[2] is None
 
     def test_the_oldest_are_forgotten(self, monkeypatch):
-        monkeypatch.setattr(prepared, "_prepared", {"another": print})
+        monkeypatch.setattr(prepared, "_calls", {"another": print})
         monkeypatch.setattr(prepared, "MOST", 1)
         prepared.remember("a call", "its kernel", min)
-        assert prepared._prepared == {"a call": ("its kernel", min)}
+        assert prepared._calls == {"a call": ("its kernel", min)}
 
 
 class OnAGpu(torch.Tensor):
@@ -162,8 +167,8 @@ class TestSignature:
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
 
-    def signature(self, *tensors, key_range=None, sinks=None, scales=(None, None), options=()):
-        return prepared.find(*tensors, key_range, sinks, *scales, *options)[0]
+    def signature(self, *tensors, options=(), **more):
+        return prepared.find(Inputs(*tensors, **more), options)[0]
 
     def test_equal_calls_have_equal_signatures(self):
         assert self.signature(*tensors_of()) == self.signature(*tensors_of()) is not None
@@ -178,8 +183,8 @@ class TestSignature:
         all_of_them = [self.signature(*tensors) for tensors in [(query, key, value), *others]]
         all_of_them.append(self.signature(query, key, value, sinks=torch.zeros(8)))
         all_of_them.append(self.signature(query, key, value, key_range=torch.zeros(2, 6, dtype=torch.int32)))
-        all_of_them.append(self.signature(query, key, value, scales=(torch.ones(2, 2), None)))
-        all_of_them.append(self.signature(query, key, value, scales=(None, torch.ones(2, 2))))
+        all_of_them.append(self.signature(query, key, value, key_scale=torch.ones(2, 2)))
+        all_of_them.append(self.signature(query, key, value, value_scale=torch.ones(2, 2)))
         all_of_them.append(self.signature(query, key, value, options=(True, None)))
         assert None not in all_of_them and len(set(all_of_them)) == len(all_of_them)
 
@@ -187,15 +192,9 @@ class TestSignature:
         query, key, value = tensors_of()
         assert self.signature(query.as_subclass(OnAGpu), key, value) is None, "a subclass may want the dispatcher"
         assert self.signature(query.float().requires_grad_(), key, value) is None
-        for learned in (
-            {"sinks": torch.zeros(8)}, {"scales": (torch.ones(2, 2), None)}, {"scales": (None, torch.ones(2, 2))},
-        ):  # fmt: skip
-            assert self.signature(query, key, value, **learned) is not None
-            for tensor in (*learned.get("scales", ()), learned.get("sinks")):
-                _ = tensor is None or tensor.requires_grad_()
-            assert self.signature(query, key, value, **learned) is None, "they alone require a gradient"
-        with forward_ad.dual_level():
-            assert self.signature(query, key, value) is None, "a tensor may have a tangent"
+        for name in ("sinks", "key_scale", "value_scale"):
+            learned = torch.ones(8, requires_grad=True)
+            assert self.signature(query, key, value, **{name: learned}) is None, "its gradient would be lost"
         assert self.signature(query, "no tensor", value) is None
         assert self.signature(query, key, value, options=([1, 2],)) is None, "not hashable; the checks name it"
         with torch.no_grad():
@@ -208,22 +207,21 @@ class TestServedAgain:
     @pytest.fixture
     def launches(self, compiled, monkeypatch):
         """What would be launched the long way, on tensors that say they are on a Hopper GPU; it compiles the kernel."""
-        hopper_run = pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
+        pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
         monkeypatch.setattr(op, "device_of", lambda device: H200)
-        caught, there = [], set()
+        monkeypatch.setattr(prepared, "compiled_kernel", launch.compiled_kernel)
+        monkeypatch.setattr(launch, "_compiled", {})
+        caught = []
 
-        def long_launch(kernel, programs, arguments, scalars, constants, plan):
-            caught.append((kernel, programs, arguments, scalars, constants, plan))
-            there.add(launch._key(kernel, arguments, constants, plan))
+        def long_launch(kernel, programs, arguments, scalars, constants, *, num_warps, num_stages, **options):
+            caught.append((kernel, programs, arguments, scalars, constants))
+            launch._compiled[launch._key(kernel, arguments, constants, num_warps, num_stages)] = compiled
 
-        monkeypatch.setattr(hopper_run, "launch", long_launch)
-        monkeypatch.setattr(
-            prepared, "compiled_kernel", lambda *args: compiled if launch._key(*args) in there else None
-        )
+        monkeypatch.setattr(launch, "launch", long_launch)
         return caught
 
     @pytest.mark.parametrize("return_lse", [False, True])
@@ -239,17 +237,18 @@ class TestServedAgain:
             options |= {"is_causal": False, "window": None, "key_range": make_key_range(2, 500, right=0)}
         op.attention(*first, **options)
         monkeypatch.setattr(op, "check_problem", None)
-        monkeypatch.setattr(op, "plan", None)
+        monkeypatch.setattr(op, "choose", None)
         op.path_counts.clear()
         answer = op.attention(*second, **options)
         output, lse = answer if return_lse else (answer, None)
         assert dict(op.path_counts) == {"flashcore_hopper": 1}
         assert output.shape == (2, 8, 100, 64) and output.transpose(1, 2).is_contiguous()
         assert lse is None or (lse.shape, lse.dtype) == ((2, 8, 100), torch.float32)
-        ((kernel, long_programs, long, scalars, constants, _),) = launches
+        ((kernel, long_programs, long, scalars, constants),) = launches
         (arguments,) = compiled.launches
-        programs, *one, stream, function, metadata = arguments[:6]
-        assert (programs, one, stream, function, metadata) == (long_programs, [1, 1], 77, "function", "metadata")
+        *programs, one, stream, function, metadata = arguments[:6]
+        assert (one, stream, function, metadata) == (1, 77, "function", "metadata")
+        assert tuple(programs) == long_programs and programs[1] == 1
         assert arguments[6:9] == (None, None, None)
         descriptors, pointers, rest = arguments[9:17], arguments[17:22], arguments[22:]
         assert rest == (*scalars, *constants)
@@ -268,23 +267,23 @@ class TestServedAgain:
     def test_a_launch_that_fails_takes_its_counter_with_it(self, launches, compiled, monkeypatch):
         call = tensors_of(num_queries=100)
         op.attention(*call)
-        (before,) = workspace.counters._buffers.values()
+        (before,) = workspace._counters._buffers.values()
         monkeypatch.setattr(compiled, "launches", None)
         with pytest.raises(AttributeError):
             op.attention(*call)
-        assert not workspace.counters._buffers
+        assert not workspace._counters._buffers
         monkeypatch.setattr(compiled, "launches", [])
         op.attention(*call)
-        (after,) = workspace.counters._buffers.values()
+        (after,) = workspace._counters._buffers.values()
         assert before.data_ptr() != after.data_ptr() == compiled.launches[0][21]
 
-        def fail(*args):
+        def fail(*args, **options):
             raise RuntimeError("no such launch")
 
-        monkeypatch.setattr(sys.modules["flashcore_kernels.hopper.prefill.launch"], "launch", fail)
+        monkeypatch.setattr(launch, "launch", fail)
         with pytest.raises(RuntimeError, match="no such launch"):
             op.attention(*tensors_of(num_queries=100, dtype=torch.float16))
-        assert not workspace.counters._buffers, "the long way"
+        assert not workspace._counters._buffers, "the long way"
 
     def test_rows_in_two_pieces(self, launches, compiled):
         """Each piece of a head_dim that is no power of two has its own tiles."""
@@ -307,10 +306,28 @@ class TestServedAgain:
         kept = [weakref.ref(tensor) for tensor in first]
         op.attention(*first)
         launches.clear()
-        assert len(prepared._prepared) == 1
+        assert len(prepared._calls) == 1
         del first
         gc.collect()
         assert [ref() for ref in kept] == [None] * 3
+
+    @pytest.mark.parametrize("num_queries", [1, 100])
+    def test_a_first_call_is_checked_and_chosen_for_once(self, launches, compiled, monkeypatch, num_queries):
+        """And one like it not at all. It was twice: before the operator, and within."""
+        asked = []
+
+        def counted(name):
+            function = getattr(op, name)
+            monkeypatch.setattr(op, name, lambda *args, **options: asked.append(name) or function(*args, **options))
+
+        counted("check_problem"), counted("choose")
+        op.attention(*tensors_of(num_queries), is_causal=True)
+        assert asked == ["check_problem", "choose"] and len(launches) == 1
+        op.attention(*tensors_of(num_queries), is_causal=True)
+        assert asked == ["check_problem", "choose"] and len(compiled.launches) == 1
+        op.attention(*tensors_of(num_queries, num_keys=499), is_causal=True)
+        assert asked == ["check_problem", "choose"] * 2, "negative control: another kind of call is counted"
+        assert len(launches) == 1 and len(compiled.launches) == 2, "though its kernel is there"
 
     def test_what_differs_is_checked_and_planned_anew(self, launches, compiled, monkeypatch):
         """Never a launch with the descriptors of another shape, stride, dtype, alignment or option."""
@@ -327,7 +344,7 @@ class TestServedAgain:
             op.attention(*each, is_causal=True)
         op.attention(query, key, value)
         assert len(launches) == 2, "float16 is another kernel; the others are launched the short way at once"
-        assert len(launches) + len(compiled.launches) == len(different) + 2 == len(prepared._prepared)
+        assert len(launches) + len(compiled.launches) == len(different) + 2 == len(prepared._calls)
         others = [each for each in (*different, (query, key, value)) if each[0].dtype == torch.bfloat16]
         for tensors, arguments in zip(others, compiled.launches, strict=True):
             for tensor, descriptor in zip(tensors, arguments[9:15:2]):
@@ -336,12 +353,12 @@ class TestServedAgain:
         assert [arguments[28] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
         compiled.launches.clear()
 
-        portable = []
-        monkeypatch.setattr(forward, "run_forward", lambda *args: portable.append(args))
+        launches.clear()
         buffer = torch.empty(2, 2, 640 * 64 + 8, dtype=key.dtype).flatten()
         off = buffer[1 : 1 + 2 * 2 * 640 * 64].view(2, 2, 640, 64)[:, :, :500]
         assert off.stride() == key.stride() and off.data_ptr() % 16
         op.attention(query, off, value, is_causal=True)
-        assert portable and not compiled.launches, "the copy engine needs multiples of 16 bytes"
+        ((kernel, *_),) = launches
+        assert kernel is flashcore_forward and not compiled.launches, "the copy engine needs multiples of 16 bytes"
         op.attention(query, key, value, is_causal=True)
         assert len(compiled.launches) == 1

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from flashcore_kernels.runtime import workspace as counters_module
+from flashcore_kernels.runtime import workspace as module
 from flashcore_kernels.runtime.workspace import UNWRITTEN, Words, workspace
 
 GPU = torch.device("cuda", 0)
@@ -26,15 +26,15 @@ def own(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capture != 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: state.stream, raising=False)
-    monkeypatch.setattr(counters_module, "_capture", lambda stream: state.capture)
-    monkeypatch.setattr(counters_module, "_lasting", lasting)
-    monkeypatch.setattr(counters_module, "_partials", {})
+    monkeypatch.setattr(module, "_capture", lambda stream: state.capture)
+    monkeypatch.setattr(module, "_lasting", lasting)
+    monkeypatch.setattr(module, "_partials", {})
     monkeypatch.setattr(torch, "full", filled)
     monkeypatch.setattr(torch, "empty", lambda size, **options: empty(size, dtype=options["dtype"]))
     state.words = Words(7, pool=20_000, least=1000, most=50_000, lent=200_000)
-    for name in ("counters", "slots"):
-        value = getattr(counters_module, name)._value
-        monkeypatch.setattr(counters_module, name, Words(value, pool=20_000, least=1000, most=50_000, lent=200_000))
+    for name in ("_counters", "_mailboxes"):
+        value = getattr(module, name)._value
+        monkeypatch.setattr(module, name, Words(value, pool=20_000, least=1000, most=50_000, lent=200_000))
     return state
 
 
@@ -132,26 +132,49 @@ class TestWords:
 
 
 class TestWorkspace:
-    def test_slots_are_unwritten(self, own):
-        (slots,) = workspace(0, 1000, GPU)
-        assert slots.dtype == torch.int32 and slots.numel() >= 1000 and slots.unique().tolist() == [UNWRITTEN]
+    def test_mailboxes_are_unwritten(self, own):
+        mailboxes, count = workspace(1000, 0, GPU)
+        assert mailboxes.dtype == torch.int32 and mailboxes.numel() >= 1000 and count is None
+        assert mailboxes.unique().tolist() == [UNWRITTEN]
         assert torch.tensor([UNWRITTEN], dtype=torch.int32).view(torch.float32).isnan()
 
     def test_one_chunk_needs_none(self, own):
-        assert workspace(5, 0, GPU) == (None, None) and workspace(0, 0, GPU) == (None,) and own.made == []
+        assert workspace(0, 0, GPU) == (None, None) and own.made == []
 
     def test_room_for_partial_sums_is_kept_for_a_stream(self, own):
         """A decode's workspace costs no allocation, and no two launches that may run at once share one."""
-        (first, count), (again, _) = (workspace(5, 1000, GPU) for _ in range(2))
+        (first, count), (again, _) = (workspace(1000, 5, GPU) for _ in range(2))
         own.stream = 2
-        other, other_count = workspace(5, 1000, GPU)
+        other, other_count = workspace(1000, 5, GPU)
         assert first.dtype == torch.float32 and first.numel() >= 1000 and count.numel() >= 5 and not count.any()
         assert first.data_ptr() == again.data_ptr() != other.data_ptr() and count.data_ptr() != other_count.data_ptr()
 
     def test_room_that_no_stream_keeps(self, own):
-        kept, _ = workspace(5, 1000, GPU)
-        much, _ = workspace(5, counters_module.KEPT + 1, GPU)
+        kept, _ = workspace(1000, 5, GPU)
+        much, _ = workspace(module.KEPT + 1, 5, GPU)
         own.capture = 1
-        recorded = [workspace(5, 1000, GPU)[0] for _ in range(2)]
-        assert much.numel() > counters_module.KEPT, "much of it, and a graph's, are allocated"
+        recorded = [workspace(1000, 5, GPU)[0] for _ in range(2)]
+        assert much.numel() > module.KEPT, "much of it, and a graph's, are allocated"
         assert len({room.data_ptr() for room in (kept, much, *recorded)}) == 4
+
+    def test_counters_alone(self, own):
+        """Of tiles that are drawn: they start at zero, and there is nothing to hand over."""
+        sums, count = workspace(0, 5, GPU)
+        assert sums is None and count.dtype == torch.int32 and count.numel() >= 5 and not count.any()
+
+    def test_a_launch_that_failed_takes_both(self, own):
+        for sizes in ((0, 5), (1000, 0)):
+            (before,) = (words for words in workspace(*sizes, GPU) if words is not None)
+            module.forget(GPU)
+            (after,) = (words for words in workspace(*sizes, GPU) if words is not None)
+            assert before.data_ptr() != after.data_ptr()
+
+    @pytest.mark.parametrize("partials, counters", [(0, 0), (7, 0), (0, 7), (7, 8)])
+    def test_on_meta_nothing_is_taken(self, own, partials, counters):
+        """Where a kernel is only compiled: the same dtypes, and no pool."""
+        given = workspace(partials, counters, torch.device("meta"))
+        sums = torch.float32 if counters else torch.int32
+        assert [None if words is None else words.dtype for words in given] == [
+            sums if partials else None, torch.int32 if counters else None,
+        ]  # fmt: skip
+        assert own.made == []

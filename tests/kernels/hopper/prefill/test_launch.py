@@ -1,0 +1,77 @@
+"""What a launch of the Gluon kernel for prefill gets, caught before it: descriptors, grid, sections.
+
+No GPU is needed. tests/gpu/test_hopper.py sees what the launches compute.
+"""
+
+import pytest
+import torch
+from flashcore_kernels.choose import choose
+from flashcore_kernels.dispatch import empty_outputs, serve
+from flashcore_kernels.problem import Inputs, check_problem, with_alignment
+from flashcore_kernels.runtime import launch
+
+from ...runtime.test_prepared import H200, tensors_of  # which skips where there is no Triton
+
+pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
+
+
+class TestHopper:
+    @pytest.fixture
+    def launched(self, monkeypatch):
+        caught = []
+        monkeypatch.setattr(launch, "launch", lambda *args, **options: caught.append(args))
+
+        def launch_of(query, key, value, is_causal=False, sinks=None, lse=None, device=H200):
+            inputs = Inputs(query, key, value, sinks=sinks)
+            problem = check_problem(inputs, is_causal)
+            chosen = choose(with_alignment(problem, inputs), device)
+            assert chosen.kernel == "flashcore_hopper", chosen
+            serve(chosen, problem, inputs, empty_outputs(query, value, False)[0], lse)
+            return chosen, caught.pop()
+
+        return launch_of
+
+    def test_descriptors_say_where_the_tensors_are(self, launched):
+        query, key, value = tensors_of(num_queries=200)
+        chosen, (_, programs, arguments, scalars, _) = launched(query, key, value)
+        q, _, k, _, v, _, o, _ = arguments[:8]
+        block_n = chosen.config.block_n
+        for tensor, descriptor, rows in ((query, q, 64), (key, k, block_n), (value, v, block_n)):
+            assert descriptor.base is tensor and list(descriptor.shape) == list(tensor.shape)
+            assert list(descriptor.strides) == list(tensor.stride())
+            assert list(descriptor.block_shape) == [1, 1, rows, 64]
+        assert list(o.shape) == [2, 8, 200, 64] and o.strides[1] == 64
+        tiles = -(-200 // chosen.config.block_m)
+        assert programs == (min(132, 16 * tiles), 1)
+        assert scalars[:5] == (8, 4, 200, 500, 300) and scalars[-3:] == (16, tiles, 1)
+
+    def test_head_dims_that_are_no_power_of_two_come_in_two_pieces(self, launched):
+        query, key, value = (torch.randn(1, 4, 100, size, dtype=torch.float16) for size in (192, 192, 128))
+        _, (_, _, arguments, _, _) = launched(query, key, value)
+        columns = [None if d is None else d.block_shape[3] for d in arguments[:8]]
+        assert columns == [128, 64, 128, 64, 128, None, 64, None], "the output leaves in halves"
+
+    def test_a_stride_that_is_never_used_does_not_matter(self, launched):
+        """One sequence, whose batch stride may be anything."""
+        query = torch.randn(1, 4, 100, 64, dtype=torch.float16)
+        odd = query.as_strided(query.shape, (3, *query.stride()[1:]))
+        _, (_, _, arguments, _, _) = launched(odd, query, query)
+        assert arguments[0].strides[0] % 8 == 0
+
+    def test_causal_tiles_come_in_sections(self, launched):
+        query = torch.empty(1, 32, 8192, 64, dtype=torch.float16)
+        key = query[:, :8]
+        full, causal = (launched(query, key, key, is_causal=c)[1][3][-1] for c in (False, True))
+        assert full == 1 < causal
+
+    def test_sections_last_as_many_rounds_as_the_row_says(self, launched):
+        """Of these heads 4 fit; 3 consumers want five rounds, which 8 of them make."""
+        query = torch.empty(1, 32, 16384, 64, dtype=torch.float16)
+        chosen, (_, _, _, scalars, _) = launched(query, query, query, is_causal=True)
+        assert chosen.config.row.least_rounds == 5 and scalars[-1] == 8
+
+    def test_no_more_programs_than_processors(self, launched):
+        """One stays on each, and draws its tiles: of an H20 there are 78."""
+        query = torch.empty(1, 32, 8192, 64, dtype=torch.float16)
+        assert launched(query, query, query)[1][1] == (132, 1)
+        assert launched(query, query, query, device=H200._replace(processors=78))[1][1] == (78, 1)
