@@ -4,8 +4,6 @@ Whatever a caller hands to a model travels through Transformers' layers to the a
 others. What is not known to be so may change the answer, and is an error.
 """
 
-import inspect
-
 import torch
 
 # Known to be for others, whatever they hold.
@@ -45,6 +43,12 @@ _OF_ATTENTION = PAGED | frozenset(
     "v_descale".split()
 )
 
+# What attention reads itself: the parameters of `attention.flashcore_attention`.
+READ = frozenset(
+    "module query key value attention_mask scaling dropout is_causal sliding_window softcap s_aux sinks position_bias "
+    "indices block_indices cu_seq_lens_q cu_seq_lens_k head_mask output_attentions".split()
+)
+
 _passing = set(_FOR_OTHERS)
 
 
@@ -64,7 +68,7 @@ def allow_argument(name: str) -> None:
     """
     if not isinstance(name, str):
         raise TypeError(f"allow_argument takes the name of one keyword, and got a {type(name).__name__}")
-    if name in _read_by_attention():
+    if name in READ:
         raise ValueError(
             f"allow_argument('{name}') was asked for, and flashcore reads '{name}' itself: there is nothing to allow"
         )
@@ -126,9 +130,3 @@ def describe(argument) -> str:
     if isinstance(argument, (list, tuple, set, frozenset, dict)):
         return f"a {kind} of {len(argument)}"
     return f"a {kind}"
-
-
-def _read_by_attention() -> frozenset[str]:
-    from .attention import flashcore_attention  # attention.py imports this file
-
-    return frozenset(inspect.signature(flashcore_attention).parameters) - {"kwargs"}

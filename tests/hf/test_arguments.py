@@ -1,5 +1,7 @@
 """Keywords that reach attention through a model: those for others pass, those unknown are errors with a way out."""
 
+import inspect
+
 import pytest
 import torch
 from flashcore_kernels import make_key_range
@@ -136,6 +138,9 @@ class TestUnknown:
         with pytest.raises(NotImplementedError) as caught:
             flashcore_attention(MODULE, *tensors(), None, **{name: torch.ones(1)})
         assert "allow_argument" not in str(caught.value)
+
+    def test_what_attention_reads_is_listed(self):
+        assert set(inspect.signature(flashcore_attention).parameters) - {"kwargs"} == arguments.READ
 
     def test_a_name_is_a_string(self):
         with pytest.raises(TypeError, match="a list"):
