@@ -50,10 +50,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff: rules and format; the schemas of GitHub's files."""
-    session.install("ruff", "check-jsonschema", "-c", str(CONSTRAINTS))
+    """ruff: rules and format; what may import what; the schemas of GitHub's files."""
+    session.install("-e", ".", "ruff", "check-jsonschema", "import-linter", "-c", str(CONSTRAINTS))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
     workflows = sorted(map(str, Path(".github/workflows").glob("*.yml")))
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     form = ".github/ISSUE_TEMPLATE/bug.yml"
