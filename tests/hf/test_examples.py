@@ -7,6 +7,7 @@ import pytest
 import transformers
 from packaging.version import Version
 
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -33,8 +34,12 @@ def example(name: str):
         ("kernel_alone", ["--steps", "3"], "flashcore_decode"),
     ],
 )
-def test_example(name, argv, says, capsys, paths):
+def test_example(name, argv, says, capsys, paths, monkeypatch):
+    """Without asking Transformers for anything that it calls deprecated, in a warning or in its log."""
+    logged = []
+    monkeypatch.setattr(transformers.logging.get_logger("transformers.utils.generic"), "warning_once", logged.append)
     example(name).main(argv)
+    assert not logged
     said = capsys.readouterr().out
     assert says in said and "False" not in said
     assert paths and set(paths) <= {"flashcore_forward", "flashcore_decode"}
