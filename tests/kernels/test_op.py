@@ -80,7 +80,7 @@ def test_inner_stride_other_than_one_is_copied(device):
     assert torch.equal(turned.run(), call.run())
 
 
-BACKENDS = ("CPU", "CUDA", "HIP", "MPS", "XPU", "HPU", "MTIA", "XLA", "IPU", "PrivateUse1", "Meta")
+BACKENDS = ("CPU", "CUDA", "MPS", "XPU", "HPU", "XLA", "IPU", "PrivateUse1", "Meta")
 
 
 class TestDevices:
@@ -90,7 +90,7 @@ class TestDevices:
     def test_every_backend_has_a_kernel(self, backend):
         has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
         assert has("flashcore::attention", backend)
-        assert has("flashcore::attention", f"Autograd{backend}") or backend == "HIP"
+        assert has("flashcore::attention", f"Autograd{backend}")
         assert not has("flashcore::write_kv", "MPS"), "negative control: an operator of which CPU and CUDA have kernels"
 
     @pytest.mark.parametrize("return_lse", [False, True])
@@ -106,8 +106,9 @@ class TestDevices:
         assert (output.shape, output.dtype, output.is_meta) == ((2, 4, 5, 32), torch.bfloat16, True)
         assert not return_lse or (answer[1].shape, answer[1].dtype) == ((2, 4, 5), torch.float32)
 
+    @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
     def test_the_answer_of_a_device_without_kernels(self, device, monkeypatch):
-        call = build({"causal", "sinks"}, 5, 9, device=device)
+        call = build({"causal", "sinks"}, 5, 9, dtype=torch.float32, device=device)
         want = call.run()
         monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="it is another"))
         path_counts.clear()
