@@ -140,6 +140,12 @@ OVERRIDES: dict[str, dict] = {
     "align_vision_model": {"config": {"width_coefficient": 0.2, "depth_coefficient": 0.4}},
     "llama4_vision_model": {"config": {"intermediate_size": 256}},
     "mllama_vision_model": {"config": {"intermediate_layers_indices": [0, 1]}},
+    "gptj": {"config": {"rotary_dim": 8}},
+    "codegen": {"config": {"rotary_dim": 8}},
+    "layoutlmv3": {"config": {"coordinate_size": 8, "shape_size": 16}},
+    "dory": {"config": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
+                        "layer_types": ["sliding_attention", "full_attention"] * 2}},
+    "muse_spark": {"config": {"audio_config": {"out_hidden_size": 64}}},
     "qwen4_exp_text": {"config": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
                                   "indexer_budget": 4, "indexer_compress_ratio": 1}},
 }  # fmt: skip

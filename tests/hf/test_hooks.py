@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache, GenerationMixin
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers import DynamicCache, GenerationMixin, LlamaForCausalLM
 
 from .compare import cache_of, greedy, named
 from .models import model_pair, prompts

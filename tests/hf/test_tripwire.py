@@ -177,7 +177,7 @@ class TestUntestedVersion:
     def enable_under(self, monkeypatch, version: str) -> list[str]:
         flashcore_hf.disable()
         backend._warned_version = False
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(compat.transformers, "__version__", version)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             flashcore_hf.enable()
