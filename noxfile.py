@@ -67,10 +67,8 @@ def newest(session: nox.Session) -> None:
 
     Arguments after -- hold something back, as in `nox -s newest -- torch==2.13.0`.
     """
-    session.install("--upgrade", "-e", ".[test]", "torch", *session.posargs)
-    found = dict(line.split("==") for line in session.run("pip", "freeze", silent=True).splitlines() if "==" in line)
-    newer = [f"{name} {found[name]} (tested: {tested})" for name, tested in tested_versions().items()
-             if name in found and as_numbers(found[name]) > as_numbers(tested)]  # fmt: skip
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]", "torch", *session.posargs)
+    newer = newer_than_tested(session.run("pip", "freeze", silent=True))
     said = f"newer than tested: {', '.join(newer) or 'nothing'}"
     session.log(said)
     try:
@@ -85,9 +83,17 @@ def docker_steps(session: nox.Session) -> None:
     session.run("python", "tests/docker_steps.py")
 
 
-def tested_versions() -> dict[str, str]:
-    """Package -> version, of constraints.txt."""
-    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", CONSTRAINTS.read_text(), re.MULTILINE))
+def newer_than_tested(frozen: str) -> list[str]:
+    """Of the output of `pip freeze`, what is of a newer release than in constraints.txt, with both versions."""
+    found, tested = pins(frozen), pins(CONSTRAINTS.read_text())
+    return [f"{name} {found[name]} (tested: {tested[name]})" for name in tested
+            if name in found and as_numbers(found[name]) > as_numbers(tested[name])]  # fmt: skip
+
+
+def pins(text: str) -> dict[str, str]:
+    """Package, spelt as constraints.txt does it -> version, from lines `package==version`."""
+    found = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
 
 
 def as_numbers(version: str) -> tuple[int, ...]:
@@ -100,14 +106,14 @@ def constraints(session: nox.Session) -> None:
     """Write constraints.txt: PyTorch, Transformers and Triton as above, the newest release of all else that works."""
     session.install("uv")
     scratch = Path(session.create_tmp())
-    pins = scratch / "pins.txt"
-    pins.write_text(f"{TORCH}\ntransformers=={TRANSFORMERS[-1]}\n")
+    chosen = scratch / "chosen.txt"
+    chosen.write_text(f"{TORCH}\ntransformers=={TRANSFORMERS[-1]}\n")
     # The CUDA build of PyTorch asks for a Triton of its own, the CPU build, which tests run on, for none.
     override = scratch / "override.txt"
     override.write_text(f"triton=={TRITON[-1]}; sys_platform == 'linux'\n")
     text = session.run(
         "uv", "pip", "compile", "pyproject.toml", "--extra", "dev", "--universal", "--python-version", OLDEST_PYTHON,
-        "--fork-strategy", "fewest", "--constraints", str(pins), "--overrides", str(override), "--no-annotate",
+        "--fork-strategy", "fewest", "--constraints", str(chosen), "--overrides", str(override), "--no-annotate",
         "--no-header", "--quiet", silent=True,
     )  # fmt: skip
     lines = [line for line in text.splitlines() if not re.match("nvidia-|cuda-", line)]
