@@ -14,19 +14,19 @@ NAME = "flashcore"
 
 # Models that hand the mask from the mask function to the attention function as it is. Others may read or slice it,
 # and get a dense mask. Every entry was run beside eager by scripts/sweep_architectures.py, and its code read for uses
-# of the mask in Transformers 4.53 to 5.23.
+# of the mask in Transformers 4.53 to 5.24.
 KEY_RANGE_MODELS = frozenset(
     (
-        "afmoe apertus arcee aria_text axk1 bailing_hybrid bamba bitnet cohere cohere2 cohere2_moe cwm dbrx "
-        "deepseek_v2 deepseek_v3 dots1 emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 "
-        "flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 "
-        "glm4_moe glm4_moe_lite gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa "
-        "granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax "
-        "inkling2_text inkling_text jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama "
+        "afmoe apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bamba bitnet codegen cohere cohere2 "
+        "cohere2_moe cwm dbrx deepseek_v2 deepseek_v3 dory dots1 emu3_text_model ernie4_5 ernie4_5_moe exaone4 "
+        "exaone_moe falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4_text "
+        "gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss gptj granite granite_swa granitemoe "
+        "granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax "
+        "inkling2_text inkling_text jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama "
         "longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mistral4 mixtral "
-        "modernbert-decoder nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi "
-        "phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss "
-        "smollm3 solar_open stablelm starcoder2 vaultgemma youtu zamba2 zaya"
+        "modernbert-decoder nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phi3 phimoe "
+        "qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open "
+        "stablelm starcoder2 vaultgemma youtu zamba2 zaya"
     ).split()
 )
 

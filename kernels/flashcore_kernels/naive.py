@@ -42,7 +42,7 @@ def naive_attention(
     Returns:
         output `[B, H, Q, Dv]` in query's dtype, and lse `[B, H, Q]` (natural logarithm, sinks included) in `dtype`.
     """
-    for_heads = sinks if sinks is None or sinks.dim() == 1 else None
+    for_heads = None if sinks is not None and sinks.dim() == 4 else sinks
     inputs = Inputs(query, key, value, key_range, mask, for_heads, key_scale, value_scale)
     problem = check_problem(inputs, is_causal, window, scale, softcap)
     if dtype is None:

@@ -11,7 +11,7 @@ import torch
 from flashcore_kernels import FlashcoreFallbackWarning, attention, make_key_range, naive_attention, op, path_counts
 from flashcore_kernels.device import Device
 from flashcore_kernels.fallback import forget_warnings, torch_attention
-from flashcore_kernels.problem import Inputs, check_problem, split_arguments
+from flashcore_kernels.problem import check_problem, split_arguments
 from flashcore_kernels.runtime import launch, workspace
 from flashcore_kernels.runtime.workspace import Words
 from torch._dynamo.testing import CompileCounter
@@ -233,22 +233,18 @@ class TestFallback:
 
 
 class TestDropout:
-    """Only the fallback drops out; where it cannot, it says so and drops nothing silently."""
+    """Only the fallback drops out, whatever the call has besides; tests/hf/test_dropout.py looks at what it drops."""
 
-    def test_drops(self, device):
-        call = build((), 33, 33, device=device)
-        inputs = Inputs(*call[:3])
-        problem = check_problem(inputs)
-        whole, _ = torch_attention(problem, inputs)
-        assert not torch.equal(torch_attention(problem, inputs, dropout=0.5)[0], whole)
-
-    @pytest.mark.parametrize("feature", ["softcap", "sinks", "value-dim"])
-    def test_is_refused_beside(self, feature, device):
-        call = build({feature}, 5, 9, device=device)
-        inputs, options = split_arguments(*call[:3], **call.arguments)
+    @pytest.mark.parametrize("feature", [None, "softcap", "sinks", "value-dim", "lse"])
+    def test_drops(self, feature, device):
+        call = build({feature} - {None}, 33, 33, device=device)
+        arguments = {name: argument for name, argument in call.arguments.items() if name != "return_lse"}
+        inputs, options = split_arguments(*call[:3], **arguments)
         problem = check_problem(inputs, **options)
-        with pytest.raises(NotImplementedError, match="dropout together with"):
-            torch_attention(problem, inputs, dropout=0.5)
+        whole, lse = torch_attention(problem, inputs, feature == "lse")
+        dropped, other_lse = torch_attention(problem, inputs, feature == "lse", dropout=0.5)
+        assert not torch.equal(dropped, whole)
+        assert feature != "lse" or torch.equal(lse, other_lse)
 
 
 @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
