@@ -97,7 +97,8 @@ def make_key_range(
         device: where to build; by default that of the first tensor argument, else CPU.
 
     Returns:
-        int32 of shape `sequence_shape(B, K)`, freshly allocated: it never aliases an argument.
+        int32 of shape `sequence_shape(B, K)`, freshly allocated: it never aliases an argument. A CUDA graph's is
+        overwritten in its first line, `key_range[:, :, :1]`, which the others of the third dimension repeat.
 
     Raises:
         ValueError: `key_mask` has another shape, or `left`/`right` is below -1.
