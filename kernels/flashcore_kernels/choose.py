@@ -50,7 +50,7 @@ def choose(problem: Problem, device: Device) -> Plan:
     for family in FAMILIES:
         answer = family(problem, device)
         if isinstance(answer, Plan):
-            return answer._replace(reason="; ".join([answer.reason, *refusals]))
+            return answer._replace(reason="; ".join([answer.reason, *refusals])) if refusals else answer
         if answer is not None:
             refusals.append(f"not the Hopper kernel, because {answer}")
     raise LookupError(f"no family of kernels takes {problem} on {device}")

@@ -35,9 +35,14 @@ def serve(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tensor, ls
     run(make_launch(plan, problem, inputs, output, lse is not None), inputs, output, lse)
 
 
-def empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H, Q, Dv]` with the heads inside the sequence in memory, and lse `[B, H, Q]` (or `[0]`)."""
+def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Output `[B, H, Q, Dv]` with the heads inside the sequence in memory."""
     batch_size, num_heads, num_queries, _ = query.shape
-    output = query.new_empty(batch_size, num_queries, num_heads, value.shape[3]).transpose(1, 2)
+    return query.new_empty(batch_size, num_queries, num_heads, value.shape[3]).transpose(1, 2)
+
+
+def empty_outputs(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`empty_output`, and lse `[B, H, Q]` (or `[0]`)."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return output, query.new_empty((batch_size, num_heads, num_queries) if return_lse else (0,), dtype=dtype)
+    shape = query.shape[:3] if return_lse else (0,)
+    return empty_output(query, value), query.new_empty(shape, dtype=dtype)

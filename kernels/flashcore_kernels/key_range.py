@@ -64,8 +64,10 @@ def rows_width(num_keys: int) -> int:
 
 
 def _one_if_equal(a: int, b: int) -> int:
-    """1 or 0; not by a comparison, which would tie an exported graph to lengths with the same answer."""
-    return torch.sym_max(0, 1 - (a - b) * (a - b))
+    """1 or 0; traced not by a comparison, which would tie an exported graph to lengths with the same answer."""
+    if torch.compiler.is_compiling():
+        return torch.sym_max(0, 1 - (a - b) * (a - b))
+    return int(a == b)
 
 
 def rows_shape(batch_size: int, num_queries: int, num_keys: int) -> tuple[int, int, int, int]:

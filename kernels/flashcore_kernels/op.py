@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .choose import choose, fallback_reason
 from .device import Device, device_of
-from .dispatch import empty_outputs, make_launch, serve
+from .dispatch import empty_output, empty_outputs, make_launch, serve
 from .fallback import note_fallback, torch_attention
 from .plan import Plan
 from .precompile import prompt_attends
@@ -131,7 +131,7 @@ def _first_of_its_kind(
 
     Its kernel may be there already: a step of a generation is like the one before but for its length.
     """
-    launch = make_launch(plan, problem, inputs, empty_outputs(inputs.query, inputs.value, False)[0], return_lse)
+    launch = make_launch(plan, problem, inputs, empty_output(inputs.query, inputs.value), return_lse)
     call = make_call(launch, problem, inputs, return_lse)
     prompt_attends(problem, inputs.sinks, inputs.query.device, call is not None)
     if call is not None:

@@ -89,13 +89,17 @@ class Launch(NamedTuple):
     @property
     def pick(self) -> Callable[[tuple], tuple]:
         """From the tensors of OPERANDS to those of this kernel's parameters."""
-        names = (part.operand if isinstance(part, Tile) else part for part in self.operands)
-        return operator.itemgetter(*(_POSITION[name] for name in names))
+        return _pick(tuple(part.operand if isinstance(part, Tile) else part for part in self.operands))
 
     def arguments(self, tensors: tuple[torch.Tensor | None, ...]) -> tuple:
         """What Triton specialises on: tensors and descriptors from those of OPERANDS, and the integers."""
         picked = zip(self.tiles, self.pick(tensors))
         return (*(tensor if tile is None else tile.on(tensor) for tile, tensor in picked), *self.integers)
+
+
+@functools.cache
+def _pick(names: tuple[str, ...]) -> Callable[[tuple], tuple]:
+    return operator.itemgetter(*(_POSITION[name] for name in names))
 
 
 def run(launch_: Launch, inputs: Inputs, output: torch.Tensor, lse: torch.Tensor | None) -> None:

@@ -78,25 +78,25 @@ def make_call(launch: Launch, problem: Problem, inputs: Inputs, return_lse: bool
     )  # fmt: skip
     if compiled is None:
         return None
-    (start, prefix), grid = launcher(compiled), (*launch.grid, 1)
-    pick, tiles = launch.pick, launch.tiles
+    start, prefix = launcher(compiled)
+    x, y = launch.grid
+    pick, tiles = launch.pick, launch.tiles if any(launch.tiles) else None
     rest = (*launch.integers, *launch.scalars, *launch.constants)
     raw_stream, empty = torch._C._cuda_getCurrentRawStream, torch.empty
-
+    # Addresses, where the launcher would ask the driver about each tensor.
     def call(inputs):
         output = empty(shape, dtype=dtype, device=device)
         lse = empty(lse_shape, dtype=float32, device=device) if return_lse else None
-        tensors = (*inputs, output, lse, *workspace(partials, counters, device), None)
+        operands = pick((*inputs, output, lse, *workspace(partials, counters, device), None))
         try:
-            # Addresses, where the launcher would ask the driver about each tensor.
-            start(
-                *grid, raw_stream(index), *prefix,
-                *[
-                    None if tensor is None else tensor.data_ptr() if tile is None else tile.on(tensor)
-                    for tile, tensor in zip(tiles, pick(tensors))
-                ],
-                *rest,
-            )  # fmt: skip
+            if tiles is None:
+                addresses = [tensor if tensor is None else tensor.data_ptr() for tensor in operands]
+            else:
+                addresses = [
+                    tensor if tensor is None else tensor.data_ptr() if tile is None else tile.on(tensor)
+                    for tile, tensor in zip(tiles, operands)
+                ]
+            start(x, y, 1, raw_stream(index), *prefix, *addresses, *rest)
         except BaseException:
             forget(device)
             raise
