@@ -46,16 +46,16 @@ def test_nothing_supported_is_wrong():
 
 
 def test_causal_models_of_the_newest():
-    causal = [row for row in rows("5.23.0") if row["class"].endswith("ForCausalLM") and row["supports_backend"]]
-    assert len(causal) == 120
-    assert sum(row["status"] == "match" for row in causal) >= 112
+    causal = [row for row in rows("5.24.0") if row["class"].endswith("ForCausalLM") and row["supports_backend"]]
+    assert len(causal) == 124
+    assert sum(row["status"] == "match" for row in causal) >= 121
     assert all(row["reason"] for row in causal if row["status"] != "match")
 
 
 def test_every_key_range_model_was_run_on_key_ranges():
     from flashcore_hf.models import KEY_RANGE_MODELS
 
-    found = {row["model_type"]: row for row in rows("5.23.0") if row["class"].endswith("ForCausalLM")}
+    found = {row["model_type"]: row for row in rows("5.24.0") if row["class"].endswith("ForCausalLM")}
     for model_type in KEY_RANGE_MODELS:
         row = found[model_type]
         assert row["status"] == "match" and row["paths"]["key_range"] > 0, model_type
@@ -82,7 +82,7 @@ def test_the_most_used_families_on_a_gpu(families):
 
 def test_the_most_used_families_in_the_interpreter(families):
     """What `--interpret` ran: the same calls through the kernels on a CPU."""
-    found = {row["model_type"]: row for row in rows("5.23.0") if row["class"].endswith("ForCausalLM")}
+    found = {row["model_type"]: row for row in rows("5.24.0") if row["class"].endswith("ForCausalLM")}
     interpreted = {family: found[family]["interpreter"] for family in families if "interpreter" in found[family]}
     assert len(interpreted) >= 10
     for family, row in interpreted.items():

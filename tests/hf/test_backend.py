@@ -230,7 +230,7 @@ class TestRefusal:
 
     CONFIGS = {
         "bloom": TINY_BLOOM,
-        "codegen": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "vocab_size": 50},
+        "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 50},
     }
 
     @pytest.mark.parametrize("model_type", CONFIGS)

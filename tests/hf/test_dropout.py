@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from flashcore_kernels.fallback import forget_warnings, torch_attention
-from flashcore_kernels.problem import check_problem
+from flashcore_kernels.problem import Inputs, check_problem
 
 from flashcore_hf.attention import flashcore_attention
 
@@ -131,10 +131,11 @@ def _first(arguments: dict) -> dict:
 
 def test_lse_does_not_change():
     query, key, value = tensors()
-    problem = check_problem(query, key, value, is_causal=True)
+    inputs = Inputs(query, key, value)
+    problem = check_problem(inputs, is_causal=True)
     torch.manual_seed(0)
-    output, lse = torch_attention(problem, query, key, value, return_lse=True, dropout=RATE)
-    plain, plain_lse = torch_attention(problem, query, key, value, return_lse=True)
+    output, lse = torch_attention(problem, inputs, return_lse=True, dropout=RATE)
+    plain, plain_lse = torch_attention(problem, inputs, return_lse=True)
     torch.testing.assert_close(lse, plain_lse)
     assert (output - plain).abs().max() > 0.1
     torch.testing.assert_close(output.transpose(1, 2), written_out(query, key, value, kept((2, 4, 7, 7), 0)))

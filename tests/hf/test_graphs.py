@@ -70,7 +70,12 @@ def test_the_prompts_kernel_is_compiled_from_the_beginning(model_type, recorded,
     begun, asked = [], []
     monkeypatch.setattr(graphs, "begin_compiling", lambda device, prompt: begun.append(prompt))
     check = op.check_problem
-    monkeypatch.setattr(op, "check_problem", lambda *args: asked.append((check(*args), args[9])) or asked[-1][0])
+
+    def noted(inputs, *options):
+        asked.append((check(inputs, *options), inputs.sinks))
+        return asked[-1][0]
+
+    monkeypatch.setattr(op, "check_problem", noted)
     _, model = graphed_pair(model_type)
     greedy(model, *prompts(2, 20, "left"), 1)
     problem, sinks = asked[0]

@@ -11,6 +11,7 @@ import torch
 import transformers
 from flashcore_kernels import FlashcoreFallbackWarning, interpreter_pace
 from flashcore_kernels.fallback import forget_warnings
+from flashcore_kernels.portable.tables import row_for
 from packaging.version import Version
 
 from flashcore_hf.__main__ import parser
@@ -205,12 +206,14 @@ class TestRuns:
         assert not torch.allclose(other.logits[:, 1:], free.logits[:, 1:], atol=1e-2)
 
     def test_the_pace_of_the_interpreter_is_for_a_while(self):
-        from flashcore_kernels import plan
+        def row(arch):
+            return row_for("flashcore_forward", arch, torch.float32, 64)
 
-        before = plan.configuration
-        with interpreter_pace(), pytest.raises(RuntimeError):
+        before, on_a_gpu = row(0), row(90)
+        with interpreter_pace(keys=256, queries=64), pytest.raises(RuntimeError):
+            assert (row(0).block_m, row(0).block_n) == (64, 256) and row(90) == on_a_gpu
             raise RuntimeError
-        assert plan.configuration is before
+        assert row(0) == before != on_a_gpu and before.block_n < 256
 
     def test_a_model_without_scaling_is_refused(self):
         with pytest.raises(ValueError, match="scaling"), wrong_scale(torch.nn.Linear(2, 2)):
