@@ -71,8 +71,8 @@ def test_the_prompts_kernel_is_compiled_from_the_beginning(model_type, recorded,
     monkeypatch.setattr(graphs, "begin_compiling", lambda device, prompt: begun.append(prompt))
     check = op.check_problem
 
-    def noted(inputs, *options):
-        asked.append((check(inputs, *options), inputs.sinks))
+    def noted(inputs, *options, **named):
+        asked.append((check(inputs, *options, **named), inputs.sinks))
         return asked[-1][0]
 
     monkeypatch.setattr(op, "check_problem", noted)
