@@ -1,0 +1,1 @@
+"""The kernels of every GPU that Triton compiles for."""

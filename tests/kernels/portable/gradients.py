@@ -1,0 +1,132 @@
+"""The error rule for gradients, and the calls that tests of the backward make. Works on any device.
+
+The rule: against float64 autograd of `naive_attention`, a gradient's largest error is at most 3x and its RMS error at
+most 2x that of a peer, plus a floor of two roundings. The peer is autograd through PyTorch's fused SDPA in the same
+dtype; where SDPA lacks a feature it is autograd through `naive_attention` with fp32 scores and probabilities in dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+from flashcore_kernels import attention, naive_attention
+from flashcore_kernels.portable.backward import run_backward
+from flashcore_kernels.portable.backward_table import backward_config
+from flashcore_kernels.problem import Problem, check_problem
+
+from ..reference import Call, peer
+
+MAX_RATIO, RMS_RATIO = 3.0, 2.0
+NAMES = ("dq", "dk", "dv", "dsinks", "dmask")
+
+
+class Training(NamedTuple):
+    """A call, what its forward answered, and the gradients that come back to it."""
+
+    call: Call
+    problem: Problem
+    output: torch.Tensor
+    lse: torch.Tensor
+    grad_output: torch.Tensor
+    grad_lse: torch.Tensor | None
+
+    def gradients(self, config=None, problem=None, **changed) -> dict[str, torch.Tensor]:
+        """What the kernels answer, by name."""
+        call, problem = self.call, problem or self.problem
+        arguments = call.arguments
+        tensors = {
+            "query": call.query, "key": call.key, "value": call.value, "key_range": arguments.get("key_range"),
+            "mask": arguments.get("mask"), "sinks": arguments.get("sinks"), "output": self.output, "lse": self.lse,
+            "grad_output": self.grad_output, "grad_lse": self.grad_lse,
+        }  # fmt: skip
+        options = {"sinks_grad": problem.has_sinks, "mask_grad": problem.mask_kind == "float"}
+        got = run_backward(problem, config or config_of(problem), **{**tensors, **options, **changed})
+        return {name: grad for name, grad in zip(NAMES, got) if grad is not None}
+
+
+def config_of(problem: Problem):
+    """The table's tiles, made small: lengths of tests then have blocks of every kind."""
+    arch = torch.cuda.get_device_capability()[0] * 10 if torch.cuda.is_available() else 0
+    config = backward_config(problem, arch)
+    if arch:
+        return config
+    small = {"block_m": 16, "block_n": 32}
+    return config._replace(
+        dq=config.dq._replace(**small), dkdv=config.dkdv._replace(**small), mask=config.mask._replace(**small)
+    )
+
+
+def train(call: Call, grad_lse: bool = True, seed: int = 0) -> Training:
+    """Run the forward of `call`, and draw gradients for its output and, with `grad_lse`, its lse."""
+    arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
+    with torch.no_grad():
+        output, lse = attention(call.query, call.key, call.value, **arguments, return_lse=True)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    grad_output = torch.randn(output.shape, generator=generator).to(output)
+    weight = torch.randn(lse.shape, generator=generator).to(lse) if grad_lse else None
+    return Training(call, problem_of(call), output, lse, grad_output, weight)
+
+
+def problem_of(call: Call) -> Problem:
+    arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
+    return check_problem(call.query, call.key, call.value, **arguments)
+
+
+def autograd(training: Training, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Gradients by autograd: of the definition in float64, or of the peer where `dtype` is the call's."""
+    call = training.call
+    arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
+    exact = dtype == torch.float64
+    leaves = {"dq": call.query, "dk": call.key, "dv": call.value}
+    if "sinks" in arguments:
+        leaves["dsinks"] = arguments["sinks"]
+    if training.problem.mask_kind == "float":
+        leaves["dmask"] = arguments["mask"]
+    leaves = {name: (t.double() if exact else t.clone()).detach().requires_grad_() for name, t in leaves.items()}
+    arguments |= {name: leaves["d" + name] for name in ("sinks", "mask") if "d" + name in leaves}
+    tensors = leaves["dq"], leaves["dk"], leaves["dv"]
+    if exact:
+        output, lse = naive_attention(*tensors, **arguments)
+    elif training.grad_lse is None:
+        output, lse = peer(Call(*tensors, arguments)), None
+    else:
+        output, lse = naive_attention(*tensors, probability_dtype=dtype, **arguments)
+    loss = (output * training.grad_output.to(output)).sum()
+    if training.grad_lse is not None:
+        # Where a row sees nothing the lse is -inf, a constant.
+        loss = loss + (lse * training.grad_lse.to(lse)).masked_fill(training.lse == -torch.inf, 0.0).sum()
+    loss.backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_gradients(got: dict[str, torch.Tensor], training: Training) -> None:
+    """Hold gradients against the error rule.
+
+    Raises:
+        AssertionError: says which bound of which gradient was broken, and by how much.
+    """
+    want, yardstick = autograd(training, torch.float64), autograd(training, training.call.query.dtype)
+    assert got.keys() == want.keys()
+    for name, grad in got.items():
+        leaf = {"dsinks": "sinks", "dmask": "mask"}.get(name)
+        leaf = (
+            training.call.arguments[leaf]
+            if leaf
+            else getattr(training.call, {"q": "query", "k": "key", "v": "value"}[name[1]])
+        )
+        assert grad.shape == leaf.shape and grad.dtype == leaf.dtype, name
+        assert torch.isfinite(grad).all(), f"{name}: {(~torch.isfinite(grad)).sum().item()} are not finite"
+        # Autograd's own gradients of what nobody sees are 0 * NaN in places; there the answer is 0.
+        reference, own = want[name].nan_to_num(0.0), yardstick[name].double().nan_to_num(0.0)
+        error, peers = (grad.double() - reference).abs(), (own - reference).abs()
+        rounding = torch.finfo(training.call.query.dtype).eps / 2
+        for what, of, ratio in (("largest", _largest, MAX_RATIO), ("RMS", _rms, RMS_RATIO)):
+            bound = ratio * of(peers) + 2 * rounding * of(reference)
+            assert of(error) <= bound, f"{name}: {what} error {of(error):.3g}, at most {bound:.3g} ({of(peers):.3g})"
+
+
+def _largest(x: torch.Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _rms(x: torch.Tensor) -> float:
+    return x.pow(2).mean().sqrt().item()
