@@ -88,7 +88,7 @@ def run_backward(
     if scale == 0.0:
         # Products have to be 0 for the right probabilities, and a factor that can be divided by.
         query, problem = query * 0.0, problem._replace(scale=1.0)
-    call = _Call(problem, config, key_range, mask, philox, drop_threshold(dropout), 1.0 / (1.0 - dropout))
+    call = BackwardCall(problem, config, key_range, mask, philox, drop_threshold(dropout), 1.0 / (1.0 - dropout))
     delta = torch.empty_like(lse)
     dq, dk, dv = (empty_like_heads(t) for t in (query, key, value))
     call.launch_dq(query, key, value, output, grad_output, grad_lse, lse, delta, dq, scale)
@@ -106,7 +106,7 @@ def sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -
     return -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
 
 
-class _Call:
+class BackwardCall:
     """What the launches of one backward have in common."""
 
     def __init__(
@@ -150,9 +150,9 @@ class _Call:
             flashcore_backward_dq,
             triton.cdiv(problem.num_queries, row.block_m) * problem.batch_size * problem.num_heads,
             (
-                query, key, value, output, grad_output, grad_lse, lse, delta, dq, self.key_range, self.mask, self.philox,
-                *_strides(query, key, value, output, grad_output, dq), *self.range_strides, *self.mask_strides,
-                problem.num_heads, problem.group,
+                query, key, value, output, grad_output, grad_lse, lse, delta, dq, self.key_range, self.mask,
+                self.philox, *_strides(query, key, value, output, grad_output, dq), *self.range_strides,
+                *self.mask_strides, problem.num_heads, problem.group,
             ),
             (*self.numbers, *self.factors, scale, self.keep_scale, 1.0),
             (*self.constants(row), *self.features()),

@@ -138,8 +138,7 @@ def add_query_block(
     p, t = probabilities(s, lse[None, :], bias, score_scale, cap_scale, SOFTCAP, MASK, FOLD, EXACT)
     if CHECK == 2:
         if edge:
-            see = (n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :])  # [N, M]
-            p = tl.where(see, p, 0.0)
+            p = tl.where((n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :]), p, 0.0)
     elif CHECK == 1:
         p = tl.where(see, p, 0.0)
     dropped = p
@@ -235,8 +234,8 @@ def flashcore_backward_dkdv(
 
     Shapes: as in `flashcore_backward_dq`; DK `[B, Hkv, K, D]`, DV `[B, Hkv, K, DV]`; Blocks: see
     `flashcore_query_blocks`, for RANGE 2.
-    Grid: `(key_tiles * B * Hkv,)` with cdiv(K, BLOCK_N) tiles, one more with RANGE 1: there the first may lie before the
-    sequence's first key. The first keys come first: under causal attention they take longest.
+    Grid: `(key_tiles * B * Hkv,)` with cdiv(K, BLOCK_N) tiles, one more with RANGE 1: there the first may lie before
+    the sequence's first key. The first keys come first: under causal attention they take longest.
     """
     num_kv_heads = num_heads // group
     num_tiles = tl.cdiv(num_keys, BLOCK_N) + (1 if RANGE == 1 else 0)
