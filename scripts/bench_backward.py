@@ -354,7 +354,9 @@ def main() -> int:
     if not (arguments.tiny or torch.cuda.is_available()):
         print("bench_backward needs a GPU; its cases:", *map(str, cases(arguments.groups)), sep="\n  ")
         return 1
-    dtype, device = getattr(torch, arguments.dtype), "cpu" if arguments.tiny else "cuda"
+    # Triton's interpreter multiplies no bfloat16.
+    dtype = torch.float16 if arguments.tiny else getattr(torch, arguments.dtype)
+    device = "cpu" if arguments.tiny else "cuda"
     forward = None
     if not arguments.tiny and {"fa3", "fa3_deterministic"} & set(arguments.peers):
         forward = benchmarking.load_fa3(arguments.fa3)

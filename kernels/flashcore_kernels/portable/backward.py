@@ -127,10 +127,11 @@ class BackwardCall:
         self.exact = problem.dtype == torch.float32
         # Under softcap the tanh needs the scores alone, a float mask is added to them, and fp32 rounds as it is read.
         self.fold = not (problem.softcap or problem.mask_kind == "float" or self.exact)
+        unit = 1.0 if self.exact else LOG2_E
         if problem.softcap:
-            factors = problem.scale / problem.softcap, problem.softcap * LOG2_E
+            factors = problem.scale / problem.softcap, problem.softcap * unit
         else:
-            factors = problem.scale * LOG2_E, 0.0
+            factors = problem.scale * unit, 0.0
         self.numbers = (
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, drop_below,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """What the backward's kernels share: which keys rows see, and a tile's probabilities once more from the log-sum-exp.
 
-Names as in blocks.py: M queries and N keys of a tile, scores in units of log2. A row's bits must not depend on whether
-its tile was checked for visibility, so what a compiler could contract in one loop alone is an explicit fma.
+Names as in blocks.py: M queries and N keys of a tile, scores in units of log2 (natural ones in fp32). A row's bits must
+not depend on whether its tile was checked for visibility, so what a compiler could contract in one loop alone is an
+explicit fma.
 """
 
 import triton
@@ -31,21 +32,24 @@ def row_ranges(
 
 
 @triton.jit
-def load_lse(Lse, m, there):
-    """[M] fp32 log-sum-exp in units of log2, +inf where a row sees no key: its probabilities then are 0, not NaN."""
+def load_lse(Lse, m, there, EXACT: tl.constexpr):
+    """[M] fp32 log-sum-exp, +inf where a row sees no key: its probabilities then are 0, not NaN.
+
+    In units of log2 but where EXACT: there it stays as it is, because another rounding would be one of each probability.
+    """
     lse = tl.load(Lse + m, mask=there, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    return tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * LOG2_E)
 
 
 @triton.jit
-def load_mask(at, there, MASK: tl.constexpr):
-    """(bias, whether the mask lets through) of the tile at the pointers `at`; the bias in units of log2, for MASK 2."""
+def load_mask(at, there, MASK: tl.constexpr, EXACT: tl.constexpr):
+    """(bias, whether the mask lets through) of the tile at the pointers `at`; the bias in the units of the lse."""
     value = tl.load(at, mask=there, other=0)
     if MASK == 1:
         return 0.0, there & (value != 0)
     value = value.to(tl.float32)
     # As in the forward: finite stays finite.
-    return tl.maximum(value * LOG2_E, -3.0e38), there & (value > float("-inf"))
+    return tl.maximum(value if EXACT else value * LOG2_E, -3.0e38), there & (value > float("-inf"))
 
 
 @triton.jit
@@ -68,6 +72,8 @@ def probabilities(s, lse, bias, score_scale, cap_scale, SOFTCAP: tl.constexpr, M
             x = tl.minimum(tl.fma(t, unit, bias) - lse, 0.0)
         else:
             x = tl.fma(t, unit, -lse)
+    if EXACT:
+        x *= LOG2_E
     return power_of_2(x, EXACT), t
 
 

@@ -114,7 +114,7 @@ def add_query_block(
     if CHECK == 1:
         see = exists[:, None] & there[None, :] & (n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :])
         if MASK != 0:
-            bias, see = load_mask(mask_keys[:, None] + m.to(tl.int64)[None, :] * stride_mq, see, MASK)
+            bias, see = load_mask(mask_keys[:, None] + m.to(tl.int64)[None, :] * stride_mq, see, MASK, EXACT)
         # A query that sees none of these keys may hold NaN, and 0 * NaN is NaN.
         there = there & (tl.max(see.to(tl.int32), axis=0) > 0)
     rows = m
@@ -125,7 +125,7 @@ def add_query_block(
         GradOut += (m0 + tl.zeros([], tl.int64)) * stride_gs
     q = load_tile(Q, rows, stride_qs, tl.arange(0, BLOCK_D), there, HEAD_DIM, BLOCK_D, True)  # [M, D]
     do = load_tile(GradOut, rows, stride_gs, tl.arange(0, BLOCK_DV), there, VALUE_DIM, BLOCK_DV, True)  # [M, DV]
-    lse = load_lse(Lse, m, there)  # [M]
+    lse = load_lse(Lse, m, there, EXACT)  # [M]
     delta = tl.load(Delta + m, mask=there, other=0.0)  # [M]
     if EXACT:
         s = short_sums(k, Q, stride_qs, m, there, exists, one, HEAD_DIM, BLOCK_D, True)  # [N, M]

@@ -108,7 +108,7 @@ def flashcore_backward_mask(
                 sees = row_lo < row_hi
                 lo = tl.maximum(tl.min(tl.where(sees, row_lo, num_keys), axis=0), n_begin)
                 hi = tl.minimum(tl.max(tl.where(sees, row_hi, 0), axis=0), n_end)
-                lse = load_lse(Lse + at, m, sees)
+                lse = load_lse(Lse + at, m, sees, EXACT)
                 delta = tl.load(Delta + at + m, mask=sees, other=0.0)
                 mask_rows = Mask + b * stride_mb + h * stride_mh + m.to(tl.int64) * stride_mq  # [M]
                 for n0 in range(n_begin + tl.maximum(lo - n_begin, 0) // BLOCK_N * BLOCK_N, hi, BLOCK_N):
@@ -119,7 +119,9 @@ def flashcore_backward_mask(
                                        other=-1)  # fmt: skip
                         present = present & (((word >> (n & 31)) & 1) == 1)
                     see = present[None, :] & (n[None, :] >= row_lo[:, None]) & (n[None, :] < row_hi[:, None])
-                    bias, see = load_mask(mask_rows[:, None] + n.to(tl.int64)[None, :] * stride_mk, see, 2)  # [M, N]
+                    bias, see = load_mask(
+                        mask_rows[:, None] + n.to(tl.int64)[None, :] * stride_mk, see, 2, EXACT
+                    )  # [M, N]
                     if EXACT:
                         q_rows = q_head + m.to(tl.int64) * stride_qs
                         do_rows = do_head + m.to(tl.int64) * stride_gs

@@ -63,7 +63,7 @@ def add_key_block(
             present = present & (((word >> (cols & 31)) & 1) == 1)
         see = seen(cols, present, row_lo, row_hi) & sees[:, None]  # [M, N]
         if MASK != 0:
-            bias, see = load_mask(mask_rows[:, None] + cols.to(tl.int64)[None, :] * stride_mk, see, MASK)
+            bias, see = load_mask(mask_rows[:, None] + cols.to(tl.int64)[None, :] * stride_mk, see, MASK, EXACT)
         # A key that no row sees may hold NaN, and 0 * NaN is NaN.
         present = present & (tl.max(see.to(tl.int32), axis=0) > 0)
     rows = cols
@@ -217,7 +217,7 @@ def flashcore_backward_dq(
     if GradLse is not None:
         delta -= tl.load(GradLse + at + offs_m, mask=row_valid, other=0.0)
     tl.store(Delta + at + offs_m, delta, mask=row_valid)
-    lse = load_lse(Lse + at, offs_m, sees)  # [M]
+    lse = load_lse(Lse + at, offs_m, sees, EXACT)  # [M]
     q_head = Q + b * stride_qb + h.to(tl.int64) * stride_qh
     if EXACT:
         q = q_head + offs_m.to(tl.int64) * stride_qs  # [M]
