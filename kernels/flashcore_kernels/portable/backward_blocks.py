@@ -35,7 +35,7 @@ def row_ranges(
 def load_lse(Lse, m, there, EXACT: tl.constexpr):
     """[M] fp32 log-sum-exp, +inf where a row sees no key: its probabilities then are 0, not NaN.
 
-    In units of log2 but where EXACT: there it stays as it is, because another rounding would be one of each probability.
+    In units of log2, but where EXACT as it is: another rounding of it would be one of each probability.
     """
     lse = tl.load(Lse + m, mask=there, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * LOG2_E)
@@ -47,9 +47,10 @@ def load_mask(at, there, MASK: tl.constexpr, EXACT: tl.constexpr):
     value = tl.load(at, mask=there, other=0)
     if MASK == 1:
         return 0.0, there & (value != 0)
-    value = value.to(tl.float32)
-    # As in the forward: finite stays finite.
-    return tl.maximum(value if EXACT else value * LOG2_E, -3.0e38), there & (value > float("-inf"))
+    else:
+        value = value.to(tl.float32)
+        # As in the forward: finite stays finite.
+        return tl.maximum(value if EXACT else value * LOG2_E, -3.0e38), there & (value > float("-inf"))
 
 
 @triton.jit

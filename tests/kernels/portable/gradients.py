@@ -111,15 +111,21 @@ def assert_gradients(got: dict[str, torch.Tensor], training: Training) -> None:
         AssertionError: says which bound of which gradient was broken, and by how much.
     """
     want, yardstick = autograd(training, torch.float64), autograd(training, training.call.query.dtype)
-    assert got.keys() == want.keys()
     for name, grad in got.items():
         leaf = dict(zip(NAMES, (*training.call[:3], *map(training.call.arguments.get, ("sinks", "mask")))))[name]
         assert grad.shape == leaf.shape and grad.dtype == leaf.dtype, name
+    assert_errors(got, want, yardstick, training.call.query.dtype)
+
+
+def assert_errors(got: dict, want: dict, yardstick: dict, dtype: torch.dtype) -> None:
+    """The rule itself, for gradients of inputs in `dtype`."""
+    assert got.keys() == want.keys()
+    for name, grad in got.items():
         assert torch.isfinite(grad).all(), f"{name}: {(~torch.isfinite(grad)).sum().item()} are not finite"
         # Autograd's own gradients of what nobody sees are 0 * NaN in places; there the answer is 0.
         reference, own = want[name].nan_to_num(0.0), yardstick[name].double().nan_to_num(0.0)
         error, peers = (grad.double() - reference).abs(), (own - reference).abs()
-        rounding = torch.finfo(training.call.query.dtype).eps / 2
+        rounding = torch.finfo(dtype).eps / 2
         for what, of, ratio in (("largest", _largest, MAX_RATIO), ("RMS", _rms, RMS_RATIO)):
             bound = ratio * of(peers) + 2 * rounding * of(reference)
             assert of(error) <= bound, f"{name}: {what} error {of(error):.3g}, at most {bound:.3g} ({of(peers):.3g})"
