@@ -276,9 +276,9 @@ def kernel_call(case: Case, step: Step, row) -> Callable:
     delta = torch.empty_like(lse)
     grads = [empty_like_heads(t) for t in x]
     if row.kernel == "dq":
-        return lambda: call.launch_dq(*x, output, step.grad, None, lse, delta, grads[0], problem.scale)
-    call.launch_dq(*x, output, step.grad, None, lse, delta, grads[0], problem.scale)
-    return lambda: call.launch_dkdv(*x, step.grad, lse, delta, *grads[1:], problem.scale)
+        return lambda: call.launch_dq(*x, output, step.grad, None, lse, None, delta, grads[0], problem.scale)
+    call.launch_dq(*x, output, step.grad, None, lse, None, delta, grads[0], problem.scale)
+    return lambda: call.launch_dkdv(*x, step.grad, lse, None, delta, *grads[1:], problem.scale)
 
 
 def tune(case: Case, dtype: torch.dtype, device: str, rounds: int, tiny: bool) -> list[dict]:

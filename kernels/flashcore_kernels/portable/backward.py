@@ -2,7 +2,8 @@
 
 Two kernels, one for dQ (backward_query.py) and one for dK and dV (backward_key.py), make the scores twice, and need
 neither atomics nor buffers for it: gradients have the same bits in every run, and for a sequence alone, batched or
-padded. A third (backward_mask.py) makes the gradient of an additive mask where that is asked for.
+padded. A third (backward_mask.py) makes the gradient of an additive mask where that is asked for, and where there is
+such a mask a fourth (backward_shift.py) comes first, for rows whose log-sum-exp has no digits left.
 """
 
 import torch
@@ -13,6 +14,7 @@ from ..problem import Problem
 from .backward_key import flashcore_backward_dkdv, flashcore_query_blocks
 from .backward_mask import flashcore_backward_mask
 from .backward_query import flashcore_backward_dq
+from .backward_shift import flashcore_backward_shift
 from .backward_table import BackwardConfig, BackwardRow
 from .dropout import drop_threshold
 
@@ -89,11 +91,13 @@ def run_backward(
         # Products have to be 0 for the right probabilities, and a factor that can be divided by.
         query, problem = query * 0.0, problem._replace(scale=1.0)
     call = BackwardCall(problem, config, key_range, mask, philox, drop_threshold(dropout), 1.0 / (1.0 - dropout))
-    delta = torch.empty_like(lse)
+    delta, weight, shift = torch.empty_like(lse), None, lse
+    if problem.mask_kind == "float":
+        shift, weight = call.launch_shift(query, key, sinks, lse)
     dq, dk, dv = (empty_like_heads(t) for t in (query, key, value))
-    call.launch_dq(query, key, value, output, grad_output, grad_lse, lse, delta, dq, scale)
-    call.launch_dkdv(query, key, value, grad_output, lse, delta, dk, dv, scale)
-    dmask = call.launch_mask(query, key, value, grad_output, lse, delta) if mask_grad else None
+    call.launch_dq(query, key, value, output, grad_output, grad_lse, shift, weight, delta, dq, scale)
+    call.launch_dkdv(query, key, value, grad_output, shift, weight, delta, dk, dv, scale)
+    dmask = call.launch_mask(query, key, value, grad_output, shift, weight, delta) if mask_grad else None
     dsinks = sink_gradient(sinks, lse, delta) if sinks_grad else None
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dsinks, dmask
 
@@ -125,8 +129,7 @@ class BackwardCall:
         self.range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
         self.range = (None, "sequence", "rows").index(problem.range_layout)
         self.exact = problem.dtype == torch.float32
-        # Under softcap the tanh needs the scores alone, a float mask is added to them, and fp32 rounds as it is read.
-        self.fold = not (problem.softcap or problem.mask_kind == "float" or self.exact)
+        self.fold = self.folds(problem)
         unit = 1.0 if self.exact else LOG2_E
         if problem.softcap:
             factors = problem.scale / problem.softcap, problem.softcap * unit
@@ -137,6 +140,14 @@ class BackwardCall:
         )  # fmt: skip
         self.factors, self.keep_scale = (*factors, 1.0 / factors[0]), keep_scale
 
+    @staticmethod
+    def folds(problem: Problem) -> bool:
+        """Whether the sums of products that are scores begin at -lse.
+
+        Under softcap the tanh needs the scores alone, a float mask is added to them, and in fp32 it would cost digits.
+        """
+        return not (problem.softcap or problem.mask_kind == "float" or problem.dtype == torch.float32)
+
     def constants(self, row: BackwardRow) -> tuple:
         sizes = self.problem.head_dim, self.problem.value_dim, self.config.block_d, self.config.block_dv
         return *sizes, row.block_m, row.block_n, self.exact, self.range
@@ -145,14 +156,34 @@ class BackwardCall:
         mask = (None, "bool", "float").index(self.problem.mask_kind)
         return mask, self.problem.softcap > 0.0, self.fold
 
-    def launch_dq(self, query, key, value, output, grad_output, grad_lse, lse, delta, dq, scale: float) -> None:
+    def launch_shift(self, query, key, sinks, lse) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Shift, Weight) in place of an lse that an additive mask may have left without digits."""
+        problem, row = self.problem, self.config.mask
+        shift, weight = torch.empty_like(lse), torch.empty_like(lse)
+        launch(
+            flashcore_backward_shift,
+            triton.cdiv(problem.num_queries, row.block_m) * problem.batch_size * problem.num_heads,
+            (
+                query, key, lse, shift, weight, self.key_range, self.mask, sinks, *_strides(query, key),
+                *self.range_strides, *self.mask_strides, problem.num_heads, problem.group,
+            ),
+            (*self.numbers, *self.factors[:2], 1.0),
+            (
+                problem.head_dim, self.config.block_d, row.block_m, row.block_n, self.exact, self.range,
+                problem.softcap > 0.0,
+            ),
+            row,
+        )  # fmt: skip
+        return shift, weight
+
+    def launch_dq(self, query, key, value, output, grad_output, grad_lse, lse, weight, delta, dq, scale: float) -> None:
         problem, row = self.problem, self.config.dq
         launch(
             flashcore_backward_dq,
             triton.cdiv(problem.num_queries, row.block_m) * problem.batch_size * problem.num_heads,
             (
-                query, key, value, output, grad_output, grad_lse, lse, delta, dq, self.key_range, self.mask,
-                self.philox, *_strides(query, key, value, output, grad_output, dq), *self.range_strides,
+                query, key, value, output, grad_output, grad_lse, lse, weight, delta, dq, self.key_range,
+                self.mask, self.philox, *_strides(query, key, value, output, grad_output, dq), *self.range_strides,
                 *self.mask_strides, problem.num_heads, problem.group,
             ),
             (*self.numbers, *self.factors, scale, self.keep_scale, 1.0),
@@ -160,7 +191,7 @@ class BackwardCall:
             row,
         )  # fmt: skip
 
-    def launch_dkdv(self, query, key, value, grad_output, lse, delta, dk, dv, scale: float) -> None:
+    def launch_dkdv(self, query, key, value, grad_output, lse, weight, delta, dk, dv, scale: float) -> None:
         problem, row = self.problem, self.config.dkdv
         blocks = None
         if problem.range_layout == "rows":
@@ -176,7 +207,8 @@ class BackwardCall:
             flashcore_backward_dkdv,
             num_tiles * problem.batch_size * problem.num_kv_heads,
             (
-                query, key, value, grad_output, lse, delta, dk, dv, self.key_range, blocks, self.mask, self.philox,
+                query, key, value, grad_output, lse, weight, delta, dk, dv, self.key_range, blocks, self.mask,
+                self.philox,
                 *_strides(query, key, value, grad_output, dk, dv), *self.range_strides, *self.mask_strides,
                 problem.num_heads, problem.group,
             ),
@@ -185,7 +217,7 @@ class BackwardCall:
             row,
         )  # fmt: skip
 
-    def launch_mask(self, query, key, value, grad_output, lse, delta) -> torch.Tensor:
+    def launch_mask(self, query, key, value, grad_output, lse, weight, delta) -> torch.Tensor:
         problem, row, mask = self.problem, self.config.mask, self.given_mask
         dmask = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
         batch, heads, queries, keys = mask.shape
@@ -196,7 +228,7 @@ class BackwardCall:
             flashcore_backward_mask,
             (1 if sum_n else triton.cdiv(keys, row.block_n)) * m_tiles * batch * heads,
             (
-                query, key, value, grad_output, lse, delta, dmask, self.key_range, self.mask, self.philox,
+                query, key, value, grad_output, lse, weight, delta, dmask, self.key_range, self.mask, self.philox,
                 *_strides(query, key, value, grad_output), *self.range_strides, *self.mask_strides, batch, heads,
                 problem.batch_size, problem.num_heads, problem.group,
             ),

@@ -32,13 +32,14 @@ def row_ranges(
 
 
 @triton.jit
-def load_lse(Lse, m, there, EXACT: tl.constexpr):
+def load_lse(Lse, m, there, AS_IS: tl.constexpr):
     """[M] fp32 log-sum-exp, +inf where a row sees no key: its probabilities then are 0, not NaN.
 
-    In units of log2, but where EXACT as it is: another rounding of it would be one of each probability.
+    In units of log2, but AS_IS in fp32, where another rounding of it would be one of each probability, and where
+    `flashcore_backward_shift` prepared it.
     """
     lse = tl.load(Lse + m, mask=there, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse if EXACT else lse * LOG2_E)
+    return tl.where(lse == float("-inf"), float("inf"), lse if AS_IS else lse * LOG2_E)
 
 
 @triton.jit
@@ -69,8 +70,7 @@ def probabilities(s, lse, bias, score_scale, cap_scale, SOFTCAP: tl.constexpr, M
         lse = tl.broadcast_to(lse, s.shape)
         unit = tl.zeros_like(s) + (cap_scale if SOFTCAP else score_scale)
         if MASK == 2:
-            # The sum of a bias such as finfo.min and a score has no room for the score, nor has lse: not above 1.
-            x = tl.minimum(tl.fma(t, unit, bias) - lse, 0.0)
+            x = tl.fma(t, unit, bias) - lse
         else:
             x = tl.fma(t, unit, -lse)
     if EXACT:

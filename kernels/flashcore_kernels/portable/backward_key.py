@@ -56,6 +56,7 @@ def add_query_block(
     Q,
     GradOut,
     Lse,
+    Weight,
     Delta,  # of this sequence and query head
     stride_qs,
     stride_gs,
@@ -125,7 +126,7 @@ def add_query_block(
         GradOut += (m0 + tl.zeros([], tl.int64)) * stride_gs
     q = load_tile(Q, rows, stride_qs, tl.arange(0, BLOCK_D), there, HEAD_DIM, BLOCK_D, True)  # [M, D]
     do = load_tile(GradOut, rows, stride_gs, tl.arange(0, BLOCK_DV), there, VALUE_DIM, BLOCK_DV, True)  # [M, DV]
-    lse = load_lse(Lse, m, there, EXACT)  # [M]
+    lse = load_lse(Lse, m, there, EXACT or MASK == 2)  # [M]
     delta = tl.load(Delta + m, mask=there, other=0.0)  # [M]
     if EXACT:
         s = short_sums(k, Q, stride_qs, m, there, exists, one, HEAD_DIM, BLOCK_D, True)  # [N, M]
@@ -136,6 +137,8 @@ def add_query_block(
         s = tl.dot(k, tl.trans(q), begin - (lse * start_scale)[None, :] if FOLD else begin)
         dp = tl.dot(v, tl.trans(do), begin if Philox is not None else begin - delta[None, :])
     p, t = probabilities(s, lse[None, :], bias, score_scale, cap_scale, SOFTCAP, MASK, FOLD, EXACT)
+    if MASK == 2:
+        p *= tl.load(Weight + m, mask=there, other=0.0)[None, :]
     if CHECK == 2:
         if edge:
             p = tl.where((n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :]), p, 0.0)
@@ -169,6 +172,7 @@ def flashcore_backward_dkdv(
     V,
     GradOut,
     Lse,
+    Weight,
     Delta,
     DK,
     DV,
@@ -305,8 +309,9 @@ def flashcore_backward_dkdv(
                 mask_keys = Mask + b * stride_mb + h * stride_mh + n.to(tl.int64) * stride_mk  # [N]
             acc_k, acc_v = add_query_block(
                 acc_k, acc_v, k, v, Q + b * stride_qb + h * stride_qh, GradOut + b * stride_gb + h * stride_gh,
-                Lse + at, Delta + at, stride_qs, stride_gs, m0, m_lo, m_hi, n, exists, Range, Blocks, b, num_queries,
-                num_keys, first, end, start, left, right, stride_rb, stride_rs, mask_keys, stride_mq, Philox,
+                Lse + at, (Weight + at if MASK == 2 else Lse), Delta + at, stride_qs, stride_gs, m0, m_lo, m_hi, n,
+                exists, Range, Blocks, b, num_queries, num_keys, first, end, start, left, right, stride_rb, stride_rs,
+                mask_keys, stride_mq, Philox,
                 (b * num_heads + h).to(tl.int32), n0, drop_below, score_scale, cap_scale, start_scale, keep_scale, one,
                 True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EXACT, 1, RANGE, MASK, SOFTCAP, FOLD,
             )  # fmt: skip
@@ -323,8 +328,8 @@ def flashcore_backward_dkdv(
                 edge = (m0 < full_lo) | (m0 + BLOCK_M > full_hi)
             acc_k, acc_v = add_query_block(
                 acc_k, acc_v, k, v, Q + b * stride_qb + h * stride_qh, GradOut + b * stride_gb + h * stride_gh,
-                Lse + at, Delta + at, stride_qs, stride_gs, m0, m_lo, m_hi, n, exists, Range, Blocks, b, num_queries,
-                num_keys, first, end, start, left, right, stride_rb, stride_rs, n, stride_mq, Philox,
+                Lse + at, Lse, Delta + at, stride_qs, stride_gs, m0, m_lo, m_hi, n, exists, Range, Blocks, b,
+                num_queries, num_keys, first, end, start, left, right, stride_rb, stride_rs, n, stride_mq, Philox,
                 (b * num_heads + h).to(tl.int32), n0, drop_below, score_scale, cap_scale, start_scale, keep_scale, one,
                 edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EXACT, 2, RANGE, MASK, SOFTCAP, FOLD,
             )  # fmt: skip

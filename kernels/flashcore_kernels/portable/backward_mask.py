@@ -15,6 +15,7 @@ def flashcore_backward_mask(
     V,
     GradOut,
     Lse,
+    Weight,
     Delta,
     DMask,
     Range,
@@ -108,7 +109,8 @@ def flashcore_backward_mask(
                 sees = row_lo < row_hi
                 lo = tl.maximum(tl.min(tl.where(sees, row_lo, num_keys), axis=0), n_begin)
                 hi = tl.minimum(tl.max(tl.where(sees, row_hi, 0), axis=0), n_end)
-                lse = load_lse(Lse + at, m, sees, EXACT)
+                lse = load_lse(Lse + at, m, sees, True)
+                weight = tl.load(Weight + at + m, mask=sees, other=0.0)
                 delta = tl.load(Delta + at + m, mask=sees, other=0.0)
                 mask_rows = Mask + b * stride_mb + h * stride_mh + m.to(tl.int64) * stride_mq  # [M]
                 for n0 in range(n_begin + tl.maximum(lo - n_begin, 0) // BLOCK_N * BLOCK_N, hi, BLOCK_N):
@@ -137,6 +139,7 @@ def flashcore_backward_mask(
                         s = tl.dot(q, tl.trans(k))
                         dp = tl.dot(do, tl.trans(v))
                     p, t = probabilities(s, lse[:, None], bias, score_scale, cap_scale, SOFTCAP, 2, False, EXACT)
+                    p *= weight[:, None]
                     if Philox is not None:
                         keep = dropout_keep_at(Philox, (at // num_queries).to(tl.int32), m, n - first, drop_below)
                         dp = tl.where(keep, dp * keep_scale, 0.0)

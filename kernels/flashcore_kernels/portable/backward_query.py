@@ -14,6 +14,7 @@ def add_key_block(
     q,  # [M, D]; where EXACT, [M] pointers to its rows
     do,  # [M, DV], likewise
     lse,  # [M], see load_lse
+    weight,  # [M], see flashcore_backward_shift; read only where MASK is 2
     delta,  # [M]
     K,
     V,  # of this sequence and KV head
@@ -82,6 +83,8 @@ def add_key_block(
         s = tl.dot(q, tl.trans(k), begin - (lse * start_scale)[:, None] if FOLD else begin)
         dp = tl.dot(do, tl.trans(v), begin if Philox is not None else begin - delta[:, None])
     p, t = probabilities(s, lse[:, None], bias, score_scale, cap_scale, SOFTCAP, MASK, FOLD, EXACT)
+    if MASK == 2:
+        p *= weight[:, None]
     if Philox is not None:
         keep = dropout_keep(Philox, head, offs_m, (n - first) // 4, drop_below, BLOCK_N)
         dp = tl.fma(tl.where(keep, dp, 0.0), keep_scale + tl.zeros_like(dp), tl.zeros_like(dp) - delta[:, None])
@@ -107,6 +110,7 @@ def flashcore_backward_dq(
     GradOut,
     GradLse,
     Lse,
+    Weight,
     Delta,
     DQ,
     Range,
@@ -167,7 +171,8 @@ def flashcore_backward_dq(
         P = exp(score - lse), dP = dO V^T, delta = rowsum(dO * O) - dLse, dS = P * (dP - delta) * (1 - tanh^2).
 
     Shapes: Q, DQ `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, DV]`, Out, GradOut `[B, H, Q, DV]`, Lse, GradLse,
-    Delta `[B, H, Q]` fp32 (Delta is written), the rest as in `flashcore_forward`; Philox as in `dropout_keep`.
+    Delta `[B, H, Q]` fp32 (Delta is written; with MASK 2 Lse and Weight are what `flashcore_backward_shift` wrote), the
+    rest as in `flashcore_forward`; Philox as in `dropout_keep`.
     Grid: `(cdiv(Q, BLOCK_M) * B * H,)`, the last queries first.
     """
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -217,7 +222,10 @@ def flashcore_backward_dq(
     if GradLse is not None:
         delta -= tl.load(GradLse + at + offs_m, mask=row_valid, other=0.0)
     tl.store(Delta + at + offs_m, delta, mask=row_valid)
-    lse = load_lse(Lse + at, offs_m, sees, EXACT)  # [M]
+    lse = load_lse(Lse + at, offs_m, sees, EXACT or MASK == 2)  # [M]
+    weight = lse
+    if MASK == 2:
+        weight = tl.load(Weight + at + offs_m, mask=sees, other=0.0)  # [M]
     q_head = Q + b * stride_qb + h.to(tl.int64) * stride_qh
     if EXACT:
         q = q_head + offs_m.to(tl.int64) * stride_qs  # [M]
@@ -235,26 +243,28 @@ def flashcore_backward_dq(
     if MASK != 0 or RANGE != 0:
         for n in range(n_begin, n_looked, BLOCK_N):
             acc = add_key_block(
-                acc, q, do, lse, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees, bitmap,
-                holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale, start_scale,
-                keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1, RANGE == 1, MASK,
+                acc, q, do, lse, weight, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees,
+                bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
+                start_scale, keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1,
+                RANGE == 1, MASK,
                 SOFTCAP, FOLD,
             )  # fmt: skip
     if MASK == 0:
         for n in range(n_looked, n_last, BLOCK_N):
             edge = (n < n_full) | (n >= n_edge)
             acc = add_key_block(
-                acc, q, do, lse, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees, bitmap,
-                holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale, start_scale,
-                keep_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT,
+                acc, q, do, lse, weight, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees,
+                bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
+                start_scale, keep_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT,
                 0 if RANGE == 2 else 2, False, MASK, SOFTCAP, FOLD,
             )  # fmt: skip
     if MASK == 0 and RANGE == 2:
         for n in range(n_edge, hi, BLOCK_N):
             acc = add_key_block(
-                acc, q, do, lse, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees, bitmap,
-                holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale, start_scale,
-                keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1, False, MASK,
+                acc, q, do, lse, weight, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees,
+                bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
+                start_scale, keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1,
+                False, MASK,
                 SOFTCAP, FOLD,
             )  # fmt: skip
 

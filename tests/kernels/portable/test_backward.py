@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from flashcore_kernels import make_key_range, make_row_ranges
+import torch.nn.functional as F
+import triton.language as tl
+from flashcore_kernels import attention, make_key_range, make_row_ranges
+from flashcore_kernels.portable import backward_shift
 
 from ..reference import DTYPES, FEATURES, PAIRS, Call, build, poison_unseen, strided
-from .gradients import assert_gradients, autograd, config_of, problem_of, train
+from .gradients import assert_errors, assert_gradients, autograd, config_of, problem_of, train
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -235,3 +238,38 @@ def test_reference_is_autograd_of_the_definition(device):
     for name, by_hand in (("dq", ds @ k), ("dk", ds.T @ q), ("dv", p.T @ grad)):
         torch.testing.assert_close(want[name][0, 0], by_hand)
     assert problem_of(call).scale == 0.25
+
+
+class TestCoarseLse:
+    """A bias of finfo.min on all keys that a row sees makes its weights uniform, and leaves its lse no digits:
+    exp(score - lse) would be 1 or 0 for each. (So it is in the definition; the reference here is SDPA's softmax.)
+    """
+
+    def check(self, dtype, device):
+        call = build({"causal"}, 33, 49, heads=(2, 1), head_dim=16, dtype=dtype, device=device)
+        mask = torch.zeros(2, 1, 33, 49, dtype=dtype, device=device)
+        mask[1, :, 3:20] = torch.finfo(dtype).min
+        mask[0, :, 30] = 3000.0
+        call.arguments["mask"] = mask
+        training = train(call, grad_lse=False)
+        output, lse = attention(*call[:3], **call.arguments, return_lse=True)
+        training = training._replace(output=output, lse=lse)
+        hidden = torch.ones(33, 49, dtype=torch.bool, device=device).tril(16).logical_not()
+        answers = []
+        for kind in (torch.float64, dtype):
+            leaves = [t.detach().to(kind).requires_grad_() for t in (*call[:3], mask)]
+            attend = leaves[3].masked_fill(hidden, -torch.inf)
+            out = F.scaled_dot_product_attention(*leaves[:3], attn_mask=attend, enable_gqa=True)
+            (out * training.grad_output.to(kind)).sum().backward()
+            answers.append({name: t.grad for name, t in zip(("dq", "dk", "dv", "dmask"), leaves)})
+        assert_errors(training.gradients(), *answers, dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_gradients(self, dtype, device):
+        self.check(DTYPES[dtype], device)
+
+    def test_weights_from_the_lse_alone_would_show(self, device, monkeypatch):
+        """Negative control."""
+        monkeypatch.setattr(backward_shift, "COARSE_LSE", tl.constexpr(float("inf")))
+        with pytest.raises(AssertionError, match="dq|dk|dv"):
+            self.check(torch.float32, device)

@@ -41,10 +41,8 @@ def padded(training: Training, before: int, after: int, arguments: dict) -> Trai
 
     call = training.call
     call = Call(pad(call.query, 0.5), pad(call.key, float("nan")), pad(call.value, float("nan")), arguments)
-    return Training(
-        call, problem_of(call), pad(training.output, 0.0), pad(training.lse, -torch.inf), pad(training.grad_output, 1.0),
-        pad(training.grad_lse, 0.0),
-    )  # fmt: skip
+    answered = pad(training.output, 0.0), pad(training.lse, -torch.inf)
+    return Training(call, problem_of(call), *answered, pad(training.grad_output, 1.0), pad(training.grad_lse, 0.0))
 
 
 def own(gradients: dict, before: int) -> dict:
