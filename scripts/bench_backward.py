@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import benchmarking
 import torch
 import torch.nn.functional as F
-from bench_prefill import Case, Inputs, cases
+from bench_prefill import Case, Inputs, cases, padded_lengths
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_RATIO, RMS_RATIO = 3.0, 2.0
@@ -63,7 +63,10 @@ CANDIDATES = {
         (16, 128, 8, 2), (64, 32, 8, 1), (16, 64, 4, 2), (32, 128, 16, 2), (64, 128, 16, 1),
     ],
 }  # fmt: skip
-TINY = [Case("prefill", 1, 70, 70, 2, 1, 32, 32), Case("prefill", 1, 70, 70, 2, 1, 32, 16, causal=False)]
+TINY = [
+    Case("prefill", 1, 70, 70, 2, 1, 32, 32), Case("prefill", 1, 70, 70, 2, 1, 32, 16, causal=False),
+    Case("padded", 2, 40, 40, 2, 1, 16, 16, lengths=(40, 27)), Case("prefill", 1, 40, 40, 1, 1, 16, 16, window=9),
+]  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -89,13 +92,17 @@ def make(case: Case, dtype: torch.dtype, device: str) -> Step:
 
 
 def forward_of(case: Case, step: Step):
-    """(problem, output, lse) of our own forward."""
-    from flashcore_kernels import attention
+    """(problem, key_range, inputs, output, lse) of our own forward."""
+    from flashcore_kernels import attention, make_key_range
     from flashcore_kernels.problem import check_problem
 
     x = Inputs(*(t.detach() for t in step.x))
-    output, lse = attention(*x, is_causal=case.causal, window=case.window, return_lse=True)
-    return check_problem(*x, is_causal=case.causal, window=case.window), x, output, lse
+    arguments = {"is_causal": case.causal, "window": case.window}
+    if case.lengths:
+        first = torch.tensor([case.keys - length for length in case.lengths], device=step.grad.device)
+        arguments = {"key_range": make_key_range(case.batch, case.keys, first=first, right=0)}
+    output, lse = attention(*x, **arguments, return_lse=True)
+    return check_problem(*x, **arguments), arguments.get("key_range"), x, output, lse
 
 
 def architecture() -> int:
@@ -109,13 +116,13 @@ def portable(case: Case, step: Step, config=None) -> Callable:
     from flashcore_kernels.portable.backward import run_backward
     from flashcore_kernels.portable.backward_table import backward_config
 
-    problem, x, output, lse = forward_of(case, step)
+    problem, key_range, x, output, lse = forward_of(case, step)
     config = config or backward_config(problem, architecture())
-    return lambda: run_backward(problem, config, *x, None, None, None, output, lse, step.grad)[:3]
+    return lambda: run_backward(problem, config, *x, key_range, None, None, output, lse, step.grad)[:3]
 
 
 def fa3(case: Case, step: Step, forward, deterministic: bool) -> Callable | None:
-    if forward is None:
+    if forward is None or case.lengths:
         return None
     query, key, value = (t.detach().transpose(1, 2) for t in step.x)
     arguments = {"softmax_scale": case.head_dim**-0.5, "is_causal": case.causal}
@@ -158,7 +165,8 @@ def reference(case: Case, step: Step, b: int, kv: int) -> tuple[torch.Tensor, ..
     for h, begin in itertools.product(range(kv * group, (kv + 1) * group), range(0, case.queries, 2048)):
         rows = torch.arange(begin, min(begin + 2048, case.queries), device=key.device)
         query, grad = step.x.query.detach()[b, h, rows].double(), step.grad[b, h, rows].double()
-        p = (query @ key.T * scale).masked_fill(~case.visible(b, rows), -torch.inf).softmax(-1)
+        # A softmax over nothing is NaN.
+        p = (query @ key.T * scale).masked_fill(~case.visible(b, rows), -torch.inf).softmax(-1).nan_to_num(0.0)
         dp = grad @ value.T
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         dq.append(ds @ key)
@@ -192,7 +200,11 @@ def yardstick(case: Case, step: Step):
         return call()
     rows = torch.arange(case.queries, device=step.grad.device)
     mask = torch.stack([case.visible(b, rows) for b in range(case.batch)])[:, None]
-    output = F.scaled_dot_product_attention(*step.x, attn_mask=mask, enable_gqa=case.heads != case.kv_heads)
+    # A row that sees nothing would be NaN.
+    mask = mask | ~mask.any(-1, keepdim=True)
+    group = case.heads // case.kv_heads
+    key, value = (t.repeat_interleave(group, 1) for t in step.x[1:])
+    output = F.scaled_dot_product_attention(step.x.query, key, value, attn_mask=mask)
     return torch.autograd.grad(output, step.x, step.grad)
 
 
@@ -270,9 +282,9 @@ def kernel_call(case: Case, step: Step, row) -> Callable:
     from flashcore_kernels.portable.backward import BackwardCall, empty_like_heads
     from flashcore_kernels.portable.backward_table import backward_config
 
-    problem, x, output, lse = forward_of(case, step)
+    problem, key_range, x, output, lse = forward_of(case, step)
     config = backward_config(problem, architecture())._replace(**{row.kernel: row})
-    call = BackwardCall(problem, config, None, None, None, 0, 1.0)
+    call = BackwardCall(problem, config, key_range, None, None, 0, 1.0)
     delta = torch.empty_like(lse)
     grads = [empty_like_heads(t) for t in x]
     if row.kernel == "dq":
@@ -322,14 +334,26 @@ def tune(case: Case, dtype: torch.dtype, device: str, rounds: int, tiny: bool) -
     return order
 
 
+def chosen_cases(groups: list[str]) -> list[Case]:
+    """Those of bench_prefill, and a window and left padding, which PyTorch's flash does not serve."""
+    out = cases([group for group in groups if group != "more"])
+    if "more" in groups:
+        lengths = padded_lengths(8, 1024, 2048)
+        out += [
+            Case("prefill", 1, 16384, 16384, 32, 8, 128, 128, window=1024),
+            Case("padded", 8, 2048, 2048, 32, 8, 128, 128, lengths=lengths),
+        ]
+    return out
+
+
 def tuned_cases(groups: list[str]) -> list[Case]:
     """Causal and full at 4096 keys, of each head_dim."""
-    every = [case for case in cases(groups) if case.kind == "prefill"]
+    every = chosen_cases(groups)
     wanted = [case for case in every if case.keys == 4096] + [case for case in every if case.keys == 8192]
     first = {}
     for case in wanted:
         first.setdefault((case.head_dim, case.value_dim, case.causal), case)
-    return list(first.values())
+    return list(first.values()) + [case for case in every if case.lengths]
 
 
 def peer_names(text: str) -> list[str]:
@@ -343,8 +367,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries")
     parser.add_argument("--peers", type=peer_names, default=list(PEERS), help=f"of {','.join(PEERS)}, with commas")
-    parser.add_argument("--groups", nargs="+", default=["d128", "d64", "d256", "mla", "d96"],
-                        choices=["d128", "d64", "d256", "d96", "mla"])  # fmt: skip
+    parser.add_argument("--groups", nargs="+", default=["d128", "d64", "d256", "mla", "d96", "more"],
+                        choices=["d128", "d64", "d256", "d96", "mla", "more"])  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tune", action="store_true", help="time each kernel with each candidate")
@@ -352,7 +376,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not (arguments.tiny or torch.cuda.is_available()):
-        print("bench_backward needs a GPU; its cases:", *map(str, cases(arguments.groups)), sep="\n  ")
+        print("bench_backward needs a GPU; its cases:", *map(str, chosen_cases(arguments.groups)), sep="\n  ")
         return 1
     # Triton's interpreter multiplies no bfloat16.
     dtype = torch.float16 if arguments.tiny else getattr(torch, arguments.dtype)
@@ -361,7 +385,7 @@ def main() -> int:
     if not arguments.tiny and {"fa3", "fa3_deterministic"} & set(arguments.peers):
         forward = benchmarking.load_fa3(arguments.fa3)
     peers = ["flash"] if arguments.tiny else arguments.peers
-    chosen = TINY if arguments.tiny else (tuned_cases if arguments.tune else cases)(arguments.groups)
+    chosen = TINY if arguments.tiny else (tuned_cases if arguments.tune else chosen_cases)(arguments.groups)
     rows = []
     for case in chosen:
         if arguments.tune:

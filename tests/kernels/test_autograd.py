@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flashcore_kernels import FlashcoreFallbackWarning, autograd  # noqa: F401 - defines the operators
+from flashcore_kernels import FlashcoreFallbackWarning, autograd, path_counts  # noqa: F401 - defines the operators
 from flashcore_kernels.fallback import forget_warnings
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -130,25 +130,27 @@ def test_compiles_without_a_break(device):
 
 
 def test_selective_checkpointing_finds_it(device):
-    """By name and by the schema's `window_size_left`: the forward then runs once; by whole layers it runs twice."""
+    """By name and by the schema's `window_size_left`: the forward then runs once, and twice where none is selected."""
     call = build({"causal"}, 5, 9, heads=(2, 1), head_dim=16, device=device)
-    (schema,) = {str(op.default._schema) for op in (forward,)}
-    assert "window_size_left" in schema and "flash_attn" in str(forward.default)
-    runs = []
+    assert "window_size_left" in str(forward.default._schema)
 
     def layer(query):
         return forward(*arguments_of(call, query * 1.0, *call[1:3]))[0].sum()
 
     def policy(ctx, op, *args, **kwargs):
-        if "flash_attn" in str(op):
-            runs.append(ctx.is_recompute)
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if "flash_attn" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
-    wanted = call.query.clone().requires_grad_()
-    layer(wanted).backward()
-    for options in ({}, {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}):
+    def gradient(function) -> tuple[torch.Tensor, int]:
         query = call.query.clone().requires_grad_()
-        checkpoint(layer, query, use_reentrant=False, **options).backward()
-        assert torch.equal(query.grad, wanted.grad)
-    assert runs == [False, True], "the operator was found in the forward and, from what was kept, in the recomputation"
+        path_counts.clear()
+        function(query).backward()
+        return query.grad, sum(path_counts.values())
+
+    def selected():
+        return create_selective_checkpoint_contexts(policy)
+
+    wanted, runs = gradient(layer)
+    whole, runs_whole = gradient(lambda query: checkpoint(layer, query, use_reentrant=False))
+    kept, runs_kept = gradient(lambda query: checkpoint(layer, query, use_reentrant=False, context_fn=selected))
+    assert torch.equal(whole, wanted) and torch.equal(kept, wanted)
+    assert (runs, runs_whole, runs_kept) == (1, 2, 1)

@@ -50,40 +50,51 @@ def explicit_mask(problem, key_range, philox, dropout) -> torch.Tensor:
     return out.to(philox.device)
 
 
-def attention_with(keep, dropout, call, leaves, rounded=None):
-    """(output, lse): the definition with an explicit dropout mask, differentiable."""
-    problem = problem_of(call)
-    query, key, value, mask = leaves
-    dtype = query.dtype
-    seen = visible_mask(problem, query.device, call.arguments.get("key_range"), call.arguments.get("mask"))
-    key, value = (t.repeat_interleave(problem.group, 1) for t in hide_unseen(problem, key, value, seen))
-    scores = query @ key.mT * problem.scale
-    if mask is not None:
-        scores = scores + mask
+def scores_of(call, query, key, mask):
+    """(scores, their lse) over what is seen; `key` of each query head."""
+    scores = query @ key.mT * problem_of(call).scale
+    scores = scores if mask is None else scores + mask
+    seen = visible_mask(problem_of(call), query.device, call.arguments.get("key_range"), call.arguments.get("mask"))
     scores = scores.masked_fill(~seen, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    weights = torch.where(keep, weights / (1.0 - dropout), 0.0)
-    weights = weights if rounded is None else weights.to(rounded).to(dtype)
-    return weights @ value, lse
+    return scores, torch.logsumexp(scores, -1)
 
 
 def trained(call, keep, dropout):
-    """A Training of the explicit mask, and gradients in float64 and of the peer with `call`'s rounding."""
-    generator = torch.Generator().manual_seed(5)
-    tensors = (*call[:3], call.arguments.get("mask") if problem_of(call).mask_kind == "float" else None)
-    answers = []
-    grad_output = None
-    for dtype, rounded in ((torch.float64, None), (torch.float32, call.query.dtype)):
-        leaves = [t if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
-        output, lse = attention_with(keep, dropout, call, leaves, rounded)
-        if grad_output is None:
-            grad_output = torch.randn(output.shape, generator=generator).to(call.query)
-        (output * grad_output.to(dtype)).sum().backward()
-        names = ("dq", "dk", "dv", "dmask")
-        answers.append({name: t.grad for name, t in zip(names, leaves) if t is not None})
-    output, lse = output.detach().to(call.query.dtype), lse.detach().float()
-    return Training(call, problem_of(call), output, lse, grad_output, None), *answers
+    """A Training of the explicit mask, its gradients by autograd in float64, and those of the peer.
+
+    SDPA cannot be given a mask to drop by, so the peer is what fused kernels do, in fp32 with their roundings: of the
+    output, the weights and their gradients.
+    """
+    problem, dtype = problem_of(call), call.query.dtype
+    mask = call.arguments.get("mask") if problem.mask_kind == "float" else None
+    seen = visible_mask(problem, call.query.device, call.arguments.get("key_range"), call.arguments.get("mask"))
+    tensors = call.query, *hide_unseen(problem, call.key, call.value, seen), mask
+    factor = keep / (1.0 - dropout)
+
+    leaves = [t if t is None else t.double().requires_grad_() for t in tensors]
+    key, value = (t.repeat_interleave(problem.group, 1) for t in leaves[1:3])
+    scores, lse = scores_of(call, leaves[0], key, leaves[3])
+    output = (torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]) * factor) @ value
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(call.query)
+    (output * grad_output).sum().backward()
+    want = {name: t.grad for name, t in zip(("dq", "dk", "dv", "dmask"), leaves) if t is not None}
+    output = output.detach().to(dtype)
+
+    query, key, value = (t.float() for t in tensors[:3])
+    key, value = (t.repeat_interleave(problem.group, 1) for t in (key, value))
+    scores, lse = scores_of(call, query, key, mask)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    grad = grad_output.float()
+    delta = (grad * output.float()).sum(-1, keepdim=True)
+    of_scores = (weights * (grad @ value.mT * factor - delta)).to(dtype).float()
+    heads = problem.num_kv_heads, problem.group
+    own = {
+        "dq": of_scores @ key * problem.scale,
+        "dk": (of_scores.mT @ query * problem.scale).unflatten(1, heads).sum(2),
+        "dv": ((weights * factor).to(dtype).float().mT @ grad).unflatten(1, heads).sum(2),
+    }
+    own = {name: t.to(dtype) for name, t in own.items()} | ({} if mask is None else {"dmask": of_scores})
+    return Training(call, problem, output, lse, grad_output, None), want, own
 
 
 @pytest.mark.parametrize(
