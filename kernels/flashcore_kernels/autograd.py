@@ -67,7 +67,7 @@ def _backward_by_kernel(problem: Problem, tensors: tuple, dropout: float, philox
     from .portable.backward import run_backward
     from .portable.backward_table import backward_config
 
-    config = backward_config(problem, device_of(tensors[0].device).arch)
+    config = backward_config(problem, device_of(tensors[0].device).arch, dropout=dropout > 0.0)
     return run_backward(
         problem, config, *tensors, dropout=dropout, philox=philox, sinks_grad=sinks_grad, mask_grad=mask_grad
     )

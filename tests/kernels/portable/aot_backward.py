@@ -28,9 +28,9 @@ FEATURES = {
 
 
 class Variant(NamedTuple):
-    """What is compiled: "dq", "dkdv" or "mask" for an architecture, an element type, head dimensions and FEATURES."""
+    """What is compiled: a kernel for an architecture, an element type, head dimensions, and a set of FEATURES."""
 
-    kernel: str
+    kernel: str  # "dq", "dkdv", "mask" or "shift"
     arch: int
     dtype: str  # "fp16", "bf16" or "fp32"
     head_dim: int
@@ -43,7 +43,7 @@ def problem_of(variant: Variant):
     from flashcore_kernels.problem import Problem
 
     features = FEATURES[variant.features]
-    mask = "float" if variant.kernel == "mask" else features.get("mask")
+    mask = "float" if variant.kernel in ("mask", "shift") else features.get("mask")
     return Problem(
         batch_size=2, num_heads=32, num_kv_heads=8, num_queries=4096, num_keys=4096, head_dim=variant.head_dim,
         value_dim=variant.value_dim, device_type="cuda", range_layout=features.get("range"), mask_kind=mask, scale=1.0,
@@ -58,9 +58,11 @@ def source(variant: Variant, config, row):
     from flashcore_kernels.portable.backward_key import flashcore_backward_dkdv
     from flashcore_kernels.portable.backward_mask import flashcore_backward_mask
     from flashcore_kernels.portable.backward_query import flashcore_backward_dq
+    from flashcore_kernels.portable.backward_shift import flashcore_backward_shift
     from triton.compiler import ASTSource
 
     kernels = {"dq": flashcore_backward_dq, "dkdv": flashcore_backward_dkdv, "mask": flashcore_backward_mask}
+    kernels["shift"] = flashcore_backward_shift
     fn, features, problem = kernels[variant.kernel], FEATURES[variant.features], problem_of(variant)
     mask = (None, "bool", "float").index(problem.mask_kind)
     constants = {
@@ -71,7 +73,7 @@ def source(variant: Variant, config, row):
     }  # fmt: skip
     constants = {name: constant for name, constant in constants.items() if name in fn.arg_names}
     pointers = dict.fromkeys(("Q", "K", "V", "Out", "GradOut", "DQ", "DK", "DV"), variant.dtype)
-    pointers |= {"Lse": "fp32", "Delta": "fp32", "DMask": "fp32"}
+    pointers |= {"Lse": "fp32", "Delta": "fp32", "DMask": "fp32", "Shift": "fp32", "Sinks": "fp32"}
     pointers["Weight"] = "fp32" if mask == 2 else None
     pointers["GradLse"] = "fp32" if features.get("grad_lse") else None
     pointers["Range"] = "i32" if problem.range_layout else None
@@ -106,7 +108,7 @@ def compile_variant(variant: Variant, **override) -> dict:
 
     dropout = bool(FEATURES[variant.features].get("dropout"))
     config = backward_config(problem_of(variant), variant.arch, dropout=dropout)
-    row = getattr(config, variant.kernel)._replace(**override)
+    row = getattr(config, "mask" if variant.kernel == "shift" else variant.kernel)._replace(**override)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     code = source(variant, config, row)
     compiled = triton.compile(code, target=GPUTarget("cuda", variant.arch, 32), options=options)
@@ -121,7 +123,7 @@ def compile_variant(variant: Variant, **override) -> dict:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", default=["dq", "dkdv"], choices=["dq", "dkdv", "mask"])
+    parser.add_argument("--kernel", nargs="+", default=["dq", "dkdv"], choices=["dq", "dkdv", "mask", "shift"])
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 89, 90, 100])
     parser.add_argument("--dtype", nargs="+", default=["bf16"])
     parser.add_argument("--head-dim", nargs="+", default=["64", "128", "256"], help="D, or D/Dv")
