@@ -259,12 +259,14 @@ def candidates(case: Case, tiny: bool) -> list:
     from flashcore_kernels.portable.backward_table import BackwardRow
 
     if tiny:
-        return [BackwardRow(kernel, 16, 256, 32, 16, 4, 1, "") for kernel in ("dq", "dkdv")]
+        return [BackwardRow(kernel, 16, 256, (32, 16, 4, 1), "", branch=kernel == "dq") for kernel in ("dq", "dkdv")]
     head = max(case.head_dim, case.value_dim)
     rows = []
     for (kernel, most), tiles in CANDIDATES.items():
         if most == next(size for size in (64, 128, 256) if head <= size):
-            rows += [BackwardRow(kernel, 16, most, *tile, "") for tile in tiles]
+            # Jumping over checks does not always pay.
+            for branch, some in ((True, tiles), (False, tiles[:4])):
+                rows += [BackwardRow(kernel, 16, most, tile, "", branch=branch) for tile in some]
     return rows
 
 
@@ -275,6 +277,9 @@ def compile_row(case: Case, dtype: torch.dtype, row) -> None:
         kernel_call(case._replace(batch=1, queries=256, keys=256), step, row)()
     except Exception:  # the caller sees it again, and says so
         pass
+
+
+_compiled: set[tuple] = set()
 
 
 def kernel_call(case: Case, step: Step, row) -> Callable:
@@ -298,7 +303,9 @@ def tune(case: Case, dtype: torch.dtype, device: str, rounds: int, tiny: bool) -
     from flashcore_kernels.portable.backward_table import backward_config
 
     rows = candidates(case, tiny)
-    if device == "cuda":
+    kind = case.head_dim, case.value_dim, bool(case.lengths)
+    if device == "cuda" and kind not in _compiled:
+        _compiled.add(kind)
         with ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
             for done in [pool.submit(compile_row, case, dtype, row) for row in rows]:
                 done.result()
@@ -310,6 +317,7 @@ def tune(case: Case, dtype: torch.dtype, device: str, rounds: int, tiny: bool) -
     calls, report = {}, {}
     for row in rows:
         name = f"{row.kernel} {row.block_m}x{row.block_n} {row.num_warps}w {row.num_stages}s"
+        name += "" if row.branch else " no branch"
         report[name] = {"case": str(case).replace("prefill", "backward"), "kernel": name, "unit": "us", "time": None}
         try:
             grads = portable(case, step, shipped._replace(**{row.kernel: row}))()

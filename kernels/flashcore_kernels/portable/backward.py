@@ -187,7 +187,7 @@ class BackwardCall:
                 *self.mask_strides, problem.num_heads, problem.group,
             ),
             (*self.numbers, *self.factors, scale, self.keep_scale, 1.0),
-            (*self.constants(row), *self.features()),
+            (*self.constants(row), *self.features(), row.branch),
             row,
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ class BackwardCall:
                 problem.num_heads, problem.group,
             ),
             (*self.numbers, *self.factors, scale, self.keep_scale, 1.0),
-            (*self.constants(row), *self.features()),
+            (*self.constants(row), *self.features(), row.branch),
             row,
         )  # fmt: skip
 

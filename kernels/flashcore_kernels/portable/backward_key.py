@@ -48,6 +48,12 @@ def blocks_that_see(Blocks, num_blocks, n0, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def in_ranges(n, row_lo, row_hi):
+    """[N, M]: which of the keys `n` lie in the queries' ranges [row_lo, row_hi)."""
+    return (n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :])
+
+
+@triton.jit
 def add_query_block(
     acc_k,  # [N, D] fp32, sum of dS^T Q
     acc_v,  # [N, DV] fp32, sum of P^T dO
@@ -101,6 +107,7 @@ def add_query_block(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLD: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     """(acc_k + dS^T Q, acc_v + P^T dO) over queries [m0, m0 + BLOCK_M) of a head."""
     m = m0 + tl.arange(0, BLOCK_M)  # [M]
@@ -113,7 +120,7 @@ def add_query_block(
     bias = 0.0
     see = there
     if CHECK == 1:
-        see = exists[:, None] & there[None, :] & (n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :])
+        see = exists[:, None] & there[None, :] & in_ranges(n, row_lo, row_hi)  # [N, M]
         if MASK != 0:
             bias, see = load_mask(mask_keys[:, None] + m.to(tl.int64)[None, :] * stride_mq, see, MASK, EXACT)
         # A query that sees none of these keys may hold NaN, and 0 * NaN is NaN.
@@ -140,8 +147,11 @@ def add_query_block(
     if MASK == 2:
         p *= tl.load(Weight + m, mask=there, other=0.0)[None, :]
     if CHECK == 2:
-        if edge:
-            p = tl.where((n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :]), p, 0.0)
+        if BRANCH:
+            if edge:
+                p = tl.where(in_ranges(n, row_lo, row_hi), p, 0.0)
+        else:
+            p = tl.where(in_ranges(n, row_lo, row_hi), p, 0.0)
     elif CHECK == 1:
         p = tl.where(see, p, 0.0)
     dropped = p
@@ -157,8 +167,11 @@ def add_query_block(
         ds *= tl.fma(-t, t, tl.full(t.shape, 1.0, tl.float32))
     # Keys that nobody sees may hold NaN. (Without a range for each query, what they sum up is thrown away at the end.)
     if CHECK == 2 and RANGE == 2:
-        if edge:
-            ds = tl.where((n[:, None] >= row_lo[None, :]) & (n[:, None] < row_hi[None, :]), ds, 0.0)
+        if BRANCH:
+            if edge:
+                ds = tl.where(in_ranges(n, row_lo, row_hi), ds, 0.0)
+        else:
+            ds = tl.where(in_ranges(n, row_lo, row_hi), ds, 0.0)
     elif CHECK == 1:
         ds = tl.where(see, ds, 0.0)
     acc_k = accumulated(ds.to(q.dtype), q, acc_k, one, EXACT)
@@ -229,6 +242,7 @@ def flashcore_backward_dkdv(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLD: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     """dV = P^T dO and dK = scale * dS^T Q for one block of BLOCK_N keys of one KV head (see flashcore_backward_dq).
 
@@ -314,6 +328,7 @@ def flashcore_backward_dkdv(
                 mask_keys, stride_mq, Philox,
                 (b * num_heads + h).to(tl.int32), n0, drop_below, score_scale, cap_scale, start_scale, keep_scale, one,
                 True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EXACT, 1, RANGE, MASK, SOFTCAP, FOLD,
+                BRANCH,
             )  # fmt: skip
             m0 += BLOCK_M
             h = tl.where(m0 < m_hi, h, h + 1)
@@ -332,6 +347,7 @@ def flashcore_backward_dkdv(
                 num_queries, num_keys, first, end, start, left, right, stride_rb, stride_rs, n, stride_mq, Philox,
                 (b * num_heads + h).to(tl.int32), n0, drop_below, score_scale, cap_scale, start_scale, keep_scale, one,
                 edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, EXACT, 2, RANGE, MASK, SOFTCAP, FOLD,
+                BRANCH,
             )  # fmt: skip
             m0 += BLOCK_M
             h = tl.where(m0 < m_hi, h, h + 1)

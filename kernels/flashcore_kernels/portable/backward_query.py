@@ -52,6 +52,7 @@ def add_key_block(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLD: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     """acc + dS K over keys [n, n + BLOCK_N)."""
     cols = n + tl.arange(0, BLOCK_N)  # [N]
@@ -94,7 +95,10 @@ def add_key_block(
     if SOFTCAP:
         ds *= tl.fma(-t, t, tl.full(t.shape, 1.0, tl.float32))
     if CHECK == 2:
-        if edge:
+        if BRANCH:
+            if edge:
+                ds = tl.where(seen(cols, present, row_lo, row_hi), ds, 0.0)
+        else:
             ds = tl.where(seen(cols, present, row_lo, row_hi), ds, 0.0)
     elif CHECK == 1:
         ds = tl.where(see, ds, 0.0)
@@ -165,6 +169,7 @@ def flashcore_backward_dq(
     MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
     SOFTCAP: tl.constexpr,
     FOLD: tl.constexpr,  # the scores' sums begin at -lse
+    BRANCH: tl.constexpr,  # jump over the checks of blocks that are not at an edge
 ):
     """dQ = scale * dS K for one tile of BLOCK_M queries of one head, with
 
@@ -247,7 +252,7 @@ def flashcore_backward_dq(
                 bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
                 start_scale, keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1,
                 RANGE == 1, MASK,
-                SOFTCAP, FOLD,
+                SOFTCAP, FOLD, BRANCH,
             )  # fmt: skip
     if MASK == 0:
         for n in range(n_looked, n_last, BLOCK_N):
@@ -256,7 +261,7 @@ def flashcore_backward_dq(
                 acc, q, do, lse, weight, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees,
                 bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
                 start_scale, keep_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT,
-                0 if RANGE == 2 else 2, False, MASK, SOFTCAP, FOLD,
+                0 if RANGE == 2 else 2, False, MASK, SOFTCAP, FOLD, BRANCH,
             )  # fmt: skip
     if MASK == 0 and RANGE == 2:
         for n in range(n_edge, hi, BLOCK_N):
@@ -265,7 +270,7 @@ def flashcore_backward_dq(
                 bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
                 start_scale, keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1,
                 False, MASK,
-                SOFTCAP, FOLD,
+                SOFTCAP, FOLD, BRANCH,
             )  # fmt: skip
 
     offs_d = tl.arange(0, BLOCK_D)

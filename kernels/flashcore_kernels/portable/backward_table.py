@@ -15,26 +15,41 @@ class BackwardRow(NamedTuple):
     """One configuration: for `kernel`, elements of `bits` bits and head dimensions up to `head_dim`.
 
     Attributes:
-        kernel: "dq", "dkdv" or "mask".
+        kernel: "dq", "dkdv" or "mask" (which also serves `flashcore_backward_shift`).
         bits: of an element.
         head_dim: the larger of the head dimensions is at most this.
-        block_m, block_n: queries and keys of a tile.
-        num_warps, num_stages: of the launch.
+        tile: queries and keys of a tile, then num_warps and num_stages of the launch.
         why: what speaks for it: a measurement, or the limit that forces it.
-        plain: it stands before the others, and serves calls without softcap, dropout, dense mask and key ranges for
-            each query: these take registers. A key range for each sequence is plain, so that a sequence has one row
-            alone, batched and padded.
+        serves: "plain" calls, "rows" (a key range for each query), "busy" ones (softcap, dropout, a dense mask: these
+            take registers), or "all". A key range for each sequence is plain, so that a sequence has one row alone,
+            batched and padded.
+        branch: jump over the checks of blocks that are not at an edge. By wgmma that saves instructions; by mma.sync
+            it has all of a block's operands in registers at the jump.
     """
 
     kernel: str
     bits: int
     head_dim: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+    tile: tuple[int, int, int, int]
     why: str
-    plain: bool = False
+    serves: str = "all"
+    branch: bool = False
+
+    @property
+    def block_m(self) -> int:
+        return self.tile[0]
+
+    @property
+    def block_n(self) -> int:
+        return self.tile[1]
+
+    @property
+    def num_warps(self) -> int:
+        return self.tile[2]
+
+    @property
+    def num_stages(self) -> int:
+        return self.tile[3]
 
 
 class BackwardConfig(NamedTuple):
@@ -47,40 +62,43 @@ class BackwardConfig(NamedTuple):
     block_dv: int
 
 
-def _row(kernel, bits, head_dim, tile, why, plain=False) -> BackwardRow:
-    return BackwardRow(kernel, bits, head_dim, *tile, why=why, plain=plain)
-
-
-# tile: (block_m, block_n, num_warps, num_stages)
 SM80 = (
-    _row(kernel="dq", bits=16, head_dim=64, tile=(64, 64, 4, 2), why="TODO", plain=True),
-    _row(kernel="dq", bits=16, head_dim=128, tile=(64, 64, 8, 2), why="TODO", plain=True),
-    _row(kernel="dq", bits=16, head_dim=256, tile=(64, 32, 8, 1), why="TODO", plain=True),
-    _row(kernel="dq", bits=16, head_dim=128, tile=(32, 32, 4, 1), why="TODO"),
-    _row(kernel="dq", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="TODO"),
-    _row(kernel="dq", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO"),
-    _row(kernel="dq", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO"),
-    _row(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 4, 2), why="TODO", plain=True),
-    _row(kernel="dkdv", bits=16, head_dim=128, tile=(64, 64, 8, 2), why="TODO", plain=True),
-    _row(kernel="dkdv", bits=16, head_dim=256, tile=(32, 64, 8, 1), why="TODO", plain=True),
-    _row(kernel="dkdv", bits=16, head_dim=128, tile=(32, 32, 4, 1), why="TODO"),
-    _row(kernel="dkdv", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="TODO"),
-    _row(kernel="dkdv", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO"),
-    _row(kernel="dkdv", bits=32, head_dim=256, tile=(16, 16, 8, 1), why="TODO"),
-    _row(kernel="mask", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="TODO"),
-    _row(kernel="mask", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 64, 4, 2), serves="plain", why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(64, 64, 8, 2), serves="plain", why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=256, tile=(32, 32, 8, 1), serves="plain", why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(32, 32, 4, 1), why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="TODO"),
+    BackwardRow(kernel="dq", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO"),
+    BackwardRow(kernel="dq", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 8, 2), serves="plain", why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(64, 64, 8, 2), serves="plain", why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 32, 8, 1), serves="plain", why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 32, 4, 1), why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="TODO"),
+    BackwardRow(kernel="dkdv", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO"),
+    BackwardRow(kernel="dkdv", bits=32, head_dim=256, tile=(16, 16, 8, 1), why="TODO"),
+    BackwardRow(kernel="mask", bits=16, head_dim=128, tile=(32, 16, 8, 1), why="TODO"),
+    BackwardRow(kernel="mask", bits=16, head_dim=256, tile=(16, 16, 4, 1), why="TODO"),
+    BackwardRow(kernel="mask", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO"),
 )
 _SM90 = (
-    _row(kernel="dq", bits=16, head_dim=64, tile=(128, 64, 8, 3), why="TODO", plain=True),
-    _row(kernel="dq", bits=16, head_dim=128, tile=(128, 64, 8, 2), why="TODO", plain=True),
-    _row(kernel="dq", bits=16, head_dim=256, tile=(128, 32, 8, 2), why="TODO", plain=True),
-    _row(kernel="dq", bits=16, head_dim=128, tile=(64, 32, 8, 1), why="TODO"),
-    _row(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 4, 2), why="TODO", plain=True),
-    _row(kernel="dkdv", bits=16, head_dim=128, tile=(64, 128, 8, 2), why="TODO", plain=True),
-    _row(kernel="dkdv", bits=16, head_dim=256, tile=(32, 64, 8, 1), why="TODO", plain=True),
-    _row(kernel="dkdv", bits=16, head_dim=128, tile=(32, 64, 8, 1), why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(128, 64, 8, 3), serves="plain", branch=True, why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(128, 64, 8, 2), serves="plain", branch=True, why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=256, tile=(128, 32, 8, 2), serves="plain", branch=True, why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 64, 4, 1), serves="rows", why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(64, 64, 8, 1), serves="rows", why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 32, 4, 1), why="TODO"),
+    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(64, 32, 8, 1), why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 4, 2), serves="plain", branch=True, why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(64, 128, 8, 2), serves="plain", branch=True, why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 64, 8, 1), serves="plain", branch=True, why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 4, 1), serves="rows", branch=True, why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(64, 128, 8, 2), serves="rows", branch=True, why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 64, 4, 1), why="TODO"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(32, 64, 8, 1), why="TODO"),
 )
-SM90 = _SM90 + tuple(row for row in SM80 if not row.plain or row.bits == 32)
+# What is left is by mma.sync here too.
+SM90 = _SM90 + tuple(row for row in SM80 if row.serves == "all")
 # Compute capability -> table. A capability that is not listed takes the nearest listed one below it, and what is below
 # all of them (the interpreter's 0) the first.
 TABLES = {80: SM80, 90: SM90, 100: SM80}
@@ -94,17 +112,19 @@ def backward_config(problem: Problem, arch: int, dropout: bool = False) -> Backw
     """
     listed = [known for known in TABLES if known <= arch]
     rows = TABLES[listed[-1] if listed else 80]
-    plain = not (problem.softcap or dropout or problem.mask_kind or problem.range_layout == "rows")
+    kind = "rows" if problem.range_layout == "rows" else "plain"
+    if problem.softcap or dropout or problem.mask_kind:
+        kind = "busy"
     return BackwardConfig(
-        *(_find(rows, kernel, problem, plain) for kernel in ("dq", "dkdv", "mask")),
+        *(_find(rows, kernel, problem, kind) for kernel in ("dq", "dkdv", "mask")),
         *(_columns(size, problem, arch) for size in (problem.head_dim, problem.value_dim)),
     )
 
 
-def _find(rows: tuple[BackwardRow, ...], kernel: str, problem: Problem, plain: bool) -> BackwardRow:
+def _find(rows: tuple[BackwardRow, ...], kernel: str, problem: Problem, kind: str) -> BackwardRow:
     head, bits = max(problem.head_dim, problem.value_dim), problem.dtype.itemsize * 8
     for row in rows:
-        if (row.kernel, row.bits) == (kernel, bits) and head <= row.head_dim and (plain or not row.plain):
+        if (row.kernel, row.bits) == (kernel, bits) and head <= row.head_dim and row.serves in (kind, "all"):
             return row
     raise LookupError(f"no configuration of {kernel} for {bits} bits, head_dim {head}")
 

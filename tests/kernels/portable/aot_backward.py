@@ -70,6 +70,7 @@ def source(variant: Variant, config, row):
         "BLOCK_DV": config.block_dv, "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "EXACT": variant.dtype == "fp32",
         "RANGE": (None, "sequence", "rows").index(problem.range_layout), "MASK": mask, "SOFTCAP": problem.softcap > 0.0,
         "FOLD": BackwardCall.folds(problem), "SUM_M": False, "SUM_N": False,
+        "BRANCH": row.branch,
     }  # fmt: skip
     constants = {name: constant for name, constant in constants.items() if name in fn.arg_names}
     pointers = dict.fromkeys(("Q", "K", "V", "Out", "GradOut", "DQ", "DK", "DV"), variant.dtype)
@@ -100,20 +101,21 @@ def source(variant: Variant, config, row):
     return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compile_variant(variant: Variant, **override) -> dict:
-    """Compile one variant; `override` replaces fields of the table's row."""
+def compile_variant(variant: Variant, tile: tuple[int, int, int, int] | None = None) -> dict:
+    """Compile one variant; `tile` stands in for that of the table's row."""
     import triton
     from flashcore_kernels.portable.backward_table import backward_config
     from triton.backends.compiler import GPUTarget
 
     dropout = bool(FEATURES[variant.features].get("dropout"))
     config = backward_config(problem_of(variant), variant.arch, dropout=dropout)
-    row = getattr(config, "mask" if variant.kernel == "shift" else variant.kernel)._replace(**override)
+    row = getattr(config, "mask" if variant.kernel == "shift" else variant.kernel)
+    row = row if tile is None else row._replace(tile=tile)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     code = source(variant, config, row)
     compiled = triton.compile(code, target=GPUTarget("cuda", variant.arch, 32), options=options)
     report = variant._asdict() | {
-        "tile": [row.block_m, row.block_n, row.num_warps, row.num_stages],
+        "tile": list(row.tile),
         "triton": triton.__version__,
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[variant.arch],
@@ -135,14 +137,13 @@ def parser() -> argparse.ArgumentParser:
 def reports(command: list[str]) -> Iterator[dict]:
     """Compile what the command line asks for: a report of each variant, with its `problems`."""
     arguments = parser().parse_args(command)
-    names = ("block_m", "block_n", "num_warps", "num_stages")
-    override = dict(zip(names, arguments.tile)) if arguments.tile else {}
+    tile = tuple(arguments.tile) if arguments.tile else None
     for kernel, arch, dtype, size, features in itertools.product(
         arguments.kernel, arguments.arch, arguments.dtype, arguments.head_dim, arguments.features
     ):
         head_dim, _, value_dim = size.partition("/")
         variant = Variant(kernel, arch, dtype, int(head_dim), int(value_dim or head_dim), features)
-        report = compile_variant(variant, **override)
+        report = compile_variant(variant, tile)
         yield report | {"problems": problems(report)}
 
 

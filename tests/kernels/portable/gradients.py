@@ -49,10 +49,13 @@ def config_of(problem: Problem):
     config = backward_config(problem, arch)
     if arch:
         return config
-    small = {"block_m": 16, "block_n": 32}
-    return config._replace(
-        dq=config.dq._replace(**small), dkdv=config.dkdv._replace(**small), mask=config.mask._replace(**small)
-    )
+    return tiled(config, 16, 32)
+
+
+def tiled(config, block_m: int, block_n: int):
+    """`config` with other tiles."""
+    rows = {name: getattr(config, name) for name in ("dq", "dkdv", "mask")}
+    return config._replace(**{name: row._replace(tile=(block_m, block_n, *row.tile[2:])) for name, row in rows.items()})
 
 
 def train(call: Call, grad_lse: bool = True, seed: int = 0) -> Training:

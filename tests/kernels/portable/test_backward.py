@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from flashcore_kernels import attention, make_key_range, make_row_ranges
-from flashcore_kernels.portable import backward_shift
+from flashcore_kernels.portable.backward import BackwardCall
 
 from ..reference import DTYPES, FEATURES, PAIRS, Call, build, poison_unseen, strided
-from .gradients import assert_errors, assert_gradients, autograd, config_of, problem_of, train
+from .gradients import assert_errors, assert_gradients, autograd, config_of, problem_of, tiled, train
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -221,9 +220,19 @@ def test_configurations_agree(device):
     training = train(build({"causal", "left-padding", "gqa-7to1"}, 33, 49, head_dim=16, device=device))
     config = config_of(training.problem)
     for block_m, block_n in ((16, 16), (32, 64)):
-        tiles = {"block_m": block_m, "block_n": block_n}
-        other = config._replace(dq=config.dq._replace(**tiles), dkdv=config.dkdv._replace(**tiles))
-        assert_gradients(training.gradients(config=other), training)
+        assert_gradients(training.gradients(config=tiled(config, block_m, block_n)), training)
+
+
+@pytest.mark.parametrize("features", [("causal", "window"), ("rows",), ("left-padding", "causal")], ids="+".join)
+def test_jumping_over_checks_changes_no_bit(features, device):
+    training = train(build(features, 33, 67, heads=(2, 1), head_dim=16, device=device))
+    config = config_of(training.problem)
+    answers = []
+    for branch in (False, True):
+        rows = {name: getattr(config, name)._replace(branch=branch) for name in ("dq", "dkdv")}
+        answers.append(training.gradients(config=config._replace(**rows)))
+    assert all(torch.equal(answers[0][name], answers[1][name]) for name in answers[0])
+    assert_gradients(answers[1], training)
 
 
 def test_reference_is_autograd_of_the_definition(device):
@@ -270,6 +279,6 @@ class TestCoarseLse:
 
     def test_weights_from_the_lse_alone_would_show(self, device, monkeypatch):
         """Negative control."""
-        monkeypatch.setattr(backward_shift, "COARSE_LSE", tl.constexpr(float("inf")))
+        monkeypatch.setattr(BackwardCall, "launch_shift", lambda self, q, k, sinks, lse: (lse, torch.ones_like(lse)))
         with pytest.raises(AssertionError, match="dq|dk|dv"):
             self.check(torch.float32, device)

@@ -93,7 +93,8 @@ class TestConfig:
         plain = backward_config(self.problem(), 90)
         for features, dropout in (({"softcap": 1.0}, False), ({"mask_kind": "bool"}, False), ({}, True)):
             other = backward_config(self.problem(**features), 90, dropout=dropout)
-            assert plain.dq.plain and plain.dkdv.plain and not other.dq.plain and not other.dkdv.plain
+            assert (plain.dq.serves, plain.dkdv.serves) == ("plain", "plain")
+            assert "plain" not in (other.dq.serves, other.dkdv.serves)
 
     def test_no_row_fits(self):
         with pytest.raises(LookupError, match="head_dim 512"):
