@@ -1,8 +1,8 @@
 """Which tiles the portable backward's kernels use on which GPU. No tuning happens at run time, and no Triton is needed.
 
-The reasons are what ptxas reports for the kernel, of Triton 3.9 and for 9.0 of 3.6 too: registers of a thread (255 are
-all there are), bytes of spilled registers and how many loads and stores of them stand in loops. Compiled only: none has
-been timed but where it says so.
+The reasons are what ptxas reports for the kernel with what a row serves: registers of a thread (255 are all there are),
+and bytes of spilled ones. Triton 3.9, and 3.6 for 9.0. They are compiled only, and have not been timed, but where a
+rate says so: TFLOP/s as everybody counts a backward, of both kernels together, bf16 on an H200 with Triton 3.6.
 """
 
 from typing import NamedTuple
@@ -63,39 +63,169 @@ class BackwardConfig(NamedTuple):
 
 
 SM80 = (
-    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 64, 4, 2), serves="plain", why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(64, 64, 8, 2), serves="plain", why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=256, tile=(32, 32, 8, 1), serves="plain", why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(32, 32, 4, 1), why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="TODO"),
-    BackwardRow(kernel="dq", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO"),
-    BackwardRow(kernel="dq", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 8, 2), serves="plain", why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(64, 64, 8, 2), serves="plain", why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 32, 8, 1), serves="plain", why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 32, 4, 1), why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="TODO"),
-    BackwardRow(kernel="dkdv", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO"),
-    BackwardRow(kernel="dkdv", bits=32, head_dim=256, tile=(16, 16, 8, 1), why="TODO"),
-    BackwardRow(kernel="mask", bits=16, head_dim=128, tile=(32, 16, 8, 1), why="TODO"),
-    BackwardRow(kernel="mask", bits=16, head_dim=256, tile=(16, 16, 4, 1), why="TODO"),
-    BackwardRow(kernel="mask", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO"),
+    BackwardRow(
+        kernel="dq", bits=16, head_dim=64, tile=(64, 64, 4, 2), serves="plain", why="255 registers, no spills, 33 KiB"
+    ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=128,
+        tile=(64, 64, 8, 2),
+        serves="plain",
+        why="255 registers, no spills, 72 KiB; 4 warps spill 256 bytes",
+    ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=256,
+        tile=(32, 32, 8, 1),
+        serves="plain",
+        why="176 registers; 64x32 takes 255 and 96 KiB",
+    ),
+    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(32, 32, 4, 1), why="209 registers"),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=256,
+        tile=(32, 32, 8, 1),
+        why="222 registers; a tile of 64 queries has none left for a mask",
+    ),
+    BackwardRow(kernel="dq", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO32"),
+    BackwardRow(kernel="dq", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO32"),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=64,
+        tile=(64, 64, 8, 2),
+        serves="plain",
+        why="255 registers, no spills, 33 KiB; 4 warps spill 40 bytes",
+    ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=128,
+        tile=(64, 64, 8, 2),
+        serves="plain",
+        why="255 registers, no spills, 72 KiB; 4 warps spill 144 bytes",
+    ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=256,
+        tile=(32, 32, 8, 1),
+        serves="plain",
+        why="176 registers, 80 KiB; 32x64 takes 255 and 112 KiB",
+    ),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 32, 4, 1), why="168 registers"),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="255 registers, no spills, 80 KiB"),
+    BackwardRow(kernel="dkdv", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO32"),
+    BackwardRow(kernel="dkdv", bits=32, head_dim=256, tile=(16, 16, 8, 1), why="TODO32"),
+    BackwardRow(kernel="mask", bits=16, head_dim=128, tile=(32, 16, 8, 1), why="205 registers; 32x32 spills 120 bytes"),
+    BackwardRow(
+        kernel="mask", bits=16, head_dim=256, tile=(16, 16, 4, 1), why="255 registers, 48 bytes spill; 32x32 spills 592"
+    ),
+    BackwardRow(kernel="mask", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO32"),
 )
 _SM90 = (
-    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(128, 64, 8, 3), serves="plain", branch=True, why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(128, 64, 8, 2), serves="plain", branch=True, why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=256, tile=(128, 32, 8, 2), serves="plain", branch=True, why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 64, 4, 1), serves="rows", why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(64, 64, 8, 1), serves="rows", why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 32, 4, 1), why="TODO"),
-    BackwardRow(kernel="dq", bits=16, head_dim=128, tile=(64, 32, 8, 1), why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 4, 2), serves="plain", branch=True, why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(64, 128, 8, 2), serves="plain", branch=True, why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 64, 8, 1), serves="plain", branch=True, why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 4, 1), serves="rows", branch=True, why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(64, 128, 8, 2), serves="rows", branch=True, why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 64, 4, 1), why="TODO"),
-    BackwardRow(kernel="dkdv", bits=16, head_dim=128, tile=(32, 64, 8, 1), why="TODO"),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=64,
+        tile=(128, 64, 8, 3),
+        serves="plain",
+        branch=True,
+        why="158 registers, none spills in its main loop",
+    ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=128,
+        tile=(128, 64, 8, 2),
+        serves="plain",
+        branch=True,
+        why="211 registers, none spills in its main loop",
+    ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=256,
+        tile=(128, 32, 8, 2),
+        serves="plain",
+        branch=True,
+        why="233 registers, none spills in its main loop",
+    ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=64,
+        tile=(64, 64, 4, 1),
+        serves="rows",
+        why="242 registers; 2 stages serialise wgmma at head_dim 128",
+    ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=128,
+        tile=(64, 64, 8, 1),
+        serves="rows",
+        why="255 registers, no spills in loops; 128x64 spills 88 bytes, and in 2 stages serialises wgmma",
+    ),
+    BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 32, 4, 1), why="255 registers, no spills"),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=128,
+        tile=(64, 32, 8, 1),
+        why="255 registers, no spills; 2 stages serialise wgmma with dropout",
+    ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=64,
+        tile=(64, 64, 4, 2),
+        serves="plain",
+        branch=True,
+        why="236 registers; a first form 168 to 200 TFLOP/s, 64x128 with 8 warps 128 to 157",
+    ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=128,
+        tile=(64, 128, 8, 2),
+        serves="plain",
+        branch=True,
+        why="255 registers, 32 bytes spill outside of loops; a first form 170 to 215 TFLOP/s, 32x128 160 to 187, 64x64 "
+        "119 to 135",
+    ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=256,
+        tile=(32, 64, 8, 1),
+        serves="plain",
+        branch=True,
+        why="255 registers, no spills; 64x64 spills 152 bytes",
+    ),
+    BackwardRow(
+        kernel="dkdv", bits=16, head_dim=64, tile=(64, 64, 4, 1), serves="rows", branch=True, why="252 registers"
+    ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=128,
+        tile=(64, 128, 8, 2),
+        serves="rows",
+        branch=True,
+        why="255 registers, 8 spills in the loop; 64x64 with 8 warps takes 254, none",
+    ),
+    BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 64, 4, 1), why="255 registers, no spills"),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=128,
+        tile=(32, 64, 8, 1),
+        why="255 registers, 3 spills in the loop with dropout, else none",
+    ),
 )
 # What is left is by mma.sync here too.
 SM90 = _SM90 + tuple(row for row in SM80 if row.serves == "all")
