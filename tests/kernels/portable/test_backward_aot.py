@@ -61,7 +61,7 @@ def test_the_small_kernels_compile(compiled):
 def test_a_tile_too_large_would_show(compiled):
     """Negative control: more than registers and shared memory hold is reported."""
     (report,) = compiled(
-        "--arch", "80", "--kernel", "dkdv", "--head-dim", "128", "--features", "none", "--tile", "128", "128", "4", "3"
+        "--arch", "89", "--kernel", "dq", "--head-dim", "128", "--features", "none", "--tile", "64", "128", "4", "2"
     )  # fmt: skip
     assert len(report["problems"]) == 2, report
     assert "shared memory" in report["problems"][0] and "spill" in report["problems"][1]
