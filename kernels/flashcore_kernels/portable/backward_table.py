@@ -90,8 +90,8 @@ SM80 = (
         tile=(32, 32, 8, 1),
         why="222 registers; a tile of 64 queries has none left for a mask",
     ),
-    BackwardRow(kernel="dq", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO32"),
-    BackwardRow(kernel="dq", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO32"),
+    BackwardRow(kernel="dq", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="181 registers, 52 KiB"),
+    BackwardRow(kernel="dq", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="182 registers, 82 KiB"),
     BackwardRow(
         kernel="dkdv",
         bits=16,
@@ -118,8 +118,8 @@ SM80 = (
     ),
     BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 32, 4, 1), why="168 registers"),
     BackwardRow(kernel="dkdv", bits=16, head_dim=256, tile=(32, 32, 8, 1), why="255 registers, no spills, 80 KiB"),
-    BackwardRow(kernel="dkdv", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="TODO32"),
-    BackwardRow(kernel="dkdv", bits=32, head_dim=256, tile=(16, 16, 8, 1), why="TODO32"),
+    BackwardRow(kernel="dkdv", bits=32, head_dim=128, tile=(32, 32, 8, 1), why="186 registers, 68 KiB"),
+    BackwardRow(kernel="dkdv", bits=32, head_dim=256, tile=(16, 16, 8, 1), why="209 registers, 65 KiB"),
     BackwardRow(kernel="mask", bits=16, head_dim=128, tile=(32, 16, 8, 1), why="205 registers; 32x32 spills 120 bytes"),
     BackwardRow(
         kernel="mask", bits=16, head_dim=256, tile=(16, 16, 4, 1), why="255 registers, 48 bytes spill; 32x32 spills 592"

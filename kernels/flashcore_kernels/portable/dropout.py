@@ -3,12 +3,16 @@
 import triton
 import triton.language as tl
 
+# The least that passes BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"); FlashAttention has as
+# many. More would cost every tile with dropout.
+ROUNDS = tl.constexpr(7)
+
 
 @triton.jit
 def dropout_keep(Philox, head, rows, first_quad, drop_below, BLOCK_N: tl.constexpr):
     """bool [M, BLOCK_N]: which weights of queries `rows` [M] stay, for keys from 4 * `first_quad` on.
 
-    Philox-4x32-10 makes four numbers at once, of four neighbouring keys. Its key is the seed, its counter (quad, query,
+    Philox-4x32 makes four numbers at once, of four neighbouring keys. Its key is the seed, its counter (quad, query,
     head, offset): no two weights of a call share a number, and no kernel's tiles matter.
 
     Args:
@@ -24,7 +28,7 @@ def dropout_keep(Philox, head, rows, first_quad, drop_below, BLOCK_N: tl.constex
     offset = (offset ^ (offset >> 32)).to(tl.int32)
     zeros = tl.zeros([rows.shape[0], BLOCK_N // 4], tl.int32)
     r0, r1, r2, r3 = tl.philox(
-        tl.load(Philox), zeros + quads[None, :], zeros + rows[:, None], zeros + head, zeros + offset
+        tl.load(Philox), zeros + quads[None, :], zeros + rows[:, None], zeros + head, zeros + offset, ROUNDS
     )
     even = tl.interleave(_stays(r0, drop_below), _stays(r2, drop_below))  # of keys 0 and 2 in each quad
     odd = tl.interleave(_stays(r1, drop_below), _stays(r3, drop_below))
@@ -40,7 +44,7 @@ def dropout_keep_at(Philox, head, rows, keys, drop_below):
     # Before the first key nobody looks; a counter must not be negative all the same.
     r0, r1, r2, r3 = tl.philox(
         tl.load(Philox), zeros + (tl.maximum(keys, 0) // 4)[None, :], zeros + rows[:, None], zeros + head,
-        zeros + offset,
+        zeros + offset, ROUNDS,
     )  # fmt: skip
     place = zeros + (tl.maximum(keys, 0) % 4)[None, :]
     r = tl.where(place < 2, tl.where(place == 0, r0, r1), tl.where(place == 2, r2, r3))

@@ -133,10 +133,10 @@ def test_both_ways_to_ask_agree(device):
 
 
 def test_philox_is_philox(device):
-    """The known answer for key 0 and counter 0 is 6627e8d5 e169c58d bc57ac4c 9b00dbd8 (Random123)."""
-    numbers = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    """The known answer of 7 rounds for key 0 and counter 0 (Random123's kat_vectors)."""
+    numbers = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     signed = [n - (n >> 31 << 32) for n in numbers]
-    for dropout in (0.1, 0.25, 0.5, 0.75, 0.9):
+    for dropout in (0.1, 0.53, 0.7, 0.8, 0.81, 0.85, 0.9):
         first = kept(words(0, 0, device), 0, dropout)[0, :4].tolist()
         assert first == [n >= drop_threshold(dropout) for n in signed]
 
