@@ -124,7 +124,7 @@ SM80 = (
     BackwardRow(
         kernel="mask", bits=16, head_dim=256, tile=(16, 16, 4, 1), why="255 registers, 48 bytes spill; 32x32 spills 592"
     ),
-    BackwardRow(kernel="mask", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="TODO32"),
+    BackwardRow(kernel="mask", bits=32, head_dim=256, tile=(32, 16, 8, 1), why="255 registers, 24 bytes spill"),
 )
 _SM90 = (
     BackwardRow(
@@ -229,9 +229,19 @@ _SM90 = (
 )
 # What is left is by mma.sync here too.
 SM90 = _SM90 + tuple(row for row in SM80 if row.serves == "all")
+SM100 = (
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=64,
+        tile=(64, 64, 8, 2),
+        serves="plain",
+        why="172 registers; with 4 warps 160 bytes spill",
+    ),
+) + SM80
 # Compute capability -> table. A capability that is not listed takes the nearest listed one below it, and what is below
 # all of them (the interpreter's 0) the first.
-TABLES = {80: SM80, 90: SM90, 100: SM80}
+TABLES = {80: SM80, 90: SM90, 100: SM100, 120: SM80}
 
 
 def backward_config(problem: Problem, arch: int, dropout: bool = False) -> BackwardConfig:
