@@ -52,7 +52,7 @@ def run_backward(
         problem, config: what was asked, and `backward_config(problem, arch)`.
         query, key, value, key_range, mask, sinks: as the forward had them.
         output: `[B, H, Q, Dv]`, the forward's.
-        lse: fp32 `[B, H, Q]`, the forward's, contiguous.
+        lse: fp32 `[B, H, Q]`, the forward's.
         grad_output: `[B, H, Q, Dv]` in output's dtype, any strides.
         grad_lse: `[B, H, Q]`, or None where nothing looked at the lse.
         dropout: probability with which the forward dropped weights.
@@ -78,9 +78,10 @@ def run_backward(
     if mask_grad and problem.mask_kind != "float":
         raise ValueError(f"mask_grad with a mask of kind {problem.mask_kind}: only an additive mask has a gradient")
     dtype = query.dtype
-    query, key, value, grad_output = (
-        t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value, grad_output)
+    query, key, value, output, grad_output = (
+        t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value, output, grad_output)
     )
+    lse = lse.contiguous()
     if dtype == torch.bfloat16 and query.device.type == "cpu":
         # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
         query, key, value, output, grad_output = (t.float() for t in (query, key, value, output, grad_output))
