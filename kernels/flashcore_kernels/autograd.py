@@ -1,0 +1,139 @@
+"""The operators for training: `flashcore::flash_attn_fwd`, and `flashcore::flash_attn_bwd`, which autograd calls.
+
+Checkpointing that selects operators by name looks for "flash_attn", and tells sliding layers by `window_size_left`.
+"""
+
+import torch
+
+from .fallback import note_fallback
+from .op import device_of
+from .plan import fallback_reason
+from .problem import Problem, check_problem
+
+_library = torch.library.Library("flashcore", "FRAGMENT")
+_library.define(
+    "flash_attn_fwd(Tensor query, Tensor key, Tensor value, Tensor? key_range, Tensor? mask, Tensor? sinks, "
+    "int window_size_left, int window_size_right, float scale, float softcap, float dropout=0.0, Tensor? philox=None) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    "flash_attn_bwd(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? key_range, "
+    "Tensor? mask, Tensor? sinks, Tensor output, Tensor lse, int window_size_left, int window_size_right, float scale, "
+    "float softcap, float dropout, Tensor? philox, bool sinks_grad, bool mask_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# Places of flash_attn_fwd's arguments, and their number.
+_MASK, _SINKS, _ARGUMENTS = 4, 5, 12
+
+
+def _forward(query, key, value, key_range, mask, sinks, window_size_left, window_size_right, scale, softcap,
+             dropout=0.0, philox=None):  # fmt: skip
+    """(output `[B, H, Q, Dv]`, lse `[B, H, Q]`): `flashcore::attention` with what the backward needs."""
+    if dropout:
+        raise NotImplementedError(
+            f"dropout={dropout} in flashcore::flash_attn_fwd: the forward kernels drop no weights yet; "
+            "set attention_dropout=0 or load the model with attn_implementation='sdpa'"
+        )
+    return torch.ops.flashcore.attention(
+        query, key, value, key_range, mask, sinks, window_size_left, window_size_right, scale, softcap, True
+    )
+
+
+def _forward_fake(query, key, value, *arguments, **more):
+    batch_size, num_heads, num_queries, _ = query.shape
+    output = query.new_empty(batch_size, num_queries, num_heads, value.shape[3]).transpose(1, 2)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty((batch_size, num_heads, num_queries), dtype=dtype)
+
+
+def _backward(grad_output, grad_lse, query, key, value, key_range, mask, sinks, output, lse, window_size_left,
+              window_size_right, scale, softcap, dropout, philox, sinks_grad, mask_grad):  # fmt: skip
+    """(dq, dk, dv, dsinks, dmask); the last two are of no elements where they are not asked for."""
+    problem = check_problem(query, key, value, key_range, mask, False, None, scale, softcap, sinks)
+    problem = problem._replace(left=window_size_left, right=window_size_right)
+    tensors = (query, key, value, key_range, mask, sinks, output, lse, grad_output, grad_lse)
+    reason = fallback_reason(problem, device_of(query.device))
+    if reason is not None:
+        grads = _backward_by_torch(reason, problem, tensors, dropout, sinks_grad, mask_grad)
+    elif query.is_cuda and query.device.index != torch.cuda.current_device():
+        with torch.cuda.device(query.device):
+            grads = _backward_by_kernel(problem, tensors, dropout, philox, sinks_grad, mask_grad)
+    else:
+        grads = _backward_by_kernel(problem, tensors, dropout, philox, sinks_grad, mask_grad)
+    return (*grads[:3], *(query.new_empty(0) if grad is None else grad for grad in grads[3:]))
+
+
+def _backward_by_kernel(problem: Problem, tensors: tuple, dropout: float, philox, sinks_grad: bool, mask_grad: bool):
+    from .portable.backward import run_backward
+    from .portable.backward_table import backward_config
+
+    config = backward_config(problem, device_of(tensors[0].device).arch, dropout=dropout > 0.0)
+    return run_backward(
+        problem, config, *tensors, dropout=dropout, philox=philox, sinks_grad=sinks_grad, mask_grad=mask_grad
+    )
+
+
+def _backward_by_torch(reason: str, problem: Problem, tensors: tuple, dropout: float, sinks_grad, mask_grad):
+    from .portable.naive_backward import naive_backward
+
+    note_fallback(reason)
+    if dropout:
+        raise NotImplementedError(f"dropout={dropout} in a backward that PyTorch serves ({reason}) is not supported")
+    grads = naive_backward(problem, *tensors, sinks_grad=sinks_grad, mask_grad=mask_grad)
+    laid_out = (_empty_gradient(t).copy_(grad) for t, grad in zip(tensors, grads[:3]))
+    return *laid_out, *grads[3:]
+
+
+def _empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """`[B, H, S, D]` with the heads inside the sequence in memory, as `run_backward` lays gradients out."""
+    batch_size, heads, length, head_dim = tensor.shape
+    return tensor.new_empty(batch_size, length, heads, head_dim).transpose(1, 2)
+
+
+def _backward_fake(grad_output, grad_lse, query, key, value, key_range, mask, sinks, *arguments):
+    sinks_grad, mask_grad = arguments[-2:]
+    return (
+        *(_empty_gradient(t) for t in (query, key, value)),
+        sinks.new_empty(sinks.shape) if sinks_grad else query.new_empty(0),
+        mask.new_empty(mask.shape) if mask_grad else query.new_empty(0),
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("flash_attn_fwd", _forward, _key)
+    _library.impl("flash_attn_bwd", _backward, _key)
+torch.library.register_fake("flashcore::flash_attn_fwd", _forward_fake, lib=_library)
+torch.library.register_fake("flashcore::flash_attn_bwd", _backward_fake, lib=_library)
+
+
+def _keep(ctx, inputs, output) -> None:
+    tensors, (left, right, scale, softcap, dropout, philox) = inputs[:6], inputs[6:]
+    ctx.save_for_backward(*tensors, *output, philox)
+    ctx.numbers = left, right, scale, softcap, dropout
+    # A gradient that nobody has stays None: delta then needs no pass over zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_output, grad_lse):
+    *tensors, output, lse, philox = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    mask = tensors[_MASK]
+    mask_grad = ctx.needs_input_grad[_MASK] and mask.dtype.is_floating_point
+    sinks_grad = ctx.needs_input_grad[_SINKS]
+    dq, dk, dv, dsinks, dmask = torch.ops.flashcore.flash_attn_bwd(
+        grad_output, grad_lse, *tensors, output, lse, *ctx.numbers, philox, sinks_grad, mask_grad
+    )
+    grads = dq, dk, dv, None, dmask if mask_grad else None, dsinks if sinks_grad else None
+    return *grads, *[None] * (_ARGUMENTS - len(grads))
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError(
+        "a gradient of a gradient through flashcore's attention was asked for (double backward, create_graph=True), "
+        "and its backward has none; load the model with attn_implementation='eager' for second derivatives"
+    )
+
+
+torch.library.register_autograd("flashcore::flash_attn_fwd", _differentiate, setup_context=_keep, lib=_library)
+torch.library.register_autograd("flashcore::flash_attn_bwd", _refuse, lib=_library)

@@ -1,0 +1,170 @@
+"""Dropout in the backward: against an explicit mask that a small kernel makes with the same helper."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from flashcore_kernels.key_range import FIRST
+from flashcore_kernels.naive import hide_unseen, visible_mask
+from flashcore_kernels.portable.dropout import drop_threshold, dropout_keep, dropout_keep_at
+
+from ..reference import DTYPES, build
+from .gradients import Training, assert_errors, problem_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+@triton.jit
+def _keep_kernel(
+    Philox, Out, head, first_row, first_quad, drop_below, ANY: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    rows = first_row + tl.arange(0, M)
+    columns = tl.arange(0, N)
+    if ANY:
+        keep = dropout_keep_at(Philox, head, rows, first_quad * 4 + columns, drop_below)
+    else:
+        keep = dropout_keep(Philox, head, rows, first_quad, drop_below, N)
+    tl.store(Out + tl.arange(0, M)[:, None] * N + columns[None, :], keep.to(tl.int8))
+
+
+def kept(philox, head, dropout, shape=(16, 64), row=0, quad=0, any_keys=False) -> torch.Tensor:
+    """bool `shape`, from query `row` and key 4 * `quad` on."""
+    out = torch.zeros(shape, dtype=torch.int8, device=philox.device)
+    _keep_kernel[(1,)](philox, out, head, row, quad, drop_threshold(dropout), any_keys, *shape)
+    return out.bool()
+
+
+def words(seed: int, offset: int, device) -> torch.Tensor:
+    return torch.tensor([seed, offset], dtype=torch.int64, device=device)
+
+
+def explicit_mask(problem, key_range, philox, dropout) -> torch.Tensor:
+    """bool `[B, H, Q, K]`; keys count from their sequence's first."""
+    shape = (triton.next_power_of_2(problem.num_queries), max(triton.next_power_of_2(problem.num_keys), 16))
+    out = torch.ones(problem.batch_size, problem.num_heads, problem.num_queries, problem.num_keys, dtype=torch.bool)
+    for b in range(problem.batch_size):
+        first = key_range[b, 0, 0, FIRST].item() if problem.range_layout == "sequence" else 0
+        for h in range(problem.num_heads):
+            own = kept(philox, b * problem.num_heads + h, dropout, shape)[: problem.num_queries]
+            out[b, h, :, first:] = own[:, : problem.num_keys - first]
+    return out.to(philox.device)
+
+
+def scores_of(call, query, key, mask):
+    """(scores, their lse) over what is seen; `key` of each query head."""
+    scores = query @ key.mT * problem_of(call).scale
+    scores = scores if mask is None else scores + mask
+    seen = visible_mask(problem_of(call), query.device, call.arguments.get("key_range"), call.arguments.get("mask"))
+    scores = scores.masked_fill(~seen, -torch.inf)
+    return scores, torch.logsumexp(scores, -1)
+
+
+def trained(call, keep, dropout):
+    """A Training of the explicit mask, its gradients by autograd in float64, and those of the peer.
+
+    SDPA cannot be given a mask to drop by, so the peer is what fused kernels do, in fp32 with their roundings: of the
+    output, the weights and their gradients.
+    """
+    problem, dtype = problem_of(call), call.query.dtype
+    mask = call.arguments.get("mask") if problem.mask_kind == "float" else None
+    seen = visible_mask(problem, call.query.device, call.arguments.get("key_range"), call.arguments.get("mask"))
+    tensors = call.query, *hide_unseen(problem, call.key, call.value, seen), mask
+    factor = keep / (1.0 - dropout)
+
+    leaves = [t if t is None else t.double().requires_grad_() for t in tensors]
+    key, value = (t.repeat_interleave(problem.group, 1) for t in leaves[1:3])
+    scores, lse = scores_of(call, leaves[0], key, leaves[3])
+    output = (torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]) * factor) @ value
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(call.query)
+    (output * grad_output).sum().backward()
+    want = {name: t.grad for name, t in zip(("dq", "dk", "dv", "dmask"), leaves) if t is not None}
+    output = output.detach().to(dtype)
+
+    query, key, value = (t.float() for t in tensors[:3])
+    key, value = (t.repeat_interleave(problem.group, 1) for t in (key, value))
+    scores, lse = scores_of(call, query, key, mask)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    grad = grad_output.float()
+    delta = (grad * output.float()).sum(-1, keepdim=True)
+    of_scores = (weights * (grad @ value.mT * factor - delta)).to(dtype).float()
+    heads = problem.num_kv_heads, problem.group
+    own = {
+        "dq": of_scores @ key * problem.scale,
+        "dk": (of_scores.mT @ query * problem.scale).unflatten(1, heads).sum(2),
+        "dv": ((weights * factor).to(dtype).float().mT @ grad).unflatten(1, heads).sum(2),
+    }
+    own = {name: t.to(dtype) for name, t in own.items()} | ({} if mask is None else {"dmask": of_scores})
+    return Training(call, problem, output, lse, grad_output, None), want, own
+
+
+@pytest.mark.parametrize(
+    "features",
+    [(), ("causal", "left-padding"), ("rows",), ("holes",), ("float-mask", "left-padding")],
+    ids="+".join,
+)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_gradients(features, dtype, device):
+    call = build(features, 19, 45, head_dim=16, heads=(2, 1), dtype=DTYPES[dtype], device=device)
+    philox, dropout = words(1234567890123, 4, device), 0.3
+    keep = explicit_mask(problem_of(call), call.arguments.get("key_range"), philox, dropout)
+    training, want, own = trained(call, keep, dropout)
+    got = training.gradients(dropout=dropout, philox=philox)
+    assert_errors(got, want, own, call.query.dtype)
+
+
+def test_another_mask_would_show(device):
+    """Negative control: gradients with another seed, another offset, and without dropout."""
+    call = build(("causal",), 19, 45, head_dim=16, heads=(2, 1), device=device)
+    philox, dropout = words(1234567890123, 4, device), 0.3
+    keep = explicit_mask(problem_of(call), None, philox, dropout)
+    training, want, own = trained(call, keep, dropout)
+    for other in (words(1234567890124, 4, device), words(1234567890123, 5, device)):
+        with pytest.raises(AssertionError, match="dq"):
+            assert_errors(training.gradients(dropout=dropout, philox=other), want, own, call.query.dtype)
+    with pytest.raises(AssertionError, match="dq"):
+        assert_errors(training.gradients(), want, own, call.query.dtype)
+
+
+def test_both_ways_to_ask_agree(device):
+    philox = words(7, 9, device)
+    for quad in (0, 3, 1000):
+        place = {"row": 5, "quad": quad}
+        assert torch.equal(kept(philox, 3, 0.4, **place), kept(philox, 3, 0.4, any_keys=True, **place))
+
+
+def test_philox_is_philox(device):
+    """The known answer of 7 rounds for key 0 and counter 0 (Random123's kat_vectors)."""
+    numbers = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    signed = [n - (n >> 31 << 32) for n in numbers]
+    for dropout in (0.1, 0.53, 0.7, 0.8, 0.81, 0.85, 0.9):
+        first = kept(words(0, 0, device), 0, dropout)[0, :4].tolist()
+        assert first == [n >= drop_threshold(dropout) for n in signed]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.9])
+def test_rate(dropout, device):
+    keep = kept(words(11, 0, device), 0, dropout, (128, 128)).double()
+    spread = (dropout * (1 - dropout) / keep.numel()) ** 0.5
+    assert abs(keep.mean().item() - (1 - dropout)) <= 4 * spread
+
+
+def test_no_two_places_share_their_numbers(device):
+    """Neighbours, heads, sequences, seeds and offsets (their upper halves too) all differ."""
+    philox = words(11, 0, device)
+    keep = kept(philox, 0, 0.5, (64, 64))
+    for rows in (keep, keep.T):
+        assert len({tuple(row) for row in rows.tolist()}) == 64
+    others = [kept(philox, head, 0.5, (64, 64)) for head in (1, 2, 1 << 20)]
+    others += [
+        kept(words(*pair, device), 0, 0.5, (64, 64)) for pair in ((12, 0), (11 + (1 << 32), 0), (11, 1), (11, 1 << 32))
+    ]
+    others += [kept(philox, 0, 0.5, (64, 64), row=64), kept(philox, 0, 0.5, (64, 64), quad=16)]
+    for other in others:
+        assert 0.4 < (other == keep).double().mean().item() < 0.6
+
+
+def test_tiles_do_not_matter(device):
+    """Parts of a tile are what smaller tiles say."""
+    philox = words(3, 3, device)
+    whole = kept(philox, 5, 0.3, (32, 64), row=8, quad=4)
+    assert torch.equal(whole[16:, 32:], kept(philox, 5, 0.3, (16, 32), row=24, quad=12))
