@@ -92,9 +92,9 @@ def make(case: Case, dtype: torch.dtype, device: str) -> Step:
 
 
 def forward_of(case: Case, step: Step):
-    """(problem, key_range, inputs, output, lse) of our own forward."""
+    """(problem, inputs, output, lse) of our own forward."""
     from flashcore_kernels import attention, make_key_range
-    from flashcore_kernels.problem import check_problem
+    from flashcore_kernels.problem import check_problem, split_arguments
 
     x = Inputs(*(t.detach() for t in step.x))
     arguments = {"is_causal": case.causal, "window": case.window}
@@ -102,7 +102,8 @@ def forward_of(case: Case, step: Step):
         first = torch.tensor([case.keys - length for length in case.lengths], device=step.grad.device)
         arguments = {"key_range": make_key_range(case.batch, case.keys, first=first, right=0)}
     output, lse = attention(*x, **arguments, return_lse=True)
-    return check_problem(*x, **arguments), arguments.get("key_range"), x, output, lse
+    inputs, options = split_arguments(*x, **arguments)
+    return check_problem(inputs, **options), inputs, output, lse
 
 
 def architecture() -> int:
@@ -116,9 +117,9 @@ def portable(case: Case, step: Step, config=None) -> Callable:
     from flashcore_kernels.portable.backward import run_backward
     from flashcore_kernels.portable.backward_table import backward_config
 
-    problem, key_range, x, output, lse = forward_of(case, step)
+    problem, inputs, output, lse = forward_of(case, step)
     config = config or backward_config(problem, architecture())
-    return lambda: run_backward(problem, config, *x, key_range, None, None, output, lse, step.grad)[:3]
+    return lambda: run_backward(problem, config, inputs, output, lse, step.grad)[:3]
 
 
 def fa3(case: Case, step: Step, forward, deterministic: bool) -> Callable | None:
@@ -287,10 +288,10 @@ def kernel_call(case: Case, step: Step, row) -> Callable:
     from flashcore_kernels.portable.backward import BackwardCall, empty_like_heads
     from flashcore_kernels.portable.backward_table import backward_config
 
-    problem, key_range, x, output, lse = forward_of(case, step)
+    problem, inputs, output, lse = forward_of(case, step)
     config = backward_config(problem, architecture())._replace(**{row.kernel: row})
-    call = BackwardCall(problem, config, key_range, None, None, 0, 1.0)
-    delta = torch.empty_like(lse)
+    call = BackwardCall(problem, config, inputs.key_range, None, None, 0, 1.0)
+    delta, x = torch.empty_like(lse), inputs[:3]
     grads = [empty_like_heads(t) for t in x]
     if row.kernel == "dq":
         return lambda: call.launch_dq(*x, output, step.grad, None, lse, None, delta, grads[0], problem.scale)

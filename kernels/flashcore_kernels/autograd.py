@@ -5,10 +5,10 @@ Checkpointing that selects operators by name looks for "flash_attn", and tells s
 
 import torch
 
+from .choose import fallback_reason
+from .device import device_of
 from .fallback import note_fallback
-from .op import device_of
-from .plan import fallback_reason
-from .problem import Problem, check_problem
+from .problem import Inputs, Problem, check_problem
 
 _library = torch.library.Library("flashcore", "FRAGMENT")
 _library.define(
@@ -49,9 +49,10 @@ def _forward_fake(query, key, value, *arguments, **more):
 def _backward(grad_output, grad_lse, query, key, value, key_range, mask, sinks, output, lse, window_size_left,
               window_size_right, scale, softcap, dropout, philox, sinks_grad, mask_grad):  # fmt: skip
     """(dq, dk, dv, dsinks, dmask); the last two are of no elements where they are not asked for."""
-    problem = check_problem(query, key, value, key_range, mask, False, None, scale, softcap, sinks)
+    inputs = Inputs(query, key, value, key_range, mask, sinks)
+    problem = check_problem(inputs, scale=scale, softcap=softcap)
     problem = problem._replace(left=window_size_left, right=window_size_right)
-    tensors = (query, key, value, key_range, mask, sinks, output, lse, grad_output, grad_lse)
+    tensors = (inputs, output, lse, grad_output, grad_lse)
     reason = fallback_reason(problem, device_of(query.device))
     if reason is not None:
         grads = _backward_by_torch(reason, problem, tensors, dropout, sinks_grad, mask_grad)
@@ -67,7 +68,7 @@ def _backward_by_kernel(problem: Problem, tensors: tuple, dropout: float, philox
     from .portable.backward import run_backward
     from .portable.backward_table import backward_config
 
-    config = backward_config(problem, device_of(tensors[0].device).arch, dropout=dropout > 0.0)
+    config = backward_config(problem, device_of(tensors[0].query.device).arch, dropout=dropout > 0.0)
     return run_backward(
         problem, config, *tensors, dropout=dropout, philox=philox, sinks_grad=sinks_grad, mask_grad=mask_grad
     )
@@ -80,7 +81,7 @@ def _backward_by_torch(reason: str, problem: Problem, tensors: tuple, dropout: f
     if dropout:
         raise NotImplementedError(f"dropout={dropout} in a backward that PyTorch serves ({reason}) is not supported")
     grads = naive_backward(problem, *tensors, sinks_grad=sinks_grad, mask_grad=mask_grad)
-    laid_out = (_empty_gradient(t).copy_(grad) for t, grad in zip(tensors, grads[:3]))
+    laid_out = (_empty_gradient(t).copy_(grad) for t, grad in zip(tensors[0][:3], grads[:3]))
     return *laid_out, *grads[3:]
 
 

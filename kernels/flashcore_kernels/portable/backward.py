@@ -9,13 +9,14 @@ such a mask a fourth (backward_shift.py) comes first, for rows whose log-sum-exp
 import torch
 import triton
 
-from ..launch import LOG2_E, launch, mask_argument
-from ..problem import Problem
+from ..problem import LOG2_E, Inputs, Problem
+from ..runtime.launch import launch
 from .backward_key import flashcore_backward_dkdv, flashcore_query_blocks
 from .backward_mask import flashcore_backward_mask
 from .backward_query import flashcore_backward_dq
 from .backward_shift import flashcore_backward_shift
 from .backward_table import BackwardConfig, BackwardRow
+from .blocks import mask_strides
 from .dropout import drop_threshold
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -30,12 +31,7 @@ def empty_like_heads(tensor: torch.Tensor) -> torch.Tensor:
 def run_backward(
     problem: Problem,
     config: BackwardConfig,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
+    inputs: Inputs,
     output: torch.Tensor,
     lse: torch.Tensor,
     grad_output: torch.Tensor,
@@ -50,7 +46,7 @@ def run_backward(
 
     Args:
         problem, config: what was asked, and `backward_config(problem, arch)`.
-        query, key, value, key_range, mask, sinks: as the forward had them.
+        inputs: as the forward had them.
         output: `[B, H, Q, Dv]`, the forward's.
         lse: fp32 `[B, H, Q]`, the forward's.
         grad_output: `[B, H, Q, Dv]` in output's dtype, any strides.
@@ -73,6 +69,7 @@ def run_backward(
             "gradients of attention over float8_e4m3fn keys and values are not supported; "
             "use keys and values in query's dtype where gradients are needed"
         )
+    query, key, value, key_range, mask, sinks = inputs[:6]
     if (philox is None) != (dropout == 0.0):
         raise ValueError(f"dropout={dropout} with philox={philox}: a seed and offset belong to dropout above 0")
     if mask_grad and problem.mask_kind != "float":
@@ -126,7 +123,8 @@ class BackwardCall:
     ):
         self.problem, self.config, self.philox = problem, config, philox
         self.key_range, self.given_mask = key_range, mask
-        self.mask, self.mask_strides = mask_argument(problem, mask)
+        self.mask = mask.view(torch.uint8) if problem.mask_kind == "bool" else mask
+        self.mask_strides = mask_strides(mask)
         self.range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
         self.range = (None, "sequence", "rows").index(problem.range_layout)
         self.exact = problem.dtype == torch.float32
@@ -173,7 +171,8 @@ class BackwardCall:
                 problem.head_dim, self.config.block_d, row.block_m, row.block_n, self.exact, self.range,
                 problem.softcap > 0.0,
             ),
-            row,
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
         )  # fmt: skip
         return shift, weight
 
@@ -189,7 +188,8 @@ class BackwardCall:
             ),
             (*self.numbers, *self.factors, scale, self.keep_scale, 1.0),
             (*self.constants(row), *self.features(), row.branch),
-            row,
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
         )  # fmt: skip
 
     def launch_dkdv(self, query, key, value, grad_output, lse, weight, delta, dk, dv, scale: float) -> None:
@@ -200,7 +200,8 @@ class BackwardCall:
             blocks = torch.empty(problem.batch_size, num_blocks, 4, dtype=torch.int32, device=query.device)
             launch(
                 flashcore_query_blocks, (num_blocks, problem.batch_size), (self.key_range, blocks, *self.range_strides),
-                (problem.num_queries, problem.num_keys), (row.block_m,), row,
+                (problem.num_queries, problem.num_keys), (row.block_m,), num_warps=row.num_warps,
+                num_stages=row.num_stages,
             )  # fmt: skip
         # One tile more may lie before a sequence's first key.
         num_tiles = triton.cdiv(problem.num_keys, row.block_n) + (problem.range_layout == "sequence")
@@ -215,7 +216,8 @@ class BackwardCall:
             ),
             (*self.numbers, *self.factors, scale, self.keep_scale, 1.0),
             (*self.constants(row), *self.features(), row.branch),
-            row,
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
         )  # fmt: skip
 
     def launch_mask(self, query, key, value, grad_output, lse, weight, delta) -> torch.Tensor:
@@ -235,7 +237,8 @@ class BackwardCall:
             ),
             (*self.numbers, *self.factors, self.keep_scale, 1.0),
             (*self.constants(row), problem.softcap > 0.0, sum_m, sum_n),
-            row,
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
         )  # fmt: skip
         return dmask.to(mask.dtype)
 

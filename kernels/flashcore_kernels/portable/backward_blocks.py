@@ -8,7 +8,7 @@ explicit fma.
 import triton
 import triton.language as tl
 
-from ..blocks import power_of_2, tanh
+from .blocks import power_of_2, tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Triton takes the integers for their values where they are 1 or multiples of 16; lengths would compile anew.

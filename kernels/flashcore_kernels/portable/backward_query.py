@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..blocks import BITMAP, load_tile, seen, sequence_bounds, short_sums
 from .backward_blocks import NUMBERS, accumulated, load_lse, load_mask, probabilities, row_ranges
+from .blocks import BITMAP, load_tile, seen, sequence_bounds, short_sums
 from .dropout import dropout_keep
 
 

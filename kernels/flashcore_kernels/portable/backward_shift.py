@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..blocks import BITMAP, load_tile, power_of_2, sequence_bounds, short_sums, tanh
 from .backward_blocks import LOG2_E, NUMBERS, load_lse, load_mask, row_ranges
+from .blocks import BITMAP, load_tile, power_of_2, sequence_bounds, short_sums, tanh
 
 # From here on an fp32 log-sum-exp is off by 6e-5 and more, and so is each probability.
 COARSE_LSE = tl.constexpr(1024.0)

@@ -3,17 +3,12 @@
 import torch
 
 from ..naive import hide_unseen, visible_mask
-from ..problem import Problem
+from ..problem import Inputs, Problem
 
 
 def naive_backward(
     problem: Problem,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_range: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    sinks: torch.Tensor | None,
+    inputs: Inputs,
     output: torch.Tensor,
     lse: torch.Tensor,
     grad_output: torch.Tensor,
@@ -23,6 +18,7 @@ def naive_backward(
     mask_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(dq, dk, dv, dsinks, dmask) of an attention call, by the formulas of `run_backward` and with its arguments."""
+    query, key, value, key_range, mask, sinks = inputs[:6]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     seen = visible_mask(problem, query.device, key_range, mask)  # [B or 1, H or 1, Q, K]
     k, v = hide_unseen(problem, key.to(dtype), value.to(dtype), seen)

@@ -83,6 +83,7 @@ def make_call(launch: Launch, problem: Problem, inputs: Inputs, return_lse: bool
     pick, tiles = launch.pick, launch.tiles if any(launch.tiles) else None
     rest = (*launch.integers, *launch.scalars, *launch.constants)
     raw_stream, empty = torch._C._cuda_getCurrentRawStream, torch.empty
+
     # Addresses, where the launcher would ask the driver about each tensor.
     def call(inputs):
         output = empty(shape, dtype=dtype, device=device)

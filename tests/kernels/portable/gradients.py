@@ -11,7 +11,7 @@ import torch
 from flashcore_kernels import naive_attention
 from flashcore_kernels.portable.backward import run_backward
 from flashcore_kernels.portable.backward_table import backward_config
-from flashcore_kernels.problem import Problem, check_problem
+from flashcore_kernels.problem import Inputs, Problem, check_problem, split_arguments
 
 from ..reference import Call, peer
 
@@ -33,13 +33,14 @@ class Training(NamedTuple):
         """What the kernels answer, by name."""
         call, problem = self.call, problem or self.problem
         arguments = call.arguments
-        tensors = {
-            "query": call.query, "key": call.key, "value": call.value, "key_range": arguments.get("key_range"),
-            "mask": arguments.get("mask"), "sinks": arguments.get("sinks"), "output": self.output, "lse": self.lse,
-            "grad_output": self.grad_output, "grad_lse": self.grad_lse,
+        tensors = {name: arguments.get(name) for name in ("key_range", "mask", "sinks")}
+        inputs = Inputs(call.query, call.key, call.value, **tensors)
+        inputs = inputs._replace(**{name: changed.pop(name) for name in Inputs._fields if name in changed})
+        options = {
+            "output": self.output, "lse": self.lse, "grad_output": self.grad_output, "grad_lse": self.grad_lse,
+            "sinks_grad": problem.has_sinks, "mask_grad": problem.mask_kind == "float",
         }  # fmt: skip
-        options = {"sinks_grad": problem.has_sinks, "mask_grad": problem.mask_kind == "float"}
-        got = run_backward(problem, config or config_of(problem), **{**tensors, **options, **changed})
+        got = run_backward(problem, config or config_of(problem), inputs, **{**options, **changed})
         return {name: grad for name, grad in zip(NAMES, got) if grad is not None}
 
 
@@ -72,7 +73,8 @@ def train(call: Call, grad_lse: bool = True, seed: int = 0) -> Training:
 
 def problem_of(call: Call) -> Problem:
     arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
-    return check_problem(call.query, call.key, call.value, **arguments)
+    inputs, options = split_arguments(call.query, call.key, call.value, **arguments)
+    return check_problem(inputs, **options)
 
 
 def autograd(training: Training, dtype: torch.dtype) -> dict[str, torch.Tensor]:
