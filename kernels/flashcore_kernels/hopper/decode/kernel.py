@@ -23,7 +23,7 @@ from ..triton_api import barrier
 from ..visible import BITMAP, sequence_bounds
 from .fp8 import in_order, load_keys, load_values, row_of, stored_layout
 from .merge import merge_nodes, push, unstack, write_rows
-from .slots import slot_addresses
+from .mailboxes import slot_addresses
 from .tiles import copy_keys, fold_scores, load_queries, next_block
 
 

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..rows import end_of_rows
-from .slots import clear_slots, join, pieces_of, read_slots, rows_layout, split, write_slot
+from .mailboxes import clear_slots, join, pieces_of, read_slots, rows_layout, split, write_slot
 
 
 @gluon.jit
