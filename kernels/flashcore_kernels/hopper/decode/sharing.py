@@ -6,7 +6,7 @@ from ...plan import power_of_2_from
 from ...problem import Problem
 from .choose import HopperDecodeConfig
 
-# With fewer programs bandwidth stays unused, though merging many rows may cost more. Of e4m3 it takes twice as many.
+# With fewer programs (of 8 rows, fewer of more rows) bandwidth stays unused. Of e4m3 it takes twice as many.
 ENOUGH = 256
 # Programs that an SM has registers for, by rows.
 MOST_RESIDENT = {8: 8, 16: 3, 32: 2}
@@ -42,8 +42,8 @@ class Sharing(NamedTuple):
     def chunks_each(self, chunks: int, tiles: int) -> int:
         """Chunks a program takes, where each of `tiles` tiles of rows may have `chunks`.
 
-        The more it takes, the fewer partial sums are written. But programs are to fill the GPU, and either all run at
-        once, or be so many that the last ones do not run alone for long.
+        The more it takes, the fewer partial sums are written. But programs are to fill the GPU. And they are either to
+        run all at once, or to be so many that the last ones do not run alone for long.
         """
         if self.whole_sequences:
             return 2**self.levels
@@ -55,7 +55,9 @@ class Sharing(NamedTuple):
 
 
 def share_out(problem: Problem, config: HopperDecodeConfig) -> Sharing:
-    """From the batch and the heads alone: lengths grow in a generation, and each Sharing compiles a kernel."""
+    """The Sharing of a call. It depends on the batch and the heads alone, not on lengths: these grow in a generation,
+    and each Sharing compiles a kernel.
+    """
     row, rows, processors = config.row, config.block_m, config.processors
     tiles = problem.batch_size * problem.num_kv_heads * row_tiles(problem, config)
     fills = tiles >= processors - NEARLY
@@ -84,12 +86,13 @@ def share_out(problem: Problem, config: HopperDecodeConfig) -> Sharing:
     # What no call of this batch will use costs registers and instructions.
     if tiles * -(-config.max_chunks // 2) < min(enough, 1.9 * shared.running):
         shared = shared._replace(levels=0)
-    # As many neighbours as the longest sequences have, since instructions for more take time. Of many rows, or 16 of
-    # e4m3, they take registers that so many programs do not have.
+    # As many neighbours as the longest sequences have: instructions for more would take time. But 16 of them, or with
+    # e4m3 or many rows fewer, take registers that so many programs do not have.
     nodes = -(-config.max_chunks // shared.chunks_each(config.max_chunks, tiles))
     most = 4 if rows > 8 else 8 if problem.fp8 else 16
-    # The last program of a tile waits for the others. Where not all run at once it is to start long after them. Where
-    # each has an SM, those that start last are not all to be such: B1 S8192 of head_dim 64 8.04 us, in a row 7.86.
+    # The last program of a tile waits for the others. Where not all programs run at once, it is to start long after
+    # them: so those of a tile are not numbered in a row. Where each program has an SM, they are, so that those that
+    # start last are not all ones that others wait for: B1 S8192 of head_dim 64 8.04 us, in a row 7.86.
     return shared._replace(fan_in=min(max(power_of_2_from(nodes), 4), most), in_a_row=tiles * nodes <= processors)
 
 

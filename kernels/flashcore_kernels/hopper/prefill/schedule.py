@@ -31,8 +31,8 @@ def heads_in_section(
 ) -> int:
     """How many query heads are worked on side by side, where tiles differ in length.
 
-    As many as fit, or else as `rounds` ask for; a third more or less, where sections then are of one size: a last one
-    of few heads would not keep all programs busy.
+    As many as fit into SECTION_BYTES, or more where `rounds` ask for that. Then up to a third more or less, so that
+    sections are of one size: a last one of few heads would not keep all programs busy.
 
     Args:
         num_keys, bytes_per_key: of one KV head, keys and values together.
