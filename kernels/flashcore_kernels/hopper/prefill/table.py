@@ -18,9 +18,9 @@ class PrefillRow(NamedTuple):
         query_buffers: tiles of Q that shared memory holds. Where there are two, a tile's output leaves through the
             buffer that held its queries. Where there is one, the output has half a tile of its own and leaves in two
             halves, so that the next queries need not wait for it.
-        scores_ahead: the product of the next block's scores runs while this block's exponentials are computed; otherwise
-            the exponentials run beside the product with V. It takes registers for the scores of two blocks. Rows with
-            it serve key ranges too; of head_dim 256 they leave no registers for softcap.
+        scores_ahead: a block's exponentials run beside the product of the next block's scores; otherwise beside the
+            product with V of the block before. It takes registers for the scores of two blocks. Rows with it serve key
+            ranges too; of head_dim 256 they leave no registers for softcap.
         consumer_registers, producer_registers: of a thread.
         why: what speaks for it.
         min_queries: it serves calls with so many queries or more: causal calls, and others.
