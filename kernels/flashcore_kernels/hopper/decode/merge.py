@@ -1,8 +1,8 @@
 """The end of a Hopper decode: merging the chunks of a KV head in a tree, normalising, and storing its rows.
 
-Of neighbours in the tree the one of the highest number merges: it reads what the others wrote until all is there, see
-mailboxes.py. It waits for programs that were started before it, and they for none behind: a GPU starts programs in
-the order of their numbers, however few of them it runs at once.
+Of neighbours in the tree the one of the highest number merges: it reads what the others write until all is there, see
+mailboxes.py. That always comes to an end. A GPU starts programs in the order of their numbers, however few of them it
+runs at once, and a program waits only for lower numbers.
 """
 
 from triton.experimental import gluon
@@ -15,9 +15,12 @@ from .records import Sums
 
 @gluon.jit
 def _shrink(m, l, r, once, answer, C: gl.constexpr):
-    """What rows r of a KV head are multiplied by in the end, 0 where a row saw no key. Stores lse where it is wanted.
+    """The factors of `end_of_rows` for rows r of a KV head, whose maxima and sums are m and l. Stores lse where wanted.
 
-    Shapes: any; once: where a row's lse is to be stored.
+    Args:
+        m, l, r: of any one shape.
+        once: of that shape: where a row's lse is to be stored, if a row has several elements.
+        answer: an Answer.
     """
     valid = r < answer.num_queries * C.group
     head = answer.kv_head * C.group + r % C.group
@@ -34,7 +37,7 @@ def _shrink(m, l, r, once, answer, C: gl.constexpr):
 
 @gluon.jit
 def _store_rows(out, r, d, answer, C: gl.constexpr):
-    """Store columns d of rows r. Out's heads lie inside the sequence in memory."""
+    """Store columns d of rows r of a KV head; out, r and d broadcast to one shape."""
     head = answer.kv_head * C.group + r % C.group
     token = answer.b.to(gl.int64) * answer.num_queries + r // C.group  # of all sequences
     at = (token * (C.num_kv_heads * C.group) + head) * C.value_dim
@@ -45,17 +48,17 @@ def _store_rows(out, r, d, answer, C: gl.constexpr):
 
 @gluon.jit
 def write_rows(sums, r, d, answer, C: gl.constexpr):
-    """Normalise rows r [R] of a KV head and store them, with columns d [DV], of which these are the Sums."""
+    """Normalise and store the Sums of rows r [R] of a KV head; d [DV]: the columns that the rows of acc are."""
     shrink = _shrink(sums.m, sums.l, r, r >= 0, answer, C)
     _store_rows(sums.acc * shrink[None, :], r[None, :], d[:, None], answer, C)
 
 
 @gluon.jit
 def _weigh(left_m, left_l, right_m, right_l):
-    """(m, l) of two neighbours in one, and what the sums of each are multiplied by.
+    """(m, l, a, b): maxima and sums of two neighbours in one, and the factors of the left and of the right acc.
 
-    Every product and sum is spelled out, here and where sums are added: the bits must be the same wherever this is
-    compiled into. With one that has seen nothing (0, -inf, 0) the other stays as it is.
+    Which product is fused with a sum is spelled out, here and where acc is added: the bits must be the same wherever
+    this is compiled into. A neighbour that has seen nothing (0, -inf, 0) leaves the other as it is.
     """
     m = gl.maximum(left_m, right_m)
     m_finite = gl.where(m == float("-inf"), 0.0, m)
@@ -118,12 +121,12 @@ def _pairs(nodes, COUNT: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit
 def _load_rows(acc_smem, m_smem, l_smem):
-    """A node from shared memory, [R, DV] and [R]."""
+    """A node (see `read_mailboxes`) from shared memory, where it is [R, DV] and twice [R]."""
     WIDTH: gl.constexpr = piece_width(acc_smem.shape[0], acc_smem.shape[1])
-    pieces = split(acc_smem.load(rows_layout(acc_smem.shape[0], acc_smem.shape[1])), WIDTH)
-    ROWS: gl.constexpr = gl.SliceLayout(1, pieces[0].type.layout)
-    zeros = gl.zeros_like(pieces[0])
-    return pieces + (m_smem.load(ROWS)[:, None] + zeros, l_smem.load(ROWS)[:, None] + zeros)
+    columns = split(acc_smem.load(rows_layout(acc_smem.shape[0], acc_smem.shape[1])), WIDTH)
+    ROWS: gl.constexpr = gl.SliceLayout(1, columns[0].type.layout)
+    zeros = gl.zeros_like(columns[0])
+    return columns + (m_smem.load(ROWS)[:, None] + zeros, l_smem.load(ROWS)[:, None] + zeros)
 
 
 @gluon.jit

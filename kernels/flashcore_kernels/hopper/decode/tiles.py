@@ -112,7 +112,7 @@ def fold_scores(s, acc, m, sums, block, limits, bitmap, score_scale, to_log2, C:
     """Fold a block's scores s [N, R] into the sums of its chunk.
 
     Args:
-        acc, m, sums: [DV, R], maxima [R] in units of log2, [N, R]: probabilities of each place in a block.
+        acc, m, sums: [DV, R], maxima [R] in units of log2, [N, R]: probabilities, of each index in a block.
         block, limits, bitmap: a Block, RowLimits, a Bitmap.
         score_scale: scores are multiplied by it before softcap's tanh, otherwise it is not looked at.
         to_log2: factor that leaves scores in units of log2.

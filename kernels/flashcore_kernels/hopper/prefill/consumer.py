@@ -26,15 +26,18 @@ from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums
 def _release(empty):
     """Arrive at `empty`, each of the partition's threads for itself.
 
-    `mbarrier.arrive` would arrive once, behind a barrier of the partition. This is meant for what a thread copies
-    asynchronously; with nothing to copy a thread arrives at once.
+    `mbarrier.arrive` would arrive once, behind a barrier of the partition. What stands here arrives when all that the
+    thread copies asynchronously is there. A consumer's thread copies nothing, so it arrives at once.
     """
     async_copy.mbarrier_arrive(empty, increment_count=False)
 
 
 @gluon.jit
 def _wait_for_turn():
-    """Wait until the other consumer of this partition has passed the turn on."""
+    """Wait until the other consumer of this partition has passed the turn on.
+
+    For that there are two named barriers of 256 threads: 10 where the first consumer waits, 11 where the second does.
+    """
     gl.inline_asm_elementwise(
         "{ .reg .b32 turn; mov.u32 turn, %tid.x; shr.u32 turn, turn, 7; add.u32 turn, turn, 10; bar.sync turn, 256; "
         "mov.u32 $0, $1; }", "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1,
@@ -43,7 +46,7 @@ def _wait_for_turn():
 
 @gluon.jit
 def _pass_turn():
-    """Let the other consumer of this partition issue its products."""
+    """Let the other consumer of this partition issue its products: arrive at the barrier where it waits."""
     gl.inline_asm_elementwise(
         "{ .reg .b32 turn; mov.u32 turn, %tid.x; shr.u32 turn, turn, 7; sub.u32 turn, 11, turn; bar.arrive turn, 256; "
         "mov.u32 $0, $1; }", "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1,
@@ -142,7 +145,7 @@ def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
 
     Args:
         softmax: of the blocks before.
-        use: how many blocks this partition has computed or passed over, which says the stage.
+        use: how many blocks this partition has computed or passed over: the block's stage and phase follow from it.
         n: the block's first key.
         edge: whether its scores are masked row by row.
         tile, call: a Tile, a Call.

@@ -99,10 +99,11 @@ def hand_out(call, C: gl.constexpr):
     It is a warp of its own because the counter answers after a microsecond, and a position takes five divisions. The
     producer has no such time: of large heads it is but two blocks ahead.
 
-    A position is written over that of two tiles before, so all consumers must have read that one. They have: the
-    producer asks, beside the program's tile number i, when the queries of tile i are under way. Their buffer is that of
-    tile i - 2 (with one query buffer, of tile i - 1), so all consumers had released it. Each consumer's thread reads
-    the position first and releases then. A thread that did not would miss two phases of `queue.full`, and wait forever.
+    What is told beside the program's tile i is written over what was told beside tile i - 2. All consumers have read
+    that by then. The producer asks when the queries of tile i are under way, so all consumers have released the buffer
+    that these go to: it held the queries of tile i - 2 (with one query buffer, of tile i - 1). And their threads read
+    what is told beside tile i - 2 before they release either. A thread that did not would miss two phases of
+    `queue.full`, and wait forever.
 
     compute-sanitizer's racecheck reports these reads and writes. It does not follow the arrivals at `q_empty`, by which
     a consumer's threads say that they are done.
