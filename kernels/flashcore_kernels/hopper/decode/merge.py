@@ -70,7 +70,7 @@ def _weigh(left_m, left_l, right_m, right_l):
 @gluon.jit
 def _combine(left, right):
     """The Sums of two neighbours in one."""
-    # By position: Triton forgets the names in records that lie in a stack which a loop carries.
+    # By position: with Triton 3.6 a record that is put into a tuple, as the stack is, loses its names.
     left_acc, left_m, left_l = left
     m, l, a, b = _weigh(left_m, left_l, right.m, right.l)
     return Sums(acc=gl.fma(left_acc, gl.zeros_like(left_acc) + a[None, :], right.acc * b[None, :]), m=m, l=l)
