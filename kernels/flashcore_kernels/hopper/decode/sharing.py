@@ -67,7 +67,10 @@ def share_out(problem: Problem, config: HopperDecodeConfig) -> Sharing:
         for stages, resident in row.whole_sequences:
             fit = rows * config.block_dv * levels <= MOST_IN_TREES[resident]
             if tiles <= resident * processors and resident <= MOST_RESIDENT[rows] and fit:
-                return Sharing(stages, levels, 4, resident, resident * processors, tiles, whole_sequences=True)
+                return Sharing(
+                    stages=stages, levels=levels, fan_in=4, resident=resident, running=resident * processors,
+                    enough=tiles, whole_sequences=True,
+                )  # fmt: skip
     # Twice the rows take twice the registers for each level.
     levels = max(row.levels - (rows // 8).bit_length() + 1, 0)
     programs = tiles * config.max_chunks
@@ -82,7 +85,9 @@ def share_out(problem: Problem, config: HopperDecodeConfig) -> Sharing:
         # B16 S2048, 4 tokens, takes 37 us instead of 41 with 4, but 24 instead of 14 if one sequence alone is long.
         enough = resident * processors + 1
     resident = min(resident, MOST_RESIDENT[rows])
-    shared = Sharing(stages, levels, 4, resident, resident * processors, enough)
+    shared = Sharing(
+        stages=stages, levels=levels, fan_in=4, resident=resident, running=resident * processors, enough=enough
+    )
     # What no call of this batch will use costs registers and instructions.
     if tiles * -(-config.max_chunks // 2) < min(enough, 1.9 * shared.running):
         shared = shared._replace(levels=0)
