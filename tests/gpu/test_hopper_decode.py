@@ -212,7 +212,7 @@ def test_whole_sequences(head_dim, batch_size, num_queries, monkeypatch):
     planned, whole = sharing.share_out, []
 
     def spy(problem, config):
-        whole.append(planned(problem, config).whole)
+        whole.append(planned(problem, config).whole_sequences)
         return planned(problem, config)
 
     monkeypatch.setattr(decode_launch, "share_out", spy)
@@ -286,7 +286,7 @@ def test_one_tree_however_it_is_shared_out(name, features, monkeypatch):
             return planned(problem, config)._replace(fan_in=fan_in, stages=stages, levels=levels, in_a_row=in_a_row)
 
         monkeypatch.setattr(decode_launch, "share_out", forced)
-        monkeypatch.setattr(sharing.Sharing, "chunks_each", lambda self, chunks, units: each)
+        monkeypatch.setattr(sharing.Sharing, "chunks_each", lambda self, chunks, tiles: each)
         monkeypatch.setattr(prepared, "_calls", {})
         path_counts.clear()
         answer = attention(query, key, value, key_range=key_range, return_lse=True, **scales)

@@ -196,8 +196,9 @@ def hopper_decode_source(variant: Variant, problem, plan):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]
-    shared, lse = share_out(problem, plan.config), bool(features.get("lse"))
-    config = kernel_constants(problem, plan.config, shared, problem.head_dim, problem.value_dim, not shared.whole, lse)
+    sharing, lse = share_out(problem, plan.config), bool(features.get("lse"))
+    may_split = not sharing.whole_sequences
+    config = kernel_constants(problem, plan.config, sharing, problem.head_dim, problem.value_dim, may_split, lse)
     stored = "fp8e4nv" if problem.fp8 else variant.dtype
     pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype, "Partial": "i32"}
     optional = {

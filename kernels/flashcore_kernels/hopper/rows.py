@@ -9,10 +9,12 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def end_of_rows(m, l, sink, C: gl.constexpr):
-    """What rows' sums are multiplied by in the end, 0 where a row saw no key, and their log-sum-exp.
+    """(factors, log-sum-exp) of rows whose blocks are all done. Shapes: all are `[rows]`, or what broadcasts to it.
+
+    A row's sum of P V times its factor is its output. The factor is 0 where a row saw no key.
 
     Args:
-        m, l: maxima in units of log2, sums of probabilities.
+        m, l: maxima of the scores in units of log2, sums of probabilities.
         sink: logits that enter the denominators, looked at with `C.sinks` alone.
     """
     if C.sinks:
@@ -26,8 +28,8 @@ def end_of_rows(m, l, sink, C: gl.constexpr):
         alpha = gl.full_like(m, 1.0)
     # Not l > 0: a NaN in the inputs must stay one.
     empty = l == 0.0
-    whole = gl.where(empty, 1.0, l)
-    return alpha / whole, gl.where(empty, float("-inf"), (m + gl.log2(whole)) * LN_2)
+    divisor = gl.where(empty, 1.0, l)
+    return alpha / divisor, gl.where(empty, float("-inf"), (m + gl.log2(divisor)) * LN_2)
 
 
 @gluon.jit

@@ -1,5 +1,7 @@
 """Which keys a tile of queries sees, from the arguments or a KeyRange: the same for the producer and the consumers."""
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -16,12 +18,56 @@ BITMAP = gl.constexpr(6)
 FAR = gl.constexpr(1 << 29)
 
 
+class Visibility(NamedTuple):
+    """What a call says of the keys that queries see. All are int32, the same for all sequences.
+
+    Attributes:
+        num_queries, num_keys: of a sequence.
+        query_start: key slot at which query 0 stands; read where there is no KeyRange.
+        window_left, window_right: how many keys before and behind its own slot a query sees, negative: all of them;
+            read where there is no KeyRange.
+        stride_rb, stride_rs: int32 words from one sequence's line of the KeyRange to the next, and, in the layout with
+            a line a query, from one query's to the next.
+    """
+
+    num_queries: gl.tensor
+    num_keys: gl.tensor
+    query_start: gl.tensor
+    window_left: gl.tensor
+    window_right: gl.tensor
+    stride_rb: gl.tensor
+    stride_rs: gl.tensor
+
+
+class SequenceBounds(NamedTuple):
+    """The keys that one sequence has, and what its queries see of them. All are int32.
+
+    Attributes:
+        first, end: its keys are [first, end).
+        start: key slot at which its query 0 stands.
+        left, right: how many keys before and behind its own slot a query sees; at most `FAR`.
+        holes: not 0: only those keys exist whose bit in the KeyRange's bitmap is 1.
+    """
+
+    first: gl.tensor
+    end: gl.tensor
+    start: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+    holes: gl.tensor
+
+
 @gluon.jit
-def sequence_bounds(Range, b, numbers, RANGE: gl.constexpr):
-    """One sequence's (first, end, slot of query 0, left, right, holes), as `blocks.sequence_bounds`."""
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
+def sequence_bounds(Range, b, visibility, RANGE: gl.constexpr):
+    """The SequenceBounds of sequence b, as `blocks.sequence_bounds`.
+
+    Args:
+        Range: the KeyRange, looked at with `RANGE == 1` alone: a line a sequence.
+        visibility: a Visibility.
+    """
+    num_keys = visibility.num_keys
     if RANGE == 1:
-        line = Range + b.to(gl.int64) * stride_rb
+        line = Range + b.to(gl.int64) * visibility.stride_rb
         # Clamped, so that a wrong KeyRange can hide keys but never read outside of the tensors.
         first = gl.maximum(gl.load(line + FIRST), 0)
         end = gl.minimum(gl.load(line + END), num_keys)
@@ -32,42 +78,39 @@ def sequence_bounds(Range, b, numbers, RANGE: gl.constexpr):
     else:
         first = num_keys * 0
         end = num_keys
-        start = query_start
-        left = window_left
-        right = window_right
+        start = visibility.query_start
+        left = visibility.window_left
+        right = visibility.window_right
         holes = first
     left = gl.where(left < 0, FAR, gl.minimum(left, FAR))
     right = gl.where(right < 0, FAR, gl.minimum(right, FAR))
-    return first, end, start, left, right, holes
+    return SequenceBounds(first=first, end=end, start=start, left=left, right=right, holes=holes)
 
 
 @gluon.jit
-def row_ranges(Range, b, rows, numbers):
-    """(first, end) of the keys that each of `rows` sees, from a KeyRange of the `rows` layout."""
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    valid = rows < num_queries
-    line = Range + b.to(gl.int64) * stride_rb + rows.to(gl.int64) * stride_rs
+def row_ranges(Range, b, rows, visibility):
+    """(first, end) of the keys that each of `rows` sees, from a KeyRange with a line a query."""
+    valid = rows < visibility.num_queries
+    line = Range + b.to(gl.int64) * visibility.stride_rb + rows.to(gl.int64) * visibility.stride_rs
     row_lo = gl.maximum(gl.load(line, mask=valid, other=0), 0)
-    row_hi = gl.minimum(gl.load(line + 1, mask=valid, other=0), num_keys)
+    row_hi = gl.minimum(gl.load(line + 1, mask=valid, other=0), visibility.num_keys)
     return row_lo, row_hi
 
 
 @gluon.jit
-def tile_keys(Range, b, m0, sequence, numbers, BM: gl.constexpr, RANGE: gl.constexpr, WARPS: gl.constexpr):
-    """Keys [lo, hi) are seen by some row of the tile."""
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    first, end, start, left, right, holes = sequence
+def tile_keys(Range, b, m0, bounds, visibility, BM: gl.constexpr, RANGE: gl.constexpr, WARPS: gl.constexpr):
+    """(lo, hi): the keys [lo, hi) are seen by some row of the tile of BM rows from m0 on."""
     if RANGE == 2:
         ROWS: gl.constexpr = BM if BM & (BM - 1) == 0 else 256
         rows = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        row_lo, row_hi = row_ranges(Range, b, m0 + rows, numbers)
+        row_lo, row_hi = row_ranges(Range, b, m0 + rows, visibility)
         some = (rows < BM) & (row_lo < row_hi)
-        lo = gl.min(gl.where(some, row_lo, num_keys), axis=0)
+        lo = gl.min(gl.where(some, row_lo, visibility.num_keys), axis=0)
         hi = gl.max(gl.where(some, row_hi, 0), axis=0)
     else:
-        last = gl.minimum(m0 + BM, num_queries) - 1
-        lo = gl.maximum(first, start + m0 - left)
-        hi = gl.minimum(end, start + last + right + 1)
+        last = gl.minimum(m0 + BM, visibility.num_queries) - 1
+        lo = gl.maximum(bounds.first, bounds.start + m0 - bounds.left)
+        hi = gl.minimum(bounds.end, bounds.start + last + bounds.right + 1)
     return lo, hi
 
 
@@ -84,16 +127,15 @@ def tile_blocks(first, lo, hi, num_keys, BN: gl.constexpr):
 
 
 @gluon.jit
-def may_have_gaps(Range, b, m0, numbers, BM: gl.constexpr):
+def may_have_gaps(Range, b, m0, visibility, BM: gl.constexpr):
     """Whether keys between the first and the last that the tile's rows see may be seen by none of them.
 
     They are not where each row's range touches the next row's.
     """
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
     ROWS: gl.constexpr = BM if BM & (BM - 1) == 0 else 256
     rows = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
-    lo, hi = row_ranges(Range, b, m0 + rows, numbers)
-    next_lo, next_hi = row_ranges(Range, b, m0 + rows + 1, numbers)
-    pair = (rows < BM - 1) & (m0 + rows + 1 < num_queries)
+    lo, hi = row_ranges(Range, b, m0 + rows, visibility)
+    next_lo, next_hi = row_ranges(Range, b, m0 + rows + 1, visibility)
+    pair = (rows < BM - 1) & (m0 + rows + 1 < visibility.num_queries)
     touch = (lo < hi) & (next_lo < next_hi) & (next_lo <= hi) & (lo <= next_hi)
     return gl.max((pair & (touch == 0)).to(gl.int32), axis=0) != 0

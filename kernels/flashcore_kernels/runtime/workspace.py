@@ -11,28 +11,33 @@ import torch
 KEPT = 1 << 20
 # Words that captures get for good, 512 MiB: each decode of a long or large batch takes some MiB.
 LENT = 1 << 27
-# In mailboxes: bits of a NaN that no kernel writes as a partial sum. What is read as something else has been written.
+# In mailboxes: bits of a NaN that no kernel writes as a partial sum. Whoever reads other bits reads a partial sum.
 UNWRITTEN = -1
 
 
 class Words:
-    """int32 words of one value, which kernels leave as they found them: a buffer for each stream, and in each graph.
+    """Buffers of int32 words that all have one value when a launch begins, and again when it ends.
 
-    Launches on one stream follow each other, so they can use one buffer over and over, and so can those of a stream
-    within one capture, since their graph keeps that order. Two streams must not share one, and no graph may use
-    another's or a stream's, for it replays whenever its owner likes. A launch that fails may leave other values
-    behind, so its buffer is forgotten.
+    Who has a buffer of its own: each stream, and each stream within a CUDA graph.
+    - Launches on one stream follow each other, so they use its buffer over and over.
+    - Launches that one stream puts into one graph keep their order there, so they share a buffer, too.
+    - Two streams must not share one. No graph may use that of another graph or of a stream: it replays whenever its
+      owner likes.
+    - A launch that fails may leave other values behind, so its buffer is forgotten.
 
-    Buffers are slices of a pool, handed out once; the first call that is not being captured makes it. A capture that
-    finds none left has its own words, filled again at each replay, and the next call outside of one makes another pool.
-    Nothing says when a graph is gone, so what a capture got stays taken. A process that captures again and again comes
-    to the end of what captures may have; from then on all of them fill their own, a microsecond or two a launch.
+    Where buffers come from: they are slices of a pool, each handed out once. The first call outside of a capture makes
+    the pool, because a capture cannot. A capture that finds too little left gets words of its own, which are filled
+    again at each replay; the next call outside of a capture then makes another pool.
+
+    What does not come back: nothing says when a graph is gone, so what its capture got stays taken. A process may
+    capture again and again, so there is a limit to what all captures get. From then on each has words of its own,
+    whose filling costs a microsecond or two a launch.
 
     Args:
         value: of all words.
         pool: words of a pool on a GPU.
         least, most: words of a buffer. A launch that needs more than `most` has its own, filled for it alone.
-        lent: words that captures get out of pools, all together.
+        lent: words that all captures together get out of pools.
     """
 
     def __init__(self, value: int, pool: int, least: int, most: int, lent: int = LENT):
@@ -100,12 +105,13 @@ def workspace(partials: int, counters: int, device: torch.device) -> tuple[torch
 
     Args:
         partials: words for partial sums, 0: there are none.
-        counters: counters of programs that are done, or of tiles that are drawn. 0 with partial sums: these are their
-            own flags, see `UNWRITTEN`.
+        counters: counters of programs that are done, or of tiles that are drawn. 0 with partial sums: they go into
+            mailboxes, see `UNWRITTEN`.
 
     Returns:
-        (partial sums, counters), each None where none are wanted. Partial sums are fp32 of any value; unwritten int32
-        words where there are no counters. Counters are int32 zeros, which the launch leaves at zero.
+        (partial sums, counters), each None where none are wanted. With counters, the room for partial sums is fp32 of
+        any value; without, it is mailboxes, int32 words that are `UNWRITTEN` and that the launch leaves so. Counters
+        are int32 zeros, and the launch leaves them at zero.
     """
     if device.type == "meta":  # nothing will be launched
         sums = torch.empty(partials, dtype=torch.float32 if counters else torch.int32, device=device)

@@ -46,7 +46,7 @@ class HopperDecodeConfig(NamedTuple):
 
     @property
     def num_stages(self) -> int:
-        """Of the launch, which says nothing here: the kernel's own copies have the stages that its constants say."""
+        """Of the launch. Triton makes nothing of it: the kernel's stages are in its constants."""
         return self.row.stages[0][0]
 
 

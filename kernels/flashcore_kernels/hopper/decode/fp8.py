@@ -1,8 +1,11 @@
 """e4m3 keys and values on their way from shared memory into wgmma: widened to fp16 in registers, its first operand.
 
-A product does not mind the order of what it sums over, nor in which order its rows lie if whoever reads them knows. So
-each thread takes pieces of a row that lie together, as many bytes at once as its share of a row allows, and calls them
-the columns (of K) or rows (of V^T) that wgmma expects it to hold.
+wgmma expects certain columns of K in each thread, which do not lie together in memory. But a product does not mind the
+order of what it sums over. So a thread reads bytes that do lie together, as many at once as its share of a row allows,
+and calls them the columns that wgmma expects it to hold. Queries are put into the same order (`column_of`).
+
+The same is done with the rows of V^T, which are rows of the output. Whoever reads the output knows their order
+(`row_of`, `in_order`).
 """
 
 from triton.experimental import gluon
@@ -11,7 +14,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.constexpr_function
 def stored_layout(size):
-    """Of a tile of e4m3 in shared memory, `size` bytes a row: what eight lanes read at once is on different banks."""
+    """Layout in shared memory of e4m3, `size` bytes a row: what eight lanes read at once is on different banks."""
     if size >= 128:
         return gl.SwizzledSharedLayout(16, 1, 8, [1, 0])
     return gl.SwizzledSharedLayout(16, 128 // size, size // 16, [1, 0])
@@ -29,14 +32,16 @@ def _doubling(axis, first, end):
 
 @gluon.constexpr_function
 def keys_layout(BN, D):
-    piece = min(D, 128)
-    registers = _doubling(1, 1, piece // 4) + _doubling(1, 128, D) + [[8, 0]] + _doubling(0, 64, BN)
-    lanes = _doubling(1, piece // 4, piece) + [[1, 0], [2, 0], [4, 0]]
+    """Layout in registers in which K [N, D] is read: a thread's columns lie together."""
+    part = min(D, 128)  # columns that are permuted among themselves
+    registers = _doubling(1, 1, part // 4) + _doubling(1, 128, D) + [[8, 0]] + _doubling(0, 64, BN)
+    lanes = _doubling(1, part // 4, part) + [[1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [BN, D])
 
 
 @gluon.constexpr_function
 def values_layout(BN, DV):
+    """Layout in registers in which V [N, DV] is read: a thread's columns lie together."""
     each = DV // 32
     registers = _doubling(1, 1, each) + [[1, 0]] + _doubling(0, 8, BN)
     lanes = [[2, 0], [4, 0]] + _doubling(1, each, 8 * each)
@@ -58,10 +63,10 @@ def load_keys(smem, R: gl.constexpr):
 
 @gluon.jit
 def column_of(d, D: gl.constexpr):
-    """Which column of K (and Q) lies in place d of `load_keys`."""
+    """Which column of K (and Q) is column d of what `load_keys` returns."""
     P: gl.constexpr = D if D < 128 else 128
-    piece = d // 16
-    return piece // (P // 16) * P + (d // 2 % 4) * (P // 4) + piece % (P // 16) * 4 + (d // 8 % 2) * 2 + d % 2
+    sixteen = d // 16  # of the columns of one wgmma
+    return sixteen // (P // 16) * P + (d // 2 % 4) * (P // 4) + sixteen % (P // 16) * 4 + (d // 8 % 2) * 2 + d % 2
 
 
 @gluon.jit
@@ -78,7 +83,7 @@ def load_values(smem, R: gl.constexpr):
 
 @gluon.jit
 def row_of(d, DV: gl.constexpr):
-    """Which column of V lies in row d of `load_values`."""
+    """Which column of V is row d of what `load_values` returns."""
     return (d // 16 % 4) * (DV // 4) + d % 8 * (DV // 32) + d // 64 * 2 + d // 8 % 2
 
 

@@ -1,15 +1,16 @@
 """Split-KV decode in Gluon for compute capability 9.0: keys and values fly to shared memory before anything else.
 
-The contract is that of the portable `flashcore_decode`: a sequence's visible keys are cut into chunks, a function of
-that sequence's own length alone, and so is the order in which chunks are merged. Here that is a binary tree over the
-chunks' numbers, so that who merges does not matter: a program may take 2, 4 or 8 chunks in a row and merge them itself
-(a batch is then spared most of the partial sums), and the last of every `fan_in` neighbours merges them, until one is
-left.
+The contract is that of the portable `flashcore_decode`: a sequence's visible keys are cut into chunks by that
+sequence's own length alone, and the order in which chunks are merged depends on nothing else. Here the order is a
+binary tree over the chunks' numbers, so that who merges does not matter. A program may take 2, 4 or 8 chunks in a row
+and merge them itself, which spares a batch most of the partial sums. Of every `fan_in` neighbours the last one merges
+the others, until one is left.
 
 The products are transposed, because wgmma has 64 rows and a decode call has few queries: S^T [keys, rows] = K Q^T and
-O^T [values, rows] = V^T P^T, with K and V^T from shared memory and 8 rows at the least. K and V come by cp.async, not
-by the tensor copy engine: it takes any strides without a descriptor made on the host, and leaves zeros in the place of
-keys that are not to be seen, whose values may be NaN.
+O^T [values, rows] = V^T P^T, with K and V^T from shared memory and 8 rows at the least.
+
+K and V come by cp.async, not by the tensor copy engine. It takes any strides without a descriptor made on the host, and
+it leaves zeros in the place of keys that are not to be seen, whose values may be NaN.
 """
 
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from ..triton_api import barrier
-from ..visible import BITMAP, sequence_bounds
+from ..visible import BITMAP, Visibility, sequence_bounds
 from .fp8 import in_order, load_keys, load_values, row_of, stored_layout
+from .mailboxes import mailbox_addresses
 from .merge import merge_nodes, push, unstack, write_rows
-from .slots import slot_addresses
+from .records import Answer, Bitmap, Block, Buffers, KeysAndValues, RowLimits, Sums
 from .tiles import copy_keys, fold_scores, load_queries, next_block
 
 
@@ -45,7 +47,7 @@ class DecodeConstants:
         min_chunk, max_splits: least keys of a chunk, most chunks of a sequence (a power of two).
         may_split: False: every sequence is one program's in each KV head, and there is no workspace.
         levels: of the tree that a program can merge by itself: it takes up to 2**levels chunks.
-        in_a_row: a unit's programs are numbered in a row; else those of the same chunks of all units are.
+        in_a_row: the programs of one tile are numbered in a row; otherwise those of the same chunks of all tiles are.
         fan_in: neighbours that are merged by the last of them, a power of two from 4.
         merge_rows, merge_groups: rows that are merged at once, and how often that is done for a tile.
         fp8: K and V are e4m3, with a scale for each sequence and KV head; they are multiplied as fp16.
@@ -81,46 +83,50 @@ class DecodeConstants:
 
 
 @gluon.jit
-def _attend(smem, heads, keys, rows_see, score_scale, unit, C: gl.constexpr):
-    """(acc^T [DV, R], m [R], l [R]) of the chunks of a program. Their first blocks are on their way already.
+def _attend(buffers, head, block, coming, chunk, end, limits, bitmap, score_scale, to_log2, C: gl.constexpr):
+    """The Sums of all chunks of a program, its keys [block.n, end). Each chunk's own start from zero.
 
-    Each chunk has its own sums, from zero; the copies go on from one chunk to the next.
+    The copies of its first blocks are under way. They go on across chunks, always as many blocks ahead.
+
+    Args:
+        head: KeysAndValues.
+        block: the program's first Block.
+        coming: the first Block whose copy has not begun: it takes the buffer of the first.
+        chunk: keys of a chunk.
+        limits, bitmap, score_scale, to_log2: see `fold_scores`.
     """
     BN: gl.constexpr = C.block_n
     S: gl.constexpr = C.stages
     R: gl.constexpr = C.rows
     DV: gl.constexpr = C.block_dv
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
-    k_smem, v_smem, q_smem, p_smem = smem
-    k_head, v_head, stride_ks, stride_vs = heads
-    n, n_end, coming, coming_end, chunk, end, bitmap, holes = keys
     acc = gl.zeros([DV, R], gl.float32, LAYOUT)
     sums = gl.zeros([BN, R], gl.float32, LAYOUT)  # of the probabilities, not yet over the keys of a block
     m = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
-    q = q_smem.permute((1, 0))  # [D, R]
-    p_t = p_smem.permute((1, 0))  # [N, R]
+    q = buffers.q.permute((1, 0))  # [D, R]
+    p_t = buffers.p.permute((1, 0))  # [N, R]
     LEVELS: gl.constexpr = C.levels
     stack = ()
     for _ in gl.static_range(LEVELS):
-        stack = stack + (acc, m, m)
-    number = n * 0  # of the chunk
-    blocks = (end - n + BN - 1) // BN
+        stack = stack + (Sums(acc=acc, m=m, l=m),)
+    number = block.n * 0  # of the chunk
+    blocks = (end - block.n + BN - 1) // BN
     if LEVELS > 0:
-        whole = (end - n) // chunk
-        blocks = whole * ((chunk + BN - 1) // BN) + (end - n - whole * chunk + BN - 1) // BN
-    # A sequence without keys has one block, of zeros. `coming` is the block that takes this one's place.
+        full_chunks = (end - block.n) // chunk
+        blocks = full_chunks * ((chunk + BN - 1) // BN) + (end - block.n - full_chunks * chunk + BN - 1) // BN
+    # A sequence without keys has one block, of zeros.
     for j in range(gl.maximum(blocks, 1)):
         stage = j % S
         async_copy.wait_group(2 * S - 1)
-        k = k_smem.index(stage)
-        v = v_smem.index(stage)
+        k = buffers.k.index(stage)
+        v = buffers.v.index(stage)
         if C.fp8:
             barrier()
             s = warpgroup_mma(load_keys(k, R), q, gl.zeros([BN, R], gl.float32, LAYOUT), use_acc=False, is_async=True)
             barrier()
             # Every warp has read this block's keys.
-            if coming < end:
-                copy_keys(k, k_head, stride_ks, coming, coming_end, bitmap, holes, C, C.head_dim, C.key_step)
+            if coming.n < end:
+                copy_keys(k, head.k, head.stride_ks, coming, bitmap, C, C.head_dim, C.key_step)
             async_copy.commit_group()
             async_copy.wait_group(2 * S - 1)
             barrier()
@@ -131,42 +137,41 @@ def _attend(smem, heads, keys, rows_see, score_scale, unit, C: gl.constexpr):
             s = warpgroup_mma(k, q, gl.zeros([BN, R], gl.float32, LAYOUT), use_acc=False, is_async=True)
             v_operand = v.permute((1, 0))
         s = warpgroup_mma_wait(0, deps=[s])
-        p, acc, m, sums = fold_scores(s, acc, m, sums, n, n_end, rows_see, bitmap, holes, score_scale, unit, C)
-        p_t.store(p.to(p_smem.dtype))
+        p, acc, m, sums = fold_scores(s, acc, m, sums, block, limits, bitmap, score_scale, to_log2, C)
+        p_t.store(p.to(buffers.p.dtype))
         if not C.fp8:
             async_copy.wait_group(2 * S - 2)
         fence_async_shared()
         barrier()
         acc = warpgroup_mma(v_operand, p_t, acc, is_async=True)
         # Every warp is done with this block's keys, and has read its values where they are e4m3.
-        if coming < end:
+        if coming.n < end:
             if C.fp8:
-                copy_keys(v, v_head, stride_vs, coming, coming_end, bitmap, holes, C, C.value_dim, C.value_step)
+                copy_keys(v, head.v, head.stride_vs, coming, bitmap, C, C.value_dim, C.value_step)
             else:
-                copy_keys(k, k_head, stride_ks, coming, coming_end, bitmap, holes, C, C.head_dim, C.key_step)
+                copy_keys(k, head.k, head.stride_ks, coming, bitmap, C, C.head_dim, C.key_step)
         async_copy.commit_group()
         acc = warpgroup_mma_wait(0, deps=[acc])
         if not C.fp8:
-            if coming < end:
+            if coming.n < end:
                 barrier()
-                copy_keys(v, v_head, stride_vs, coming, coming_end, bitmap, holes, C, C.value_dim, C.value_step)
+                copy_keys(v, head.v, head.stride_vs, coming, bitmap, C, C.value_dim, C.value_step)
             async_copy.commit_group()
-        coming, coming_end = next_block(coming, coming_end, chunk, end, C)
-        after, after_end = next_block(n, n_end, chunk, end, C)
+        coming = next_block(coming, chunk, end, C)
+        after = next_block(block, chunk, end, C)
         if LEVELS > 0:
-            if (after == n_end) & (after < end):
-                stack = push(stack, acc, m, gl.sum(sums, axis=0), number, C)
+            if (after.n == block.end) & (after.n < end):
+                stack = push(stack, Sums(acc=acc, m=m, l=gl.sum(sums, axis=0)), number, C)
                 acc = gl.zeros([DV, R], gl.float32, LAYOUT)
                 sums = gl.zeros([BN, R], gl.float32, LAYOUT)
                 m = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
                 number += 1
-        n = after
-        n_end = after_end
-    return unstack(stack, acc, m, gl.sum(sums, axis=0), number, C)
+        block = after
+    return unstack(stack, Sums(acc=acc, m=m, l=gl.sum(sums, axis=0)), number, C)
 
 
 _NOT_SPECIALIZED = [
-    "num_queries", "num_keys", "query_start", "window_left", "window_right", "num_splits", "chunks_each", "num_lines",
+    "num_queries", "num_keys", "query_start", "window_left", "window_right", "num_splits", "chunks_each", "row_nodes",
     "stride_qb", "stride_qh", "stride_qs", "stride_kb", "stride_kh", "stride_ks", "stride_vb", "stride_vh", "stride_vs",
     "stride_rb",
 ]  # fmt: skip
@@ -201,19 +206,21 @@ def flashcore_hopper_decode(
     window_right,
     num_splits,
     chunks_each,
-    num_lines,
+    row_nodes,
     score_scale,
     cap_scale,
     C: gl.constexpr,
 ):
     """out = softmax(cap(scale * q k^T)) v over the keys that each query sees, chunk by chunk.
 
-    Shapes: as `flashcore_decode`, but that Out's heads lie inside the sequence in memory, and strides of Q, K and V are
-    in units of 16 bytes; Partial has unwritten slots (see `decode_slots`) in the order of sequence, KV head, row and
-    node of the tree: num_splits that programs make, and those made of others; behind them as many pairs of m and l.
-    Grid: `(units, num_splits)`, a unit being a KV head's tile of rows, or `(num_splits, units)` where they are numbered
-    in a row; programs beyond a sequence's own number of chunks leave at once. Each takes `chunks_each` chunks, a power
-    of two up to 2**levels.
+    Shapes: as `flashcore_decode`, but that Out's heads lie inside the sequence in memory, and that strides of Q, K and
+    V are in units of 16 bytes.
+    Partial: unwritten mailboxes (see mailboxes.py) in the order of sequence, KV head, row and node of the tree. A row
+    has `row_nodes`: num_splits that programs make themselves, and those that are made of others. First come the sums
+    of all mailboxes, then their pairs of m and l.
+    Grid: `(tiles, num_splits)`, for the tiles of rows of all sequences and KV heads; `(num_splits, tiles)` where the
+    programs of a tile are numbered in a row. Programs beyond a sequence's own number of chunks leave at once. The
+    others take `chunks_each` chunks, a power of two up to 2**levels.
     """
     BN: gl.constexpr = C.block_n
     S: gl.constexpr = C.stages
@@ -224,17 +231,26 @@ def flashcore_hopper_decode(
     dtype: gl.constexpr = K.dtype.element_ty
     VEC: gl.constexpr = 128 // dtype.primitive_bitwidth
     rows = num_queries * C.group
-    unit = gl.program_id(1 if C.in_a_row else 0)
+    tile_of_all = gl.program_id(1 if C.in_a_row else 0)
     split = gl.program_id(0 if C.in_a_row else 1)
-    head_unit = unit // C.row_tiles
-    tile = unit % C.row_tiles
-    b = head_unit // C.num_kv_heads
-    kv_head = head_unit % C.num_kv_heads
+    head_of_all = tile_of_all // C.row_tiles
+    tile = tile_of_all % C.row_tiles
+    b = head_of_all // C.num_kv_heads
+    kv_head = head_of_all % C.num_kv_heads
 
-    numbers = (num_keys, num_keys, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rb)
-    if not C.range:  # never looked at, but each place in a tuple needs a value
+    # Never looked at, but each field of a record needs a value.
+    if not C.range:
         Range = num_keys
-    first, end, start, left, right, holes = sequence_bounds(Range, b, numbers, 1 if C.range else 0)
+    if not C.lse:
+        Lse = num_keys
+    if not C.sinks:
+        Sinks = num_keys
+    # There is no KeyRange here with a line a query, and so no stride of it.
+    visibility = Visibility(
+        num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,
+        window_right=window_right, stride_rb=stride_rb, stride_rs=None,
+    )  # fmt: skip
+    first, end, start, left, right, holes = sequence_bounds(Range, b, visibility, 1 if C.range else 0)
     lo = gl.maximum(first, start - left)
     hi = gl.maximum(gl.minimum(end, start + num_queries + right), lo)
     # Multiples of 32 keys, so that lengths close to each other are cut alike.
@@ -250,34 +266,33 @@ def flashcore_hopper_decode(
         v_smem = gl.allocate_shared_memory(dtype, [S, BN, DV], stored_layout(DV) if C.fp8 else V_LAYOUT)
         q_smem = gl.allocate_shared_memory(wide, [R, D], gl.NVMMASharedLayout.get_default_for([R, D], wide))
         p_smem = gl.allocate_shared_memory(wide, [R, BN], gl.NVMMASharedLayout.get_default_for([R, BN], wide))
-        n_end = gl.minimum(n_begin + chunk, hi)
-        program_end = n_end
+        buffers = Buffers(k=k_smem, v=v_smem, q=q_smem, p=p_smem)
+        chunk_end = gl.minimum(n_begin + chunk, hi)
+        program_end = chunk_end
         if C.levels > 0:
             program_end = gl.minimum(n_begin + chunks_each * chunk, hi)
         k_head = K + (b.to(gl.int64) * stride_kb + kv_head.to(gl.int64) * stride_kh) * VEC
         v_head = V + (b.to(gl.int64) * stride_vb + kv_head.to(gl.int64) * stride_vh) * VEC
-        bitmap = Range
+        head = KeysAndValues(k=k_head, v=v_head, stride_ks=stride_ks, stride_vs=stride_vs)
+        words = Range
         if C.range:
-            bitmap = Range + b.to(gl.int64) * stride_rb + BITMAP
+            words = Range + b.to(gl.int64) * stride_rb + BITMAP
+        bitmap = Bitmap(words=words, holes=holes)
 
         # First of all the keys. The queries stand in the same group of copies, and hide behind them.
-        coming = n_begin
-        coming_end = n_end
+        block = Block(n=n_begin, end=chunk_end)
+        coming = block
         for i in gl.static_range(S):
-            if (i == 0) | (coming < program_end):
-                copy_keys(
-                    k_smem.index(i), k_head, stride_ks, coming, coming_end, bitmap, holes, C, C.head_dim, C.key_step
-                )
+            if (i == 0) | (coming.n < program_end):
+                copy_keys(k_smem.index(i), k_head, stride_ks, coming, bitmap, C, C.head_dim, C.key_step)
             if i == 0:
                 if not C.fp8:
                     load_queries(q_smem, Q, b, kv_head, tile * R, rows, stride_qb, stride_qh, stride_qs, C)
             async_copy.commit_group()
-            if (i == 0) | (coming < program_end):
-                copy_keys(
-                    v_smem.index(i), v_head, stride_vs, coming, coming_end, bitmap, holes, C, C.value_dim, C.value_step
-                )
+            if (i == 0) | (coming.n < program_end):
+                copy_keys(v_smem.index(i), v_head, stride_vs, coming, bitmap, C, C.value_dim, C.value_step)
             async_copy.commit_group()
-            coming, coming_end = next_block(coming, coming_end, chunk, program_end, C)
+            coming = next_block(coming, chunk, program_end, C)
         if C.fp8:
             load_queries(q_smem, Q, b, kv_head, tile * R, rows, stride_qb, stride_qh, stride_qs, C)
             fence_async_shared()
@@ -289,31 +304,28 @@ def flashcore_hopper_decode(
         token = r // C.group
         row_lo = gl.maximum(first, start + token - left)
         row_hi = gl.minimum(end, start + token + right + 1)
-        all_lo = gl.maximum(first, start + num_queries - 1 - left)  # what all rows see
+        all_lo = gl.maximum(first, start + num_queries - 1 - left)
         all_hi = gl.minimum(end, start + right + 1)
+        limits = RowLimits(row_lo=row_lo, row_hi=row_hi, all_lo=all_lo, all_hi=all_hi)
         nodes = 1
         addresses = ()
         if C.may_split:
             nodes = (hi - lo + chunks_each * chunk - 1) // (chunks_each * chunk)
-            heads = gl.num_programs(1 if C.in_a_row else 0) // C.row_tiles  # of all sequences
-            stats = Partial + heads.to(gl.int64) * rows * num_lines * DV
-            addresses = slot_addresses(Partial, stats, head_unit.to(gl.int64) * rows, rows, num_lines, tile, C)
-        acc, m, l = _attend(
-            (k_smem, v_smem, q_smem, p_smem), (k_head, v_head, stride_ks, stride_vs),
-            (n_begin, n_end, coming, coming_end, chunk, program_end, bitmap, holes), (row_lo, row_hi, all_lo, all_hi),
-            score_scale, cap_scale if C.softcap else score_scale, C,
-        )  # fmt: skip
+            all_heads = gl.num_programs(1 if C.in_a_row else 0) // C.row_tiles
+            stats = Partial + all_heads.to(gl.int64) * rows * row_nodes * DV
+            addresses = mailbox_addresses(Partial, stats, head_of_all.to(gl.int64) * rows, row_nodes, tile, C)
+        to_log2 = cap_scale if C.softcap else score_scale
+        sums = _attend(buffers, head, block, coming, chunk, program_end, limits, bitmap, score_scale, to_log2, C)
         if C.fp8:
-            acc *= value_scale
+            sums = Sums(acc=sums.acc * value_scale, m=sums.m, l=sums.l)
         async_copy.wait_group(0)
 
         d = gl.arange(0, DV, gl.SliceLayout(1, LAYOUT))
         if C.fp8:
             d = row_of(d, DV)
+        answer = Answer(out=Out, lse=Lse, sinks=Sinks, b=b, kv_head=kv_head, num_queries=num_queries)
         if nodes <= 1:
-            write_rows(acc, m, l, r, d, Out, Lse, Sinks, b, kv_head, num_queries, C)
+            write_rows(sums, r, d, answer, C)
         elif C.may_split:
-            merge_nodes(
-                in_order(acc) if C.fp8 else acc, m, l, addresses, Out, Lse, Sinks, b, kv_head, num_queries, tile, split,
-                nodes, num_splits, C,
-            )  # fmt: skip
+            in_columns = Sums(acc=in_order(sums.acc) if C.fp8 else sums.acc, m=sums.m, l=sums.l)
+            merge_nodes(in_columns, addresses, answer, tile, split, nodes, num_splits, C)

@@ -40,12 +40,33 @@ def kernel_constants(
     values = 4096 if sharing.resident > 3 else 8192  # that there are registers for in a merge
     merge_rows = min(rows, values // (sharing.fan_in * config.block_dv))
     return DecodeConstants(
-        problem.head_dim, problem.value_dim, config.block_d, config.block_dv, key_step, value_step,
-        problem.num_kv_heads, problem.group, config.block_m, row_tiles(problem, config), config.block_n,
-        sharing.stages, sharing.resident, config.min_chunk, config.max_chunks, may_split, sharing.levels,
-        sharing.in_a_row, sharing.fan_in, merge_rows, rows // merge_rows, problem.fp8,
-        problem.range_layout is not None, problem.softcap > 0.0, problem.has_sinks, has_lse,
-    )  # fmt: skip
+        head_dim=problem.head_dim,
+        value_dim=problem.value_dim,
+        block_d=config.block_d,
+        block_dv=config.block_dv,
+        key_step=key_step,
+        value_step=value_step,
+        num_kv_heads=problem.num_kv_heads,
+        group=problem.group,
+        rows=config.block_m,
+        row_tiles=row_tiles(problem, config),
+        block_n=config.block_n,
+        stages=sharing.stages,
+        resident=sharing.resident,
+        min_chunk=config.min_chunk,
+        max_splits=config.max_chunks,
+        may_split=may_split,
+        levels=sharing.levels,
+        in_a_row=sharing.in_a_row,
+        fan_in=sharing.fan_in,
+        merge_rows=merge_rows,
+        merge_groups=rows // merge_rows,
+        fp8=problem.fp8,
+        range=problem.range_layout is not None,
+        softcap=problem.softcap > 0.0,
+        sinks=problem.has_sinks,
+        lse=has_lse,
+    )
 
 
 def compiler_options(constants: DecodeConstants) -> dict:
@@ -64,17 +85,17 @@ def make_launch(
     query, key, value, key_range = inputs[:4]
     chunks = most_chunks(problem.num_keys, config.min_chunk, config.max_chunks)
     sharing = share_out(problem, config)
-    may_split = chunks > 1 and not sharing.whole
+    may_split = chunks > 1 and not sharing.whole_sequences
     constants = kernel_constants(problem, config, sharing, _step(key), _step(value), may_split, has_lse)
     heads = problem.batch_size * problem.num_kv_heads
-    units = heads * constants.row_tiles
-    each = sharing.chunks_each(chunks, units)
+    tiles = heads * constants.row_tiles
+    each = sharing.chunks_each(chunks, tiles)
     num_splits = -(-chunks // each)
-    num_lines = tree_nodes(num_splits, constants.fan_in)
-    lines = heads * num_lines * problem.num_queries * problem.group
+    row_nodes = tree_nodes(num_splits, constants.fan_in)
+    mailboxes = heads * problem.num_queries * problem.group * row_nodes
     return Launch(
         kernel=flashcore_hopper_decode,
-        grid=(num_splits, units) if sharing.in_a_row else (units, num_splits),
+        grid=(num_splits, tiles) if sharing.in_a_row else (tiles, num_splits),
         operands=(
             "query", "key", "value", "output", "lse", "key_range", "sinks", "key_scale", "value_scale", "partials",
         ),
@@ -83,12 +104,12 @@ def make_launch(
         ),
         scalars=(
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, num_splits,
-            each, num_lines, *problem.score_factors[:2],
+            each, row_nodes, *problem.score_factors[:2],
         ),
         constants=(constants,),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        partials=lines * (config.block_dv + 2) if may_split else 0,
+        partials=mailboxes * (config.block_dv + 2) if may_split else 0,
         options=compiler_options(constants),
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ class DecodeRow(NamedTuple):
         block_n: keys of a block.
         stages: choices, in this order: what is best as long as all programs run at once, and last what is best where
             they do not. For a choice of one program an SM, each chunk counts as a program.
-        levels: a program takes up to 2**levels chunks and merges them itself; one level less for 16 rows, two for 32.
+        levels: a program takes up to 2**levels chunks and merges them itself. Tiles of 16 rows have one level less, of
+            32 rows two less.
         min_chunk: least keys of a chunk.
         chunks: into how many chunks one long sequence is cut, over all of its KV heads: enough to fill the GPU.
         why: what speaks for it.
@@ -40,6 +41,7 @@ class DecodeRow(NamedTuple):
 
 
 # The reasons are us on an H200 with Triton 3.6, inside CUDA graphs, for 32 query heads on 8 KV heads if none are named.
+# "Not whole" is without whole_sequences.
 ROWS = (
     DecodeRow(
         bits=16, head_dim=64, rows=32, block_n=128, stages=((2, 1), (1, 4)), levels=2, min_chunk=128, chunks=128,

@@ -6,15 +6,24 @@ from triton.experimental.gluon import language as gl
 from ..rows import tanh
 from ..triton_api import copy_async
 from .fp8 import column_of
+from .records import Block
 
 
 @gluon.jit
-def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE: gl.constexpr, STEP: gl.constexpr):
-    """Start copying keys [n, n + BN) of K or V at `base` to `smem`; zeros from the end on, and where nothing exists.
+def copy_keys(smem, base, stride, block, bitmap, C: gl.constexpr, SIZE: gl.constexpr, STEP: gl.constexpr):
+    """Start copying a block's keys, or their values; zeros behind the end of its chunk, and where no key exists.
 
-    The addresses are made in three dimensions, whose first has all its places in the same thread: so they are one
-    register and constants.
+    Addresses are made in three dimensions `[TIMES, KEYS, columns]`. Along the first a thread has all indices, so its
+    addresses are one register and constants.
+
+    Args:
+        smem: `[BN, D]`, or with DV.
+        base, stride: of K or V, see KeysAndValues.
+        block, bitmap: a Block, a Bitmap.
+        SIZE: columns that there are in memory.
+        STEP: elements from a key to the next; 0: only `stride` says it.
     """
+    n = block.n
     BN: gl.constexpr = smem.shape[0]
     BLOCK: gl.constexpr = smem.shape[1]
     VEC: gl.constexpr = 128 // smem.dtype.primitive_bitwidth
@@ -27,7 +36,7 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
     column = gl.arange(0, BLOCK, gl.SliceLayout(0, gl.SliceLayout(1, ALL)))[None, :]
     column = gl.expand_dims(column, 1)
     keys = n + key + time * KEYS
-    there = keys < n_end
+    there = keys < block.end
     if STEP > 0:
         at = gl.expand_dims(key * STEP, 2) + column + gl.expand_dims(time * (KEYS * STEP), 2)
         at = base + n.to(gl.int64) * STEP + at
@@ -36,12 +45,12 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
         step = stride.to(gl.int64)
         at = gl.expand_dims(key.to(gl.int64) * step * VEC, 2) + column
         at = base + n.to(gl.int64) * step * VEC + at + gl.expand_dims(time * (step * (KEYS * VEC)), 2)
-    # Reshaping forgets that rows are whole pieces of 16 bytes.
+    # Reshaping forgets that rows are multiples of 16 bytes.
     at = gl.max_contiguous(gl.multiple_of(at.reshape([BN, BLOCK]), [1, 16]), [1, VEC])
     mask = gl.expand_dims(there, 2) & (column < SIZE)
     # Two copies, so that the one without holes has no mask in registers.
-    if holes != 0 if C.range else False:
-        word = gl.load(bitmap + (keys >> 5), mask=there, other=0)
+    if bitmap.holes != 0 if C.range else False:
+        word = gl.load(bitmap.words + (keys >> 5), mask=there, other=0)
         exist = gl.expand_dims(((word >> (keys & 31)) & 1) == 1, 2) & mask
         copy_async(smem, at, mask=gl.max_constancy(exist.reshape([BN, BLOCK]), [1, VEC]))
     else:
@@ -49,14 +58,20 @@ def copy_keys(smem, base, stride, n, n_end, bitmap, holes, C: gl.constexpr, SIZE
 
 
 @gluon.jit
-def next_block(n, n_end, chunk, end, C: gl.constexpr):
-    """(n, n_end) of the block behind the one at n in a chunk up to n_end: in the same chunk, or in the next."""
+def next_block(block, chunk, end, C: gl.constexpr):
+    """The Block behind this one: in the same chunk, or in the next of a program whose keys end at `end`.
+
+    Args:
+        chunk: keys of a chunk.
+    """
+    n = block.n
+    n_end = block.end
     if C.levels == 0:  # a program has one chunk
         n += C.block_n
     else:
         n = gl.minimum(n + C.block_n, n_end)
         n_end = gl.where(n == n_end, gl.minimum(n_end + chunk, end), n_end)
-    return n, n_end
+    return Block(n=n, end=n_end)
 
 
 @gluon.jit
@@ -80,30 +95,40 @@ def load_queries(q_smem, Q, b, kv_head, r0, rows, stride_qb, stride_qh, stride_q
 
 
 @gluon.jit
-def _visible(s, n, n_end, row_lo, row_hi, bitmap, holes, C: gl.constexpr):
-    """-inf where a row does not see a key; s [N, R]."""
-    keys = n + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout))
-    there = keys < n_end
+def _hide(s, block, limits, bitmap, C: gl.constexpr):
+    """A block's scores s [N, R], with -inf where a row does not see a key."""
+    keys = block.n + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout))
+    there = keys < block.end
     if C.range:
-        if holes != 0:
-            word = gl.load(bitmap + (keys >> 5), mask=there, other=0)
+        if bitmap.holes != 0:
+            word = gl.load(bitmap.words + (keys >> 5), mask=there, other=0)
             there = there & (((word >> (keys & 31)) & 1) == 1)
-    see = there[:, None] & (keys[:, None] >= row_lo[None, :]) & (keys[:, None] < row_hi[None, :])
+    see = there[:, None] & (keys[:, None] >= limits.row_lo[None, :]) & (keys[:, None] < limits.row_hi[None, :])
     return gl.where(see, s, float("-inf"))
 
 
 @gluon.jit
-def fold_scores(s, acc, m, sums, n, n_end, rows_see, bitmap, holes, score_scale, unit, C: gl.constexpr):
-    """Fold a block's scores s [N, R] into (m [R], sums [N, R]); returns the probabilities and acc [DV, R] shrunk."""
+def fold_scores(s, acc, m, sums, block, limits, bitmap, score_scale, to_log2, C: gl.constexpr):
+    """Fold a block's scores s [N, R] into the sums of its chunk.
+
+    Args:
+        acc, m, sums: [DV, R], maxima [R] in units of log2, [N, R]: probabilities, of each index in a block.
+        block, limits, bitmap: a Block, RowLimits, a Bitmap.
+        score_scale: scores are multiplied by it before softcap's tanh, otherwise it is not looked at.
+        to_log2: factor that leaves scores in units of log2.
+
+    Returns:
+        The probabilities [N, R]; acc as it must be for them, their product with V not yet in it; m and sums.
+    """
     if C.softcap:
         s = tanh(s * score_scale)
-    row_lo, row_hi, all_lo, all_hi = rows_see
-    if (n < all_lo) | (n + s.shape[0] > gl.minimum(n_end, all_hi)) | (holes != 0):
-        s = _visible(s, n, n_end, row_lo, row_hi, bitmap, holes, C)
-    m_new = gl.maximum(m, gl.max(s, axis=0) * unit)
+    n = block.n
+    if (n < limits.all_lo) | (n + s.shape[0] > gl.minimum(block.end, limits.all_hi)) | (bitmap.holes != 0):
+        s = _hide(s, block, limits, bitmap, C)
+    m_new = gl.maximum(m, gl.max(s, axis=0) * to_log2)
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
     m_finite = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + unit, gl.full_like(s, 0.0) - m_finite[None, :]))
+    p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + to_log2, gl.full_like(s, 0.0) - m_finite[None, :]))
     alpha = gl.exp2(m - m_finite)
     sums = gl.fma(sums, gl.full_like(s, 0.0) + alpha[None, :], p)
     return p, acc * alpha[None, :], m_new, sums

@@ -5,17 +5,20 @@ queries, S = Q K^T of one block while the softmax of the block before and its pr
 the registers. Programs are persistent: the scheduler draws one tile after the other (`schedule`), and the producer is
 already at the next one while the consumers finish one.
 
-What a block costs is the time from its scores to the next ones, along which the two consumers must keep the tensor
-cores busy for each other. So the loop has no barrier that can be left out: a consumer's threads arrive each for itself
-(as `async_copy.mbarrier_arrive`, which Triton does not precede by a barrier of the warpgroup), sums stay with the
-threads, and sums of earlier blocks are rescaled only where a maximum grew by much.
+A block costs the time from its scores to the next ones. Along it the two consumers must keep the tensor cores busy for
+each other, so the loop has no barrier that can be left out:
+- a consumer's threads arrive each for itself, by `async_copy.mbarrier_arrive`: Triton puts a barrier of the warpgroup
+  before its own `mbarrier.arrive`, and none before this;
+- sums stay with the threads until the end of a tile;
+- sums of earlier blocks are rescaled only where a maximum grew by much.
 
 Each consumer is a partition with machine code of its own, or two are one partition and share one copy (`one_copy`):
-with two copies short tiles wait for instructions a good part of their time. The two then never wait for each other but
-where they take turns; that needs the barriers to be `_unseen`, and an output that leaves without the copy engine.
+with two copies short tiles wait for instructions a good part of their time. The two consumers of a partition are never
+to wait for each other, unless they take turns. So Triton must put no barrier into their loop (see `_unseen`), and their
+output leaves without the copy engine.
 
-Barriers are pairs: `full` (data has arrived) and `empty` (the consumers are done with it). Both sides count their uses;
-use u of a buffer of N stages is stage u % N in phase u // N % 2.
+Barriers in shared memory come in pairs: `full` (data has arrived) and `empty` (the consumers are done with it). Both
+sides count their uses; use u of a buffer of N stages is stage u % N in phase u // N % 2.
 """
 
 from dataclasses import dataclass
@@ -25,8 +28,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..triton_api import SHARED_WORKER_ARGUMENTS
+from ..visible import Visibility
 from .consumer import consume
 from .producer import produce
+from .records import Barriers, Buffers, Call, Descriptors, Heads, OutputRows, Pointers, Queue, ScoreFactors, TileOrder
 from .schedule import hand_out
 
 
@@ -35,19 +40,17 @@ class PrefillConstants:
     """Everything that one compiled kernel is made for.
 
     Attributes:
-        d0, d1, dv0, dv1: pieces that rows of Q and K, and of V, are cut into: powers of two, the second may be 0.
+        d0, d1, dv0, dv1: columns of the two tiles that rows of Q and K, and of V, are cut into: powers of two, the
+            second may be 0.
         block_n: keys of a block.
         consumers: warpgroups, of 64 queries each.
         stages: blocks of K and V in shared memory.
         range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap, sinks, lse: whether there are any.
-        query_slots: tiles of Q in shared memory. With two the output leaves through its queries' slot; with one it
-            leaves half after half through a place of its own, and the next queries need not wait for it.
-        ahead: a block's exponentials run beside the next block's scores, not beside the product with V before them.
-        short_masks: columns are compared as constants, which takes half of the instructions of a block at an edge.
+        query_buffers, scores_ahead, short_masks: as in PrefillRow.
         consumer_registers, producer_registers: of a thread.
         one_copy: both consumers are one partition and run one copy of the machine code.
-        turns: such consumers take turns: a block's products of one are issued before the next block's of the other.
+        turns: such consumers take turns in issuing the products of a block.
     """
 
     d0: int
@@ -61,8 +64,8 @@ class PrefillConstants:
     softcap: bool
     sinks: bool
     lse: bool
-    query_slots: int
-    ahead: bool
+    query_buffers: int
+    scores_ahead: bool
     short_masks: bool
     consumer_registers: int
     producer_registers: int
@@ -81,54 +84,59 @@ class PrefillConstants:
 
     @property
     def output_layouts(self) -> tuple:
-        """For each piece of the output `[rows, columns]` two layouts: 8 bytes of a row a thread, and 16.
+        """For each of the output's two tiles `[rows, columns]` two layouts: 8 bytes of a row a thread, and 16.
 
-        The accumulators' gives a thread columns 8 i + 2 lane + j. From each to the next, one bit of the lane changes
-        places with one of the register: exchanges within a warp, which Triton does by shuffles.
+        In the accumulators' layout a thread has columns 8 i + 2 lane + j. From each layout to the next, one bit of the
+        lane changes places with one of the register. Triton does that by shuffles within a warp.
         """
         warps = [[16 << i, 0] for i in range(self.warps.bit_length() - 1)]
         rows = [[1, 0], [2, 0], [4, 0]]
-        pieces = []
+        layouts = []
         for columns in filter(None, (self.dv0, self.dv1)):
             more = [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
             registers = ([[0, 1], [0, 2], [8, 0], [0, 16], *more], [[0, 1], [0, 2], [0, 4], [8, 0], *more])
             lanes = ([[0, 8], [0, 4], *rows], [[0, 8], [0, 16], *rows])
             shape = [self.rows, columns]
-            pieces.append(tuple(gl.DistributedLinearLayout(*each, warps, [], shape) for each in zip(registers, lanes)))
-        return tuple(pieces)
+            layouts.append(tuple(gl.DistributedLinearLayout(*each, warps, [], shape) for each in zip(registers, lanes)))
+        return tuple(layouts)
 
 
 @gluon.jit(noinline=True)
 def _unseen(memory):
-    """The same memory, as something that Triton knows nothing of.
+    """The same shared memory, as something that Triton knows nothing of.
 
-    It puts a barrier of the partition between any two waits for one array of barriers, for a thread that has slept
-    through two phases. None can here, because each thread arrives for itself (at the queries' barrier when it has read
-    the next place, see hand_out); and that barrier, in each block, would have two consumers of one partition wait for
-    each other. Triton keeps the memory for as long as it sees it used: by the producer. Nothing is called: LLVM sees
-    through it.
+    What it hides: between two waits for one array of barriers Triton puts a barrier of the partition. That is for
+    threads which sleep through two phases of an mbarrier. It would stand in each block, and two consumers of one
+    partition would wait for each other there.
+
+    Why it may be left out: no thread can sleep through two phases here, because each arrives for itself. A phase ends
+    only when every thread has arrived. (For the queries' barrier, a thread arrives after it has read the next position,
+    see hand_out.)
+
+    Triton keeps the memory for as long as it sees it used, and the producer uses the memory itself. Nothing is called
+    in the end: LLVM inlines this.
     """
     return memory
 
 
 @gluon.jit
-def _both_consumers(descs, smem, bars, queue, output, pointers, numbers, scales, C: gl.constexpr):
-    consume(0, descs, smem, bars, queue, output, pointers, numbers, scales, C)
+def _both_consumers(call, output_rows, C: gl.constexpr):
+    consume(0, call, output_rows, C)
 
 
 @gluon.jit
-def _consumer_0(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
-    consume(0, descs, smem, bars, queue, (), pointers, numbers, scales, C)
+def _consumer_0(call, C: gl.constexpr):
+    consume(0, call, (), C)
 
 
 @gluon.jit
-def _consumer_1(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
-    consume(1, descs, smem, bars, queue, (), pointers, numbers, scales, C)
+def _consumer_1(call, C: gl.constexpr):
+    consume(1, call, (), C)
 
 
 @gluon.jit
-def _consumer_2(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
-    consume(2, descs, smem, bars, queue, (), pointers, numbers, scales, C)
+def _consumer_2(call, C: gl.constexpr):
+    consume(2, call, (), C)
 
 
 _NOT_SPECIALIZED = [
@@ -174,12 +182,12 @@ def flashcore_hopper(
 ):
     """out = softmax(cap(scale * q k^T)) v over the keys that each query sees.
 
-    Shapes: descriptors of Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]`, each for
-    the first and the second piece of a row; Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`; Counter an int32 that
-    is 0, and 0 again at the end. With `C.one_copy` not the descriptors of Out but its address, its strides and
-    value_dim, these in units of 8 elements.
-    Grid: as many programs as run at once, or as there are tiles; the warps of one partition of consumers, and those of
-    the other partitions.
+    Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]` come as descriptors of
+    the first and of the second tile that a row is cut into. Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`;
+    Counter an int32 that is 0, and 0 again at the end. With `C.one_copy` there are no descriptors of Out but its
+    address, its strides and value_dim, these in units of 8 elements.
+    Grid: as many programs as run at once, or as there are tiles. The launch's warps are those of the first partition of
+    consumers; the other partitions add theirs.
     """
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
@@ -192,9 +200,9 @@ def flashcore_hopper(
     HAS_LSE: gl.constexpr = C.lse
     CONSUMERS: gl.constexpr = C.consumers
     ROWS: gl.constexpr = C.rows
-    SLOTS: gl.constexpr = 64 * CONSUMERS // ROWS * C.query_slots
+    QUERIES: gl.constexpr = 64 * CONSUMERS // ROWS * C.query_buffers  # buffers, of all partitions
     dtype: gl.constexpr = k0_desc.dtype
-    # Never looked at, but each place in a tuple needs a value.
+    # Never looked at, but each field of a record needs a value.
     if D1 == 0:
         q1_desc = q0_desc
         k1_desc = k0_desc
@@ -210,108 +218,127 @@ def flashcore_hopper(
         Range = num_heads
     if not HAS_SINKS:
         Sinks = num_heads
-    q0_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, ROWS, D0], q0_desc.layout)
+    q0_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, 1, ROWS, D0], q0_desc.layout)
     k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
     v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
     q1_smem = q0_smem
     k1_smem = k0_smem
     v1_smem = v0_smem
     if D1 > 0:
-        q1_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, ROWS, D1], q1_desc.layout)
+        q1_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, 1, ROWS, D1], q1_desc.layout)
         k1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D1], k1_desc.layout)
     if DV1 > 0:
         v1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV1], v1_desc.layout)
     o_smem = q0_smem
-    if C.query_slots == 1 and not C.one_copy:
+    if C.query_buffers == 1 and not C.one_copy:
         o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV0 // 2], o0_desc.layout)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    place_smem = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    place_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    place_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(q_full.index(slot), count=1)
-        mbarrier.init(q_empty.index(slot), count=2 * ROWS)
+    positions = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    position_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    position_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for buffer in gl.static_range(QUERIES):
+        mbarrier.init(q_full.index(buffer), count=1)
+        mbarrier.init(q_empty.index(buffer), count=2 * ROWS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=128 * CONSUMERS)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=128 * CONSUMERS)
     mbarrier.init(v_raw, count=1)
-    for slot in gl.static_range(2):
-        mbarrier.init(place_full.index(slot), count=1)
-    mbarrier.init(place_asked, count=1)
+    for entry in gl.static_range(2):
+        mbarrier.init(position_full.index(entry), count=1)
+    mbarrier.init(position_asked, count=1)
     fence_async_shared()
-    descs = (q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc)
-    smem = (q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
-    queue = (place_smem, place_full, place_asked, Counter)
-    pointers = (Lse, Range, Sinks)
-    numbers = (
-        num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs,
+    descriptors = Descriptors(
+        q0=q0_desc, q1=q1_desc, k0=k0_desc, k1=k1_desc, v0=v0_desc, v1=v1_desc, o0=o0_desc, o1=o1_desc
+    )
+    buffers = Buffers(q0=q0_smem, q1=q1_smem, k0=k0_smem, k1=k1_smem, v0=v0_smem, v1=v1_smem, keep=keep_smem, o0=o_smem)
+    barriers = Barriers(
+        q_full=q_full, q_empty=q_empty, k_full=k_full, k_empty=k_empty, v_full=v_full, v_empty=v_empty, v_raw=v_raw
+    )
+    queue = Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter)
+    pointers = Pointers(lse=Lse, key_range=Range, sinks=Sinks)
+    heads = Heads(num_heads=num_heads, group=group)
+    visibility = Visibility(
+        num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,
+        window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rs,
     )  # fmt: skip
-    scales = (score_scale, cap_scale, all_heads, tiles_per_head, section)
+    factors = ScoreFactors(score_scale=score_scale, cap_scale=cap_scale)
+    order = TileOrder(all_heads=all_heads, tiles_per_head=tiles_per_head, section=section)
+    call = Call(
+        descriptors=descriptors, buffers=buffers, barriers=barriers, queue=queue, pointers=pointers, heads=heads,
+        visibility=visibility, factors=factors, order=order,
+    )  # fmt: skip
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
     if C.one_copy:
-        unseen = (
-            _unseen(q_full), _unseen(q_empty), _unseen(k_full), _unseen(k_empty), _unseen(v_full), _unseen(v_empty),
-            v_raw,
+        unseen = Barriers(
+            q_full=_unseen(q_full), q_empty=_unseen(q_empty), k_full=_unseen(k_full), k_empty=_unseen(k_empty),
+            v_full=_unseen(v_full), v_empty=_unseen(v_empty), v_raw=v_raw,
         )  # fmt: skip
-        unseen_queue = (_unseen(place_smem), _unseen(place_full), place_asked, Counter)
-        output = (Out, stride_ob, stride_oh, stride_os, value_eights)
+        unseen_queue = Queue(
+            positions=_unseen(positions), full=_unseen(position_full), asked=position_asked, counter=Counter
+        )
+        unseen_call = Call(
+            descriptors=descriptors, buffers=buffers, barriers=unseen, queue=unseen_queue, pointers=pointers,
+            heads=heads, visibility=visibility, factors=factors, order=order,
+        )  # fmt: skip
+        output_rows = OutputRows(
+            out=Out, stride_b=stride_ob, stride_h=stride_oh, stride_s=stride_os, value_eights=value_eights
+        )
         if SHARED_WORKER_ARGUMENTS:
             gl.warp_specialize(
-                (descs, smem, unseen, unseen_queue, output, pointers, numbers, scales, C), _both_consumers,
-                (descs, smem, bars, queue, pointers, numbers, scales, C), [produce, hand_out], [1, 1],
+                (unseen_call, output_rows, C), _both_consumers,
+                (call, C), [produce, hand_out], [1, 1],
                 [C.producer_registers, C.producer_registers],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
-                    (_both_consumers, (descs, smem, unseen, unseen_queue, output, pointers, numbers, scales, C)),
-                    (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                    (hand_out, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                    (_both_consumers, (unseen_call, output_rows, C)),
+                    (produce, (call, C)),
+                    (hand_out, (call, C)),
                 ],
                 [1, 1], [C.producer_registers, C.producer_registers],
             )  # fmt: skip
     elif SHARED_WORKER_ARGUMENTS:
         if CONSUMERS == 2:
             gl.warp_specialize(
-                (descs, smem, bars, queue, pointers, numbers, scales, C), _consumer_0,
-                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, produce, hand_out],
+                (call, C), _consumer_0,
+                (call, C), [_consumer_1, produce, hand_out],
                 [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers],
             )  # fmt: skip
         else:
             gl.warp_specialize(
-                (descs, smem, bars, queue, pointers, numbers, scales, C), _consumer_0,
-                (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, _consumer_2, produce, hand_out],
+                (call, C), _consumer_0,
+                (call, C), [_consumer_1, _consumer_2, produce, hand_out],
                 [4, 4, 1, 1],
                 [C.consumer_registers, C.consumer_registers, C.producer_registers, C.producer_registers],
             )  # fmt: skip
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer_0, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (_consumer_1, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (hand_out, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (_consumer_0, (call, C)),
+                (_consumer_1, (call, C)),
+                (produce, (call, C)),
+                (hand_out, (call, C)),
             ],
             [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consumer_0, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (_consumer_1, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (_consumer_2, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (hand_out, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (_consumer_0, (call, C)),
+                (_consumer_1, (call, C)),
+                (_consumer_2, (call, C)),
+                (produce, (call, C)),
+                (hand_out, (call, C)),
             ],
             [4, 4, 1, 1],
             [C.consumer_registers, C.consumer_registers, C.producer_registers, C.producer_registers],

@@ -35,11 +35,25 @@ def kernel_constants(problem: Problem, config: PrefillConfig, has_lse: bool) -> 
     """What the kernel for this call is compiled for."""
     row = config.row
     return PrefillConstants(
-        *row.head_dim, *row.value_dim, row.block_n, row.consumers, row.stages,
-        (None, "sequence", "rows").index(problem.range_layout), problem.softcap > 0.0, problem.has_sinks, has_lse,
-        row.query_buffers, row.scores_ahead, row.short_masks, row.consumer_registers, row.producer_registers,
-        row.one_copy, row.turns,
-    )  # fmt: skip
+        d0=row.head_dim[0],
+        d1=row.head_dim[1],
+        dv0=row.value_dim[0],
+        dv1=row.value_dim[1],
+        block_n=row.block_n,
+        consumers=row.consumers,
+        stages=row.stages,
+        range_layout=(None, "sequence", "rows").index(problem.range_layout),
+        softcap=problem.softcap > 0.0,
+        sinks=problem.has_sinks,
+        lse=has_lse,
+        query_buffers=row.query_buffers,
+        scores_ahead=row.scores_ahead,
+        short_masks=row.short_masks,
+        consumer_registers=row.consumer_registers,
+        producer_registers=row.producer_registers,
+        one_copy=row.one_copy,
+        turns=row.turns,
+    )
 
 
 def make_launch(problem: Problem, config: PrefillConfig, inputs: Inputs, output: torch.Tensor, has_lse: bool) -> Launch:

@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..rows import end_of_rows
 from ..triton_api import barrier, tma_store
-from .softmax import whole_sums
+from .softmax import row_totals
 
 
 @gluon.jit
@@ -15,72 +15,84 @@ def _normalised(acc, shrink):
 
 
 @gluon.jit
-def _store(head, out, r0, first_column: gl.constexpr, num_queries, stride_os, value_eights, PIECE: gl.constexpr,
-           C: gl.constexpr):  # fmt: skip
+def _store(head, out, r0, first_column: gl.constexpr, num_queries, output_rows, PART: gl.constexpr, C: gl.constexpr):
     """Write `out` `[rows, columns]` to the rows from r0 on of a head's output, 16 bytes a thread.
 
     A thread has two neighbouring columns in each eight. Four lanes exchange theirs, so that each has one eight of four.
+
+    Args:
+        head: address of the head's output.
+        output_rows: an OutputRows.
+        PART: 0 or 1, for acc0 or acc1.
     """
     ROWS: gl.constexpr = C.rows
     COLUMNS: gl.constexpr = out.shape[1]
-    FOURS: gl.constexpr = C.output_layouts[PIECE][0]
-    EIGHTS: gl.constexpr = C.output_layouts[PIECE][1]
+    FOURS: gl.constexpr = C.output_layouts[PART][0]
+    EIGHTS: gl.constexpr = C.output_layouts[PART][1]
     out = gl.convert_layout(gl.convert_layout(out, FOURS), EIGHTS)
     rows = r0 + gl.arange(0, ROWS, gl.SliceLayout(1, EIGHTS))
     columns = first_column + gl.arange(0, COLUMNS, gl.SliceLayout(0, EIGHTS))
-    lines = head + rows.to(gl.int64) * (stride_os * 8)
-    there = (rows < num_queries)[:, None] & (columns < value_eights * 8)[None, :]
+    lines = head + rows.to(gl.int64) * (output_rows.stride_s * 8)
+    there = (rows < num_queries)[:, None] & (columns < output_rows.value_eights * 8)[None, :]
     gl.store(lines[:, None] + columns[None, :], out, mask=there)
 
 
 @gluon.jit
-def write(acc0, acc1, m, l, tile, descs, o_smem, output, pointers, num_queries, C: gl.constexpr):
-    """Normalise and write the output, but for the rows behind the last query, which the copy engine leaves out.
+def write(acc0, acc1, m, l, tile, o0_smem, o1_smem, output_rows, call, C: gl.constexpr):
+    """Normalise a tile's sums and write them, and its log-sum-exp where that is wanted.
 
-    Consumers of one partition would wait for each other before that copy: they write straight from the registers.
+    The copy engine leaves out rows behind the last query. Threads leave for it together, behind a barrier of their
+    partition. Two consumers in one partition would wait for each other there, so they write straight from registers.
+
+    Args:
+        acc0, acc1, m, l: see Softmax, with all blocks in them.
+        tile, call: a Tile, a Call.
+        o0_smem, o1_smem: where the output waits for the copy engine.
+        output_rows: an OutputRows with `C.one_copy`, otherwise never looked at.
     """
-    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes = tile
-    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
-    Lse, Range, Sinks = pointers
-    o0_smem, o1_smem = o_smem
     ROWS: gl.constexpr = C.rows
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
     dtype: gl.constexpr = o0_smem.dtype
-    l = whole_sums(l, m)
+    descriptors = call.descriptors
+    num_queries = call.visibility.num_queries
+    b = tile.b
+    h = tile.h
+    r0 = tile.r0
+    l = row_totals(l, m)
     sink = m
     if C.sinks:
-        sink = gl.load(Sinks + h)
+        sink = gl.load(call.pointers.sinks + h)
     shrink, lse = end_of_rows(m, l, sink, C)
     if C.lse:
         rows = r0 + gl.arange(0, ROWS, m.type.layout)
-        gl.store(Lse + bh.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
+        gl.store(call.pointers.lse + tile.head_of_all.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
     if C.one_copy:
-        Out, stride_ob, stride_oh, stride_os, value_eights = output
-        head = Out + b.to(gl.int64) * (stride_ob * 8) + h.to(gl.int64) * (stride_oh * 8)
-        _store(head, _normalised(acc0, shrink).to(dtype), r0, 0, num_queries, stride_os, value_eights, 0, C)
+        head = output_rows.out + b.to(gl.int64) * (output_rows.stride_b * 8)
+        head = head + h.to(gl.int64) * (output_rows.stride_h * 8)
+        _store(head, _normalised(acc0, shrink).to(dtype), r0, 0, num_queries, output_rows, 0, C)
         if DV1 > 0:
-            _store(head, _normalised(acc1, shrink).to(dtype), r0, DV0, num_queries, stride_os, value_eights, 1, C)
-    elif C.query_slots == 1:
+            _store(head, _normalised(acc1, shrink).to(dtype), r0, DV0, num_queries, output_rows, 1, C)
+    elif C.query_buffers == 1:
         HALF: gl.constexpr = DV0 // 2
         left, right = gl.split(acc0.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, left.type.layout))[:, None]
-        for piece in gl.static_range(2):
-            tma.store_wait(0)  # the piece before has left
+        for i in gl.static_range(2):
+            tma.store_wait(0)  # the half before has left
             barrier()
-            half = left if piece == 0 else right
+            half = left if i == 0 else right
             o0_smem.reshape([ROWS, HALF]).store((half * shrink).to(dtype))
             fence_async_shared()
             barrier()
-            tma_store(o0_desc, [b, h, r0, piece * HALF], o0_smem)
+            tma_store(descriptors.o0, [b, h, r0, i * HALF], o0_smem)
     else:
-        # Until all of these queries were read.
+        # The output takes the place of the queries, which all threads must have read.
         barrier()
         o0_smem.reshape([ROWS, DV0]).store(_normalised(acc0, shrink).to(dtype))
         if DV1 > 0:
             o1_smem.reshape([ROWS, DV1]).store(_normalised(acc1, shrink).to(dtype))
         fence_async_shared()
         barrier()
-        tma_store(o0_desc, [b, h, r0, 0], o0_smem)
+        tma_store(descriptors.o0, [b, h, r0, 0], o0_smem)
         if DV1 > 0:
-            tma_store(o1_desc, [b, h, r0, DV0], o1_smem)
+            tma_store(descriptors.o1, [b, h, r0, DV0], o1_smem)

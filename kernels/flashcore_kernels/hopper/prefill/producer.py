@@ -6,73 +6,76 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..triton_api import barrier, tma_load
 from ..visible import BITMAP, FAR, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
-from .schedule import place_of, taken_over
+from .schedule import next_position, position_of
 
 # With how many blocks left to fetch a program asks for its next tile.
 ASK_BLOCKS = gl.constexpr(4)
 
 
 @gluon.jit
-def _seen_columns(Range, keep_smem, b, m0, n, lo, hi, holes, numbers, BM: gl.constexpr, BN: gl.constexpr,
-                  RANGE: gl.constexpr):  # fmt: skip
-    """Write to `keep_smem` int32 `[BN]` which keys of the block exist and are seen by a row of the tile."""
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
+def _seen_keys(Range, keep, b, m0, n, lo, hi, visibility, BM: gl.constexpr, BN: gl.constexpr, RANGE: gl.constexpr):
+    """Write to `keep` int32 `[BN]` which keys of the block exist and are seen by a row of the tile."""
     cols = n + gl.arange(0, BN, gl.BlockedLayout([1], [32], [1], [0]))
     inside = (cols >= lo) & (cols < hi)
     if RANGE == 1:
-        bitmap = Range + b.to(gl.int64) * stride_rb + BITMAP
+        bitmap = Range + b.to(gl.int64) * visibility.stride_rb + BITMAP
         word = gl.load(bitmap + (cols >> 5), mask=inside, other=0)
-        keep = (word >> (cols & 31)) & 1
+        seen = (word >> (cols & 31)) & 1
     else:
-        keep = gl.zeros_like(cols)
-        for row in range(m0, gl.minimum(m0 + BM, num_queries)):
-            line = Range + b.to(gl.int64) * stride_rb + row.to(gl.int64) * stride_rs
+        seen = gl.zeros_like(cols)
+        for row in range(m0, gl.minimum(m0 + BM, visibility.num_queries)):
+            line = Range + b.to(gl.int64) * visibility.stride_rb + row.to(gl.int64) * visibility.stride_rs
             row_lo = gl.load(line)
             row_hi = gl.load(line + 1)
-            keep = keep | ((cols >= row_lo) & (cols < row_hi)).to(gl.int32)
-    keep_smem.store(gl.where(inside, keep, 0))
+            seen = seen | ((cols >= row_lo) & (cols < row_hi)).to(gl.int32)
+    keep.store(gl.where(inside, seen, 0))
 
 
 @gluon.jit
-def _scrub(tile, keep_smem, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constexpr):
-    """Zero the rows of V `[BN, DV]` that nobody sees: they may hold NaN, and 0 * NaN is NaN."""
-    # Pieces of 8 rows of 128 bytes, the unit of the swizzle, and what a warp's few registers hold.
+def _scrub(values, keep, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constexpr):
+    """Zero the rows of `values` `[BN, DV]` that nobody sees: they may hold NaN, and 0 * NaN is NaN.
+
+    Args:
+        keep: see `_seen_keys`, read where `any_key` holds.
+        n: key of the first row.
+        lo, hi: keys outside of [lo, hi) are seen by nobody.
+        any_key: a key between them may be seen by nobody, too.
+    """
+    # 8 rows of 128 bytes at a time: that is the unit of the swizzle, and what a warp's few registers hold.
     WIDE: gl.constexpr = 64 if DV >= 64 else DV
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDE, WIDE // 8], [1, 1], [1, 0])
     for c in gl.static_range(0, BN, 8):
         if any_key | (n + c < lo) | (n + c + 8 > hi):
-            slots = n + c + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
-            keep = (slots >= lo) & (slots < hi)
+            keys = n + c + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
+            seen = (keys >= lo) & (keys < hi)
             if any_key:
-                keep = keep & (keep_smem.slice(c, 8).load(gl.SliceLayout(1, LAYOUT)) != 0)
+                seen = seen & (keep.slice(c, 8).load(gl.SliceLayout(1, LAYOUT)) != 0)
             for d in gl.static_range(0, DV, WIDE):
-                part = tile.slice(c, 8).slice(d, WIDE, dim=1)
+                part = values.slice(c, 8).slice(d, WIDE, dim=1)
                 rows = part.load(LAYOUT)
-                part.store(gl.where(keep[:, None], rows, gl.zeros_like(rows)))
+                part.store(gl.where(seen[:, None], rows, gl.zeros_like(rows)))
 
 
 @gluon.jit
-def _load_queries(descs, smem, bars, b, h, m0, turn, C: gl.constexpr):
-    """Copy a tile's queries, each partition's to a slot of its own."""
-    SLOTS: gl.constexpr = C.query_slots
+def _load_queries(descriptors, buffers, barriers, b, h, m0, tiles_done, C: gl.constexpr):
+    """Copy a tile's queries, each partition's to a buffer of its own."""
+    QUERY_BUFFERS: gl.constexpr = C.query_buffers
     ROWS: gl.constexpr = C.rows
     PARTITIONS: gl.constexpr = 64 * C.consumers // ROWS
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
-    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
-    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
     for c in gl.static_range(PARTITIONS):
-        slot = c * SLOTS + turn % SLOTS
-        mbarrier.wait(q_empty.index(slot), (turn // SLOTS & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), ROWS * (D0 + D1) * 2)
-        tma_load(q0_desc, [b, h, m0 + c * ROWS, 0], q_full.index(slot), q0_smem.index(slot))
+        buffer = c * QUERY_BUFFERS + tiles_done % QUERY_BUFFERS
+        mbarrier.wait(barriers.q_empty.index(buffer), (tiles_done // QUERY_BUFFERS & 1) ^ 1)
+        q_full = barriers.q_full.index(buffer)
+        mbarrier.expect(q_full, ROWS * (D0 + D1) * 2)
+        tma_load(descriptors.q0, [b, h, m0 + c * ROWS, 0], q_full, buffers.q0.index(buffer))
         if D1 > 0:
-            tma_load(q1_desc, [b, h, m0 + c * ROWS, D0], q_full.index(slot), q1_smem.index(slot))
+            tma_load(descriptors.q1, [b, h, m0 + c * ROWS, D0], q_full, buffers.q1.index(buffer))
 
 
 @gluon.jit
-def produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
+def produce(call, C: gl.constexpr):
     """The producer warp: copies Q once a tile, K and V block by block, ahead of the consumers."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
@@ -80,85 +83,88 @@ def produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr
     DV1: gl.constexpr = C.dv1
     BN: gl.constexpr = C.block_n
     STAGES: gl.constexpr = C.stages
-    SLOTS: gl.constexpr = C.query_slots
     RANGE: gl.constexpr = C.range_layout
     CONSUMERS: gl.constexpr = C.consumers
-    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, o0_desc, o1_desc = descs
-    q0_smem, q1_smem, k0_smem, k1_smem, v0_smem, v1_smem, keep_smem, o_smem = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
-    Lse, Range, Sinks = pointers
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    place_smem, place_full, place_asked, Counter = queue
-    # One slot for queries is free only when the tile before needs them no more. (With key ranges the consumers of
-    # head_dim 192 would have no registers left.)
-    KEYS_FIRST: gl.constexpr = SLOTS == 1 and RANGE == 0
+    # A single query buffer is free only when the tile before needs its queries no more. Until then keys can be copied.
+    # (With key ranges the consumers of head_dim 192 would have no registers left.)
+    KEYS_FIRST: gl.constexpr = C.query_buffers == 1 and RANGE == 0
     BM: gl.constexpr = 64 * CONSUMERS
-    b, h, tile = place_of(gl.program_id(0), num_heads, scales)
-    turn = 0
+    descriptors = call.descriptors
+    buffers = call.buffers
+    barriers = call.barriers
+    visibility = call.visibility
+    Range = call.pointers.key_range
+    b, h, tile = position_of(gl.program_id(0), call.heads.num_heads, call.order)
+    tiles_done = 0
     use = 0
     scrubs = 0
     while tile >= 0:
-        kv_head = h // group
+        kv_head = h // call.heads.group
         m0 = tile * BM
-        sequence = sequence_bounds(Range, b, numbers, RANGE)
-        first, end, start, left, right, holes = sequence
-        lo, hi = tile_keys(Range, b, m0, sequence, numbers, BM, RANGE, 1)
-        begin, count = tile_blocks(first, lo, hi, num_keys, BN)
-        # Values at slots outside of [clean_lo, clean_hi) may be NaN.
+        bounds = sequence_bounds(Range, b, visibility, RANGE)
+        lo, hi = tile_keys(Range, b, m0, bounds, visibility, BM, RANGE, 1)
+        begin, count = tile_blocks(bounds.first, lo, hi, visibility.num_keys, BN)
+        # Values of keys outside of [clean_lo, clean_hi) may be NaN. Where `any_key` holds, so may any key's.
         if RANGE == 2:
             clean_lo = lo
             clean_hi = hi
-            any_key = may_have_gaps(Range, b, m0, numbers, BM)
+            any_key = may_have_gaps(Range, b, m0, visibility, BM)
         else:
-            clean_lo = gl.maximum(first, start - left)
-            clean_hi = gl.minimum(end, start + num_queries + right)
-            any_key = holes != 0
+            clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
+            clean_hi = gl.minimum(bounds.end, bounds.start + visibility.num_queries + bounds.right)
+            any_key = bounds.holes != 0
         # The copy engine itself gives zeros behind the last key.
-        dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
+        dirty_from = gl.where(clean_hi < visibility.num_keys, clean_hi, FAR)
 
-        # Late, or a program that takes a long tile shortly before the end would end late. But consumers wait for the
-        # next place before they release their last block: early, where one may have far fewer blocks than another.
+        # With how many blocks left is the next tile asked for? Late: a program that takes a long tile shortly before
+        # the end would end late. But where one consumer may have far fewer blocks than another, early: it keeps its
+        # last block until it knows the next position.
         ask_at = count * 0
         if RANGE < 2:
-            ask_at = gl.where(m0 + BM <= num_queries, gl.maximum(count - ASK_BLOCKS, 0), 0)
+            ask_at = gl.where(m0 + BM <= visibility.num_queries, gl.maximum(count - ASK_BLOCKS, 0), 0)
         if not KEYS_FIRST:
-            _load_queries(descs, smem, bars, b, h, m0, turn, C)
+            _load_queries(descriptors, buffers, barriers, b, h, m0, tiles_done, C)
         for j in range(count):
             n = begin + j * BN
             stage = use % STAGES
             phase = use // STAGES & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            mbarrier.expect(k_full.index(stage), BN * (D0 + D1) * 2)
-            tma_load(k0_desc, [b, kv_head, n, 0], k_full.index(stage), k0_smem.index(stage))
+            mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)
+            k_full = barriers.k_full.index(stage)
+            mbarrier.expect(k_full, BN * (D0 + D1) * 2)
+            tma_load(descriptors.k0, [b, kv_head, n, 0], k_full, buffers.k0.index(stage))
             if D1 > 0:
-                tma_load(k1_desc, [b, kv_head, n, D0], k_full.index(stage), k1_smem.index(stage))
+                tma_load(descriptors.k1, [b, kv_head, n, D0], k_full, buffers.k1.index(stage))
             if KEYS_FIRST:
                 if j == 0:
-                    _load_queries(descs, smem, bars, b, h, m0, turn, C)
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+                    _load_queries(descriptors, buffers, barriers, b, h, m0, tiles_done, C)
+            mbarrier.wait(barriers.v_empty.index(stage), phase ^ 1)
             if any_key | (n < clean_lo) | (n + BN > dirty_from):
-                mbarrier.expect(v_raw, BN * (DV0 + DV1) * 2)
-                tma_load(v0_desc, [b, kv_head, n, 0], v_raw, v0_smem.index(stage))
+                mbarrier.expect(barriers.v_raw, BN * (DV0 + DV1) * 2)
+                tma_load(descriptors.v0, [b, kv_head, n, 0], barriers.v_raw, buffers.v0.index(stage))
                 if DV1 > 0:
-                    tma_load(v1_desc, [b, kv_head, n, DV0], v_raw, v1_smem.index(stage))
+                    tma_load(descriptors.v1, [b, kv_head, n, DV0], barriers.v_raw, buffers.v1.index(stage))
                 if RANGE > 0:
                     if any_key:
-                        _seen_columns(Range, keep_smem, b, m0, n, clean_lo, clean_hi, holes, numbers, BM, BN, RANGE)
-                mbarrier.wait(v_raw, scrubs & 1)
+                        _seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, BM, BN, RANGE)
+                mbarrier.wait(barriers.v_raw, scrubs & 1)
                 scrubs += 1
-                _scrub(v0_smem.index(stage).reshape([BN, DV0]), keep_smem, n, clean_lo, clean_hi, any_key, BN, DV0)
+                values = buffers.v0.index(stage).reshape([BN, DV0])
+                _scrub(values, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV0)
                 if DV1 > 0:
-                    _scrub(v1_smem.index(stage).reshape([BN, DV1]), keep_smem, n, clean_lo, clean_hi, any_key, BN, DV1)
+                    values1 = buffers.v1.index(stage).reshape([BN, DV1])
+                    _scrub(values1, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV1)
                 fence_async_shared()
                 barrier()
-                mbarrier.arrive(v_full.index(stage), count=1)
+                mbarrier.arrive(barriers.v_full.index(stage), count=1)
             else:
-                mbarrier.expect(v_full.index(stage), BN * (DV0 + DV1) * 2)
-                tma_load(v0_desc, [b, kv_head, n, 0], v_full.index(stage), v0_smem.index(stage))
+                mbarrier.expect(barriers.v_full.index(stage), BN * (DV0 + DV1) * 2)
+                tma_load(descriptors.v0, [b, kv_head, n, 0], barriers.v_full.index(stage), buffers.v0.index(stage))
                 if DV1 > 0:
-                    tma_load(v1_desc, [b, kv_head, n, DV0], v_full.index(stage), v1_smem.index(stage))
+                    tma_load(
+                        descriptors.v1, [b, kv_head, n, DV0], barriers.v_full.index(stage), buffers.v1.index(stage)
+                    )
             use += 1
             if j == ask_at:
-                mbarrier.arrive(place_asked, count=1)
-        b, h, tile = taken_over(queue, turn, 1)
-        turn += 1
+                mbarrier.arrive(call.queue.asked, count=1)
+        b, h, tile = next_position(call.queue, tiles_done, 1)
+        tiles_done += 1

@@ -1,11 +1,15 @@
 """Which tile a program computes next: the first one that nobody has taken.
 
-Tiles (BLOCK_M queries of one head) are numbered so that neighbours share keys and values, and so that their lengths
-change slowly under causal attention: sections of a few heads, within a section by length, in one section falling, in
-the next rising, in the last falling. Program p begins with tile p, and takes each next number from a counter of the
-launch: what a tile costs depends on more than its length, and SMs are not equally fast, so that with fixed shares
-programs end up to 10 % apart. Who draws the last number of all, one for each tile, sets the counter back to zero. Which
-program computes a tile does not move a bit of it.
+A tile is BLOCK_M queries of one head. Tiles are numbered, and each program goes up in the numbers.
+
+The order: heads come in sections of a few, whose keys and values the L2 holds. Within a section tiles are ordered by
+their number within the head, and under causal attention that is by length. Long tiles come first in the last section,
+so that programs end with short ones. Before it directions alternate, so that neighbours differ little in length.
+
+Who takes what: program p begins with tile p. Each next number comes from a counter of the launch. Fixed shares would
+not do: what a tile costs depends on more than its length, SMs are not equally fast, and programs ended up to 10 %
+apart. There are as many draws as tiles, and the last draw sets the counter back to zero. Which program computes a tile
+does not move a bit of its output.
 """
 
 import math
@@ -15,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..triton_api import barrier
+from .records import TilePosition
 
 # Keys and values of the heads that are in work at a time: what the L2 (50 MB, of which either half may hold a copy of
 # what is in the other) holds beside queries and outputs. Twice as much is 2 to 4 % slower up to 4,096 keys.
@@ -26,8 +31,8 @@ def heads_in_section(
 ) -> int:
     """How many query heads are worked on side by side, where tiles differ in length.
 
-    As many as fit, or else as `rounds` ask for; a third more or less, where sections then are of one size: a last one
-    of few heads would not keep all programs busy.
+    As many as fit into SECTION_BYTES, or more where `rounds` ask for that. Then up to a third more or less, so that
+    sections are of one size: a last one of few heads would not keep all programs busy.
 
     Args:
         num_keys, bytes_per_key: of one KV head, keys and values together.
@@ -47,34 +52,36 @@ def heads_in_section(
 @gluon.jit
 def tile_at(number, tiles_per_head, num_heads, section):
     """(head of all sequences, tile within the head) of the tile of this number."""
-    which = number // (tiles_per_head * section)
-    first_head = which * section
+    section_number = number // (tiles_per_head * section)
+    first_head = section_number * section
     heads = gl.minimum(section, num_heads - first_head)
     within = number - first_head * tiles_per_head
     row = within // heads
     # The last queries of a head see most keys, under causal attention.
-    falling = ((num_heads - 1) // section - which) % 2 == 0
+    falling = ((num_heads - 1) // section - section_number) % 2 == 0
     return first_head + within % heads, gl.where(falling, tiles_per_head - 1 - row, row)
 
 
 @gluon.jit
-def place_of(number, heads, scales):
-    """(sequence, head, tile within the head) of the tile of this number; the tile is -1 where there is none.
+def position_of(number, num_heads, order):
+    """The TilePosition of the tile of this number.
 
     Args:
-        heads: of a sequence.
+        num_heads: of a sequence.
+        order: a TileOrder.
     """
-    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
-    num_tiles = all_heads * tiles_per_head
-    bh, tile = tile_at(gl.minimum(number, num_tiles - 1), tiles_per_head, all_heads, section)
-    return bh // heads, bh % heads, gl.where(number < num_tiles, tile, -1)
+    num_tiles = order.all_heads * order.tiles_per_head
+    number_there = gl.minimum(number, num_tiles - 1)
+    head, tile = tile_at(number_there, order.tiles_per_head, order.all_heads, order.section)
+    return TilePosition(b=head // num_heads, h=head % num_heads, tile=gl.where(number < num_tiles, tile, -1))
 
 
 @gluon.jit
 def draw(Counter, num_tiles, num_programs):
     """The number of the next tile that nobody has taken; from `num_tiles` on there is none.
 
-    Each program draws beside each of its tiles: `num_tiles` draws in all. Where each has one tile nobody draws.
+    A program draws once beside each of its tiles, so that there are `num_tiles` draws. Where no program has more than
+    one tile nobody draws.
     """
     number = num_tiles
     if num_tiles > num_programs:
@@ -86,44 +93,46 @@ def draw(Counter, num_tiles, num_programs):
 
 
 @gluon.jit
-def hand_out(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
-    """The scheduler warp: when the producer asks for the next tile, tells it and the consumers its place.
+def hand_out(call, C: gl.constexpr):
+    """The scheduler warp: when the producer asks for the next tile, tells it and the consumers its position.
 
-    A warp of its own, because the answer of the counter takes a microsecond and its place five divisions, and large
-    heads are fetched but two blocks ahead.
+    It is a warp of its own because the counter answers after a microsecond, and a position takes five divisions. The
+    producer has no such time: of large heads it is but two blocks ahead.
 
-    The producer asks beside tile `turn` when its queries are loaded: then all consumers have released the queries of
-    the tile two before (with one slot, of the tile before), and read the place that this one overwrites: so each thread
-    does that before it releases them. One that had not would miss two phases of `place_full`, and wait for ever.
-    (compute-sanitizer's racecheck reports these reads and writes: it does not follow the arrivals at `q_empty`, by
-    which a consumer's threads say that they are done.)
+    What is told beside the program's tile i is written over what was told beside tile i - 2. All consumers have read
+    that by then. The producer asks when the queries of tile i are under way, so all consumers have released the buffer
+    that these go to: it held the queries of tile i - 2 (with one query buffer, of tile i - 1). And their threads read
+    what is told beside tile i - 2 before they release either. A thread that did not would miss two phases of
+    `queue.full`, and wait forever.
+
+    compute-sanitizer's racecheck reports these reads and writes. It does not follow the arrivals at `q_empty`, by which
+    a consumer's threads say that they are done.
     """
-    place_smem, place_full, place_asked, Counter = queue
-    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
-    num_heads = numbers[0]
     empty = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    turn = 0
-    b, h, tile = place_of(gl.program_id(0), num_heads, scales)
-    while tile >= 0:
-        mbarrier.wait(place_asked, turn & 1)
-        b, h, tile = place_of(draw(Counter, all_heads * tiles_per_head, gl.num_programs(0)), num_heads, scales)
-        slot = turn % 2
-        place_smem.index(slot * 3).store(empty + b)
-        place_smem.index(slot * 3 + 1).store(empty + h)
-        place_smem.index(slot * 3 + 2).store(empty + tile)
+    queue = call.queue
+    order = call.order
+    tiles_done = 0
+    position = position_of(gl.program_id(0), call.heads.num_heads, order)
+    while position.tile >= 0:
+        mbarrier.wait(queue.asked, tiles_done & 1)
+        number = draw(queue.counter, order.all_heads * order.tiles_per_head, gl.num_programs(0))
+        position = position_of(number, call.heads.num_heads, order)
+        entry = tiles_done % 2
+        queue.positions.index(entry * 3).store(empty + position.b)
+        queue.positions.index(entry * 3 + 1).store(empty + position.h)
+        queue.positions.index(entry * 3 + 2).store(empty + position.tile)
         barrier()
-        mbarrier.arrive(place_full.index(slot), count=1)
-        turn += 1
+        mbarrier.arrive(queue.full.index(entry), count=1)
+        tiles_done += 1
 
 
 @gluon.jit
-def taken_over(queue, turn, WARPS: gl.constexpr):
-    """What `hand_out` told beside tile `turn`."""
-    place_smem, place_full, place_asked, Counter = queue
-    slot = turn % 2
-    mbarrier.wait(place_full.index(slot), turn // 2 & 1)
+def next_position(queue, tiles_done, WARPS: gl.constexpr):
+    """The TilePosition that `hand_out` tells a program which is at its tile number `tiles_done`: that of the next."""
+    entry = tiles_done % 2
+    mbarrier.wait(queue.full.index(entry), tiles_done // 2 & 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    b = gl.max(place_smem.index(slot * 3).load(layout), axis=0)
-    h = gl.max(place_smem.index(slot * 3 + 1).load(layout), axis=0)
-    tile = gl.max(place_smem.index(slot * 3 + 2).load(layout), axis=0)
-    return b, h, tile
+    b = gl.max(queue.positions.index(entry * 3).load(layout), axis=0)
+    h = gl.max(queue.positions.index(entry * 3 + 1).load(layout), axis=0)
+    tile = gl.max(queue.positions.index(entry * 3 + 2).load(layout), axis=0)
+    return TilePosition(b=b, h=h, tile=tile)

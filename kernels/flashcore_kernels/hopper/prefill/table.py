@@ -18,9 +18,9 @@ class PrefillRow(NamedTuple):
         query_buffers: tiles of Q that shared memory holds. Where there are two, a tile's output leaves through the
             buffer that held its queries. Where there is one, the output has half a tile of its own and leaves in two
             halves, so that the next queries need not wait for it.
-        scores_ahead: the next block's scores are multiplied while this block's exponentials are computed; otherwise the
-            exponentials run beside the product with V. It takes registers for the scores of two blocks. Rows with it
-            serve key ranges too; of head_dim 256 they leave no registers for softcap.
+        scores_ahead: a block's exponentials run beside the product of the next block's scores; otherwise beside the
+            product with V of the block before. It takes registers for the scores of two blocks. Rows with it serve key
+            ranges too; of head_dim 256 they leave no registers for softcap.
         consumer_registers, producer_registers: of a thread.
         why: what speaks for it.
         min_queries: it serves calls with so many queries or more: causal calls, and others.
@@ -58,6 +58,7 @@ class PrefillRow(NamedTuple):
 
 
 # The reasons are medians over B * S = 16K tokens in bf16, S = 512 to 8192, causal and full, on an H200 with Triton 3.6.
+# "Ahead" is scores_ahead, "two copies" is without one_copy.
 ROWS = (
     PrefillRow(
         head_dim=(64, 0), value_dim=(64, 0), consumers=3, block_n=128, stages=3, query_buffers=2, scores_ahead=True,
@@ -89,7 +90,7 @@ ROWS = (
     PrefillRow(
         head_dim=(128, 0), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=2,
         scores_ahead=True, consumer_registers=240, producer_registers=24, plain=True,
-        why="3 % more than not ahead; with 64 keys 511 of 593; with one slot for queries 522 where two had 566",
+        why="3 % more than not ahead; with 64 keys 511 of 593; with one query buffer 522 where two had 566",
     ),
     PrefillRow(
         head_dim=(128, 0), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=2,
@@ -101,7 +102,7 @@ ROWS = (
         head_dim=(128, 64), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=1,
         scores_ahead=True, consumer_registers=240, producer_registers=24, plain=True,
         why="4 % more than not ahead, with short masks 4 % less; 686 TFLOP/s not ahead, 656 where the output took "
-        "the queries' slot",
+        "the queries' buffer",
     ),
     PrefillRow(
         head_dim=(128, 64), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=1,
@@ -112,7 +113,7 @@ ROWS = (
     PrefillRow(
         head_dim=(256, 0), value_dim=(256, 0), consumers=2, block_n=64, stages=2, query_buffers=1, scores_ahead=True,
         consumer_registers=240, producer_registers=24, plain=True, short_masks=True,
-        why="702 TFLOP/s, 684 where the output took the queries' slot; 1.5 % more than not ahead; short masks 1 % "
+        why="702 TFLOP/s, 684 where the output took the queries' buffer; 1.5 % more than not ahead; short masks 1 % "
         "more",
     ),
     PrefillRow(

@@ -33,22 +33,23 @@ def test_how_the_hopper_kernel_shares_chunks_out(processors, fp8, heads, queries
         key = torch.empty(1, heads[1], 1, head_dim, dtype=torch.bfloat16)
         setup = make_launch(chosen, made, Inputs(key, key, key), key, False)
         (config,), (num_splits, each, lines) = setup.constants, setup.scalars[5:8]
-        units = batch * heads[1] * config.row_tiles
+        tiles = batch * heads[1] * config.row_tiles
         chunks = most_chunks(keys, chosen.config.min_chunk, chosen.config.max_chunks)
         shared = share_out(made, chosen.config)
-        assert each == 2**config.levels if shared.whole else each in (1, 2, 4, 8) and each <= 2**config.levels
-        assert num_splits == -(-chunks // each) and sorted(setup.grid) == sorted((units, num_splits))
-        assert setup.grid == ((num_splits, units) if config.in_a_row else (units, num_splits))
-        assert not config.in_a_row or units * num_splits <= processors, "what others wait for runs at the same time"
-        assert units * num_splits >= min(units * chunks, processors - 4), "the GPU is filled where there are chunks"
-        if shared.whole:
+        assert each == 2**config.levels if shared.whole_sequences else each in (1, 2, 4, 8) and each <= 2**config.levels
+        assert num_splits == -(-chunks // each) and sorted(setup.grid) == sorted((tiles, num_splits))
+        assert setup.grid == ((num_splits, tiles) if config.in_a_row else (tiles, num_splits))
+        assert not config.in_a_row or tiles * num_splits <= processors, "what others wait for runs at the same time"
+        assert tiles * num_splits >= min(tiles * chunks, processors - 4), "the GPU is filled where there are chunks"
+        if shared.whole_sequences:
             assert each >= chosen.config.max_chunks and num_splits == 1, "no chunk is left out, whatever the length"
-            assert not config.may_split and processors - 4 <= units <= shared.running
+            assert not config.may_split and processors - 4 <= tiles <= shared.running
             assert shared.running == shared.resident * processors
             unequal = made._replace(range_layout="sequence")
-            assert not share_out(unequal, chosen.config).whole, "one sequence may be much longer than the others"
+            of_range = share_out(unequal, chosen.config)
+            assert not of_range.whole_sequences, "one sequence may be much longer than the others"
         else:
-            one_or_two = processors - 4 <= units <= 2 * processors
+            one_or_two = processors - 4 <= tiles <= 2 * processors
             assert fp8 or not one_or_two or config.rows > 8 or heads[1] < 8, "equal lengths, an SM each"
         level, nodes = num_splits, num_splits
         while level > 1:
@@ -57,7 +58,7 @@ def test_how_the_hopper_kernel_shares_chunks_out(processors, fp8, heads, queries
         assert lines == nodes and setup.counters == 0, "partial sums are their own flags"
         rows = queries * heads[0] // heads[1]
         floats = batch * heads[1] * rows * nodes * (chosen.config.block_dv + 2)
-        assert setup.partials == (floats if chunks > 1 and not shared.whole else 0)
+        assert setup.partials == (floats if chunks > 1 and not shared.whole_sequences else 0)
         long = made._replace(num_keys=10 * keys)
         (longer,) = make_launch(chosen, long, Inputs(key, key, key), key, False).constants
         assert longer == dataclasses.replace(config, may_split=longer.may_split), (

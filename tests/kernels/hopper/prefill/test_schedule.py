@@ -8,7 +8,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from flashcore_kernels import key_range  # noqa: E402
 from flashcore_kernels.hopper import visible  # noqa: E402
-from flashcore_kernels.hopper.prefill import schedule  # noqa: E402
+from flashcore_kernels.hopper.prefill import records, schedule  # noqa: E402
 
 
 class Programs:
@@ -77,13 +77,13 @@ def test_every_tile_once(num_programs, tiles_per_head, num_heads, section):
     assert len(done) < len(tiles) or len(tiles) == len(speeds), "negative control: a counter that was not at zero"
 
 
-def test_places(monkeypatch):
+def test_positions(monkeypatch):
     """What consumers are told: sequence, head, tile; of numbers that are no tile's, one, and that it is none."""
     monkeypatch.setattr(schedule, "tile_at", schedule.tile_at.fn)
-    scales = (1.0, 1.0, 6, 2, 6)
-    places = [schedule.place_of.fn(number, 3, scales) for number in range(14)]
-    assert places[:12] == [(b, h, tile) for tile in (1, 0) for b in (0, 1) for h in (0, 1, 2)]
-    assert places[12:] == [(1, 2, -1)] * 2
+    order = records.TileOrder(all_heads=6, tiles_per_head=2, section=6)
+    positions = [schedule.position_of.fn(number, 3, order) for number in range(14)]
+    assert positions[:12] == [(b, h, tile) for tile in (1, 0) for b in (0, 1) for h in (0, 1, 2)]
+    assert positions[12:] == [(1, 2, -1)] * 2
 
 
 @pytest.mark.parametrize("heads, kv_heads, bytes_per_key", [(32, 8, 512), (32, 32, 256), (8, 8, 1024), (16, 16, 640)])
