@@ -66,6 +66,20 @@ def test_wheel_holds_every_file(checkout, tmp_path):
     assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == set(PACKAGES)
 
 
+def test_the_kernels_alone_are_a_distribution_of_the_same_version(checkout, tmp_path):
+    """For who has no use for Transformers: nothing of the adapter, and nothing that needs Transformers."""
+    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(checkout / "kernels"))
+    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(checkout))
+    kernels, both = sorted(tmp_path.glob("*.whl"), key=lambda wheel: "kernels" not in wheel.name)
+    assert kernels.name.split("-")[1] == both.name.split("-")[1]
+    held = zipfile.ZipFile(kernels)
+    files = {name for name in held.namelist() if ".dist-info/" not in name}
+    assert files == {name for name in sources() if name.startswith("flashcore_kernels/")}
+    (metadata,) = (held.read(name).decode() for name in held.namelist() if name.endswith("/METADATA"))
+    needs = {line.split()[1].split(">")[0] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")}
+    assert needs == {"torch", "triton"}
+
+
 FIND_IN_EDITABLE = """
 import importlib.util, site, sys
 folder, *modules = sys.argv[1:]
