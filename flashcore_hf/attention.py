@@ -6,6 +6,7 @@ from flashcore_kernels import (
     attend,
     check_problem,
     count_path,
+    device_of,
     naive_attention,
     note_fallback,
     torch_attention,
@@ -15,6 +16,7 @@ from .arguments import describe, refuse_unknown
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
 from .models import is_never_causal
+from .range_mask import RangeMask
 from .stored_fp8 import StoredFp8
 
 
@@ -47,10 +49,10 @@ def flashcore_attention(
         module: the layer; its `is_causal` counts where the call does not say.
         query: `[B, H, Q, D]`, rotated.
         key, value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`, as the cache returned them.
-        attention_mask: what `flashcore_mask` made, a KeyRange or a bool mask; or a user's own 4-D mask, bool or
-            additive; or a 2-D padding mask; or None: causal if the layer is (then K must be Q), else everything.
-            A layer whose own `is_causal` is False sees everything where `sdpa` would, although its mask is causal:
-            where nothing is padded.
+        attention_mask: what `flashcore_mask` made, a KeyRange, a RangeMask or a bool mask; or a user's own 4-D mask,
+            bool or additive; or a 2-D padding mask; or None: causal if the layer is (then K must be Q), else
+            everything. A layer whose own `is_causal` is False sees everything where `sdpa` would, although its mask is
+            causal: where nothing is padded.
         scaling: factor on the scores, D ** -0.5 where None.
         dropout: probability of dropping an attention weight, after the softmax; above 0 PyTorch serves the call.
         sliding_window: tokens that a query sees, itself included. Heeded only without a mask: masks have it in them.
@@ -103,6 +105,8 @@ def flashcore_attention(
         key_range = padding_range(attention_mask, query, key, _is_causal(module, is_causal), sliding_window)
     elif attention_mask.dtype == torch.int32:
         key_range = attention_mask
+    elif isinstance(attention_mask, RangeMask):
+        key_range, mask = _read_range_mask(attention_mask, query, key)
     else:
         mask = fit_mask(attention_mask, query, key)
     if position_bias is not None:
@@ -142,6 +146,16 @@ def flashcore_attention(
         output = output * factor.transpose(1, 2).to(output.dtype)
         weights = None if weights is None else weights * factor
     return output.contiguous(), weights
+
+
+def _read_range_mask(
+    range_mask: RangeMask, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(KeyRange, None), or (None, the dense mask) where PyTorch computes: it would write one down in each layer."""
+    fits = tuple(range_mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
+    if fits and (torch.compiler.is_compiling() or device_of(query.device).kind != "torch"):
+        return range_mask.key_range, None
+    return None, fit_mask(range_mask.dense(), query, key)
 
 
 def _is_causal(module: torch.nn.Module, said: bool | None) -> bool:

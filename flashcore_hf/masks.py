@@ -1,5 +1,8 @@
 """The function that Transformers calls once a forward: what may attend to what, as a KeyRange where that can say it.
 
+Models that are known to hand their mask on unread get the KeyRange itself. All others get a RangeMask, which is held as
+one and turns dense where the model reads it.
+
 Transformers describes a mask by a function of (batch, head, query, key) made of a few known parts. `Pattern` is what
 the parts that we know amount to; anything else becomes the dense bool mask that `sdpa` would get, always right.
 """
@@ -11,6 +14,7 @@ from flashcore_kernels import make_key_range, make_row_ranges, make_step_key_ran
 
 from .compat import MaskCall, mask_call, masking_utils
 from .models import takes_key_range, takes_no_mask, wants_additive_mask
+from .range_mask import RangeMask, can_be_made
 
 
 class Pattern(NamedTuple):
@@ -39,7 +43,7 @@ EVERYTHING = Pattern()
 
 
 def flashcore_mask(**kwargs) -> torch.Tensor | None:
-    """Answer Transformers' mask request: a KeyRange (int32) where it can say the mask, else a dense bool mask.
+    """Answer Transformers' mask request: a KeyRange (int32) or RangeMask where that can say it, else a dense bool mask.
 
     None where one query sees every key that there is (and for models.MAYBE_NO_MASK_MODELS): causal or not is the same
     there, and layers whose caches kept different numbers of tokens are each served all of theirs, as `sdpa` does. With
@@ -48,8 +52,8 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
     Args: Transformers' own, by keyword (see `compat.mask_call`).
 
     Returns:
-        an int32 KeyRange (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]`, or for a few models the same in
-        floating point, 0 and the lowest number; or None.
+        an int32 KeyRange (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]` (a RangeMask, or dense), or for a
+        few models the same in floating point, 0 and the lowest number; or None.
     """
     call = mask_call(kwargs)
     mask = _answer(kwargs, call)
@@ -61,25 +65,41 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
 
 
 def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
-    pattern = recognise(kwargs) if takes_key_range(kwargs.get("config")) else None
-    if pattern is not None and pattern.documents is not None:
-        ranges = _packed_ranges(call, pattern)
-        if ranges is not None:
-            return ranges
-    elif pattern is not None:
-        if _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
+    handed_on = takes_key_range(kwargs.get("config"))
+    pattern = recognise(kwargs) if handed_on or _range_mask_may_serve(kwargs) else None
+    if pattern is not None:
+        every_slot_filled = kwargs.get("allow_is_causal_skip", True)
+        if handed_on and _sees_every_key(call, pattern, every_slot_filled):
             return None
-        make = make_step_key_range if call.num_queries == 1 else make_key_range
-        return make(
-            call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
-            key_mask=call.key_mask, device=call.device,
-        )  # fmt: skip
+        # For a static cache, which Transformers tells by this keyword in what is causal, generate() makes masks ahead
+        # and compiles the model that takes them.
+        made_ahead = pattern.right == 0 and not every_slot_filled
+        key_range = _key_range(call, pattern) if handed_on or not made_ahead else None
+        if key_range is not None:
+            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
     whole = {**kwargs, "allow_is_causal_skip": False}
     if not takes_no_mask(kwargs.get("config")):
         whole["allow_is_bidirectional_skip"] = False
     if wants_additive_mask(kwargs.get("config")):
         return masking_utils.eager_mask(**whole)
     return masking_utils.sdpa_mask(**whole)
+
+
+def _range_mask_may_serve(kwargs: dict) -> bool:
+    """Whether a model that may read its mask can do so: not one that wants another length or dtype (see models)."""
+    config = kwargs.get("config")
+    return can_be_made() and not (takes_no_mask(config) or wants_additive_mask(config))
+
+
+def _key_range(call: MaskCall, pattern: Pattern) -> torch.Tensor | None:
+    """The KeyRange of a pattern, or None for packed rows that it cannot say."""
+    if pattern.documents is not None:
+        return _packed_ranges(call, pattern)
+    make = make_step_key_range if call.num_queries == 1 else make_key_range
+    return make(
+        call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
+        key_mask=call.key_mask, device=call.device,
+    )  # fmt: skip
 
 
 # Where a mask keeps what was asked for, until a layer that is not causal wants to know what `sdpa` would have made.

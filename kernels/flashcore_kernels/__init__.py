@@ -2,8 +2,9 @@
 
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
+from .device import device_of
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
-from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges
+from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
 from .naive import naive_attention
 from .op import attend, attention, count_path, explain, path_counts
 from .portable.interpreter_pace import interpreter_pace
@@ -32,10 +33,12 @@ __all__ = [
     "begin_compiling",
     "check_problem",
     "count_path",
+    "device_of",
     "interpreter_pace",
     "layout_of",
     "make_step_key_range",
     "note_fallback",
     "steps_follow",
     "torch_attention",
+    "visible",
 ]

@@ -9,6 +9,7 @@ from flashcore_kernels import path_counts
 
 import flashcore_hf  # noqa: F401
 from flashcore_hf import backend, compat
+from flashcore_hf.range_mask import RangeMask
 
 from .running import largest_error, run, tensors
 
@@ -26,7 +27,8 @@ class Watch:
         if kwargs.get("cu_seq_lens_q") is not None:
             kind = "key_range"
         elif attention_mask is not None:
-            is_range = attention_mask.dtype == torch.int32 or attention_mask.dim() == 2
+            is_range = isinstance(attention_mask, RangeMask) or attention_mask.dtype == torch.int32
+            is_range = is_range or attention_mask.dim() == 2
             kind = "key_range" if is_range else "dense_mask"
         self.masks[kind] += 1
         if self.scale != 1.0:

@@ -1,0 +1,95 @@
+"""A mask that is held as a KeyRange, and becomes the dense mask where anything but attention looks at it."""
+
+import torch
+from flashcore_kernels import visible
+from torch.utils._pytree import tree_map_only
+
+_aten = torch.ops.aten
+# What hands a mask on as it is, with the mask as its first argument.
+_HANDED_ON = (_aten.detach.default, _aten.alias.default)
+
+
+class RangeMask(torch.Tensor):
+    """A bool mask `[B, 1, Q, K]`, True where a query sees a key, whose Q * K values nobody has written down yet.
+
+    It has the shape, dtype and device of the mask that `sdpa` would get. Models that hand their mask on unread keep it
+    small; in those that slice it, add to it or copy it, the first operator gets the dense mask, and so does everything
+    after. Nothing records gradients through it: masks.flashcore_mask makes none while gradients are on.
+
+    Attributes:
+        key_range: int32, the KeyRange (see flashcore_kernels.key_range).
+    """
+
+    key_range: torch.Tensor
+    _dense: torch.Tensor | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, key_range: torch.Tensor, num_queries: int, num_keys: int):
+        shape = (key_range.shape[0], 1, num_queries, num_keys)
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=key_range.device)
+        mask.key_range, mask._dense = key_range, None
+        return mask
+
+    def dense(self) -> torch.Tensor:
+        """The mask with its values, bool `[B, 1, Q, K]`: made once, and the same tensor each time."""
+        if self._dense is None:
+            self._dense = visible(self.key_range, *self.shape[2:])
+        return self._dense
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in _HANDED_ON:
+            return args[0]
+        if function is _aten._to_copy.default and (kwargs or {}).get("dtype") in (None, torch.bool):
+            # A device_map's hooks move masks to where their layer is.
+            mask, device = args[0], kwargs.get("device")
+            return cls(
+                mask.key_range.to(device, copy=True, non_blocking=kwargs.get("non_blocking", False)), *mask.shape[2:]
+            )
+        args, kwargs = tree_map_only(RangeMask, RangeMask.dense, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"RangeMask({list(self.shape)}, device='{self.device}')"
+
+    # What asks for the values without an operator.
+
+    def __reduce_ex__(self, protocol):
+        return self.dense().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo) -> torch.Tensor:
+        return self.dense().clone()
+
+    def numpy(self, **kwargs):
+        return self.dense().numpy(**kwargs)
+
+    def tolist(self):
+        return self.dense().tolist()
+
+    def data_ptr(self) -> int:
+        return self.dense().data_ptr()
+
+    # torch.compile takes a part of a model that is given one as if it were given the KeyRange.
+
+    def __tensor_flatten__(self):
+        return ["key_range"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict, context, outer_size, outer_stride) -> "RangeMask":
+        return RangeMask(inner["key_range"], *outer_size[2:])
+
+
+def can_be_made() -> bool:
+    """Whether a RangeMask made now meets operators that run at once, and not a tracer, a mode or a transform.
+
+    Those get the dense mask: what they record must hold the operators that make it, or gradients.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+    )
