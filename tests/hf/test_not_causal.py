@@ -4,10 +4,12 @@
 something is padded its mask is causal and counts. Ours was causal always, as `eager` is.
 """
 
+import copy
 import inspect
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashcore_hf import compat
 
@@ -54,6 +56,29 @@ def test_causal_layers_stay_causal():
         torch.testing.assert_close(
             model(ids, attention_mask=mask).logits, eager(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4
         )
+
+
+@torch.no_grad()
+def test_a_model_that_calls_its_own_causal_layers_not_causal():
+    """BigBird-Pegasus' decoder, and in every Transformers; `sdpa` is not offered for it, `eager` is causal."""
+    config = AutoConfig.for_model(
+        "bigbird_pegasus", vocab_size=97, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96,
+        max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    models = []
+    for implementation in ("eager", "flashcore"):
+        torch.manual_seed(0)
+        models.append(
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+        )
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    want, got = (model(ids).logits for model in models)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    # The control: a causal model's first tokens do not see the last.
+    changed = ids.clone()
+    changed[:, -1] = 5
+    assert torch.equal(models[1](changed).logits[:, :-1], got[:, :-1])
+    assert not torch.equal(models[1](changed).logits[:, -1], got[:, -1])
 
 
 def test_a_models_own_mask_counts():
