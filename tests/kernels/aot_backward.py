@@ -69,14 +69,13 @@ def compiled(kernel, config, dtype: str = "bf16") -> dict:
     return report | {"problems": problems(report)}
 
 
-def reports(features: str) -> list[dict]:
-    """Both kernels of each row of the table, for calls without ("plain") or with ("range") a key range."""
-    from flashcore_kernels.hopper.backward import table
+def reports(features: str, rows) -> list[dict]:
+    """Both kernels of each of `rows`, for calls without ("plain") or with ("range") a key range."""
     from flashcore_kernels.hopper.backward.dkdv import DkdvConfig, flashcore_backward_dkdv
     from flashcore_kernels.hopper.backward.dq import DqConfig, flashcore_backward_dq
 
     found = []
-    for number, row in enumerate(table.ROWS):
+    for number, row in enumerate(rows):
         common = {"d": row.head_dim, "dv": row.value_dim, "range_layout": int(features == "range")}
         common["softcap"] = row.softcap
         dq = DqConfig(query_block=row.dkdv.block_m, **row.dq._asdict(), **common)
@@ -87,6 +86,8 @@ def reports(features: str) -> list[dict]:
 
 
 if __name__ == "__main__":
+    from flashcore_kernels.hopper.backward.table import ROWS
+
     for features in sys.argv[1:] or ("plain", "range"):
-        for report in reports(features):
+        for report in reports(features, ROWS):
             print(json.dumps(report), flush=True)

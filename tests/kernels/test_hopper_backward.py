@@ -180,20 +180,29 @@ def test_rows_of_the_same_heads_give_the_same_bits():
 
 @pytest.fixture(scope="module")
 def reports():
-    """reports(features) of all rows of the table, from a process that compiles: this one interprets."""
+    """reports(features, rows) of the kernels of these rows, from a process that compiles: this one interprets."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as environment:
             environment.delenv("TRITON_INTERPRET", raising=False)
-            yield lambda features: pool.submit(aot_backward.reports, features).result()
+            yield lambda features, rows: pool.submit(aot_backward.reports, features, rows).result()
 
 
 @pytest.mark.parametrize("features", ["plain", "range"])
 def test_compiled(features, reports):
-    """Main loops hardly spill, their exponentials run beside the products, and these are not serialised."""
-    found = reports(features)
+    """Main loops spill nothing, their exponentials run beside the products, and these are not serialised."""
+    found = reports(features, table.ROWS)
     assert len(found) == 2 * len(table.ROWS)
     wrong = {f"{report['kernel']} {report['row']}": report["problems"] for report in found if report["problems"]}
     assert not wrong
+
+
+def test_a_block_too_large_would_show(reports):
+    """Negative control: with softcap 128 queries a block are more than the registers hold."""
+    row = next(row for row in table.ROWS if row.softcap)
+    row = row._replace(dq=row.dq._replace(stages=16), dkdv=row.dkdv._replace(block_m=128))
+    dq, dkdv = reports("plain", [row])
+    assert "shared memory" in dq["problems"][0]
+    assert "registers spill" in dkdv["problems"][0]
 
 
 def test_gradients_are_laid_out_like_their_tensors():
