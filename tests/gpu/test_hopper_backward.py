@@ -1,0 +1,243 @@
+"""The Hopper backward against float64 autograd: features, odd lengths, random calls; its bits; negative controls."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flashcore_kernels import make_key_range
+from flashcore_kernels.hopper.backward import launch
+from flashcore_kernels.hopper.backward.table import backward_configuration, hopper_backward_reason
+from flashcore_kernels.naive import visible_mask
+from flashcore_kernels.problem import check_problem, with_alignment
+
+if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("the Hopper backward is for compute capability 9.0", allow_module_level=True)
+
+# Gradients by the project's rule: at most so many times the error of PyTorch's fused attention, and two roundings.
+MAX_RATIO, RMS_RATIO = 3.0, 2.0
+GRADIENTS = ("dq", "dk", "dv")
+
+
+class Case:
+    """A call with its output, log-sum-exp and gradients in float64, and those of PyTorch in its own dtype.
+
+    Args:
+        heads: (H, Hkv).
+        key_range: of B, Q and K; keys that no query sees are NaN then.
+        arguments: of `check_problem`.
+    """
+
+    def __init__(
+        self, batch_size, heads, num_queries, num_keys, head_dim, value_dim=None, dtype=torch.bfloat16, seed=0,
+        key_range=None, with_lse=False, transposed=False, **arguments,
+    ):  # fmt: skip
+        generator = torch.Generator("cuda").manual_seed(seed)
+        value_dim = value_dim or head_dim
+
+        def draw(num_heads, length, *columns):
+            shape = (batch_size, length, num_heads) if transposed else (batch_size, num_heads, length)
+            drawn = torch.randn(*shape, *columns, device="cuda", generator=generator)
+            return drawn.transpose(1, 2) if transposed else drawn
+
+        self.query, self.grad = (draw(heads[0], num_queries, d).to(dtype) for d in (head_dim, value_dim))
+        self.key, self.value = (draw(heads[1], num_keys, d).to(dtype) for d in (head_dim, value_dim))
+        self.grad_lse = draw(heads[0], num_queries).contiguous() if with_lse else None
+        self.key_range = key_range(batch_size, num_queries, num_keys) if key_range else None
+        if arguments.get("softcap"):
+            self.query *= 4
+        problem = check_problem(self.query, self.key, self.value, key_range=self.key_range, **arguments)
+        self.problem = with_alignment(problem, self.query, self.key, self.value)
+        self.seen = visible_mask(self.problem, self.query.device, self.key_range, None).expand(
+            batch_size, 1, num_queries, num_keys
+        )
+        self.output, self.lse, self.expected = self.reference()
+        self.yardstick = self.peer()
+        if self.key_range is not None:
+            hidden = ~self.seen.any(-2)[..., None]  # [B, 1, K, 1]
+            self.key, self.value = (t.masked_fill(hidden, torch.nan) for t in (self.key, self.value))
+
+    def scores(self, query, key):
+        scores = self.problem.scale * query @ key.repeat_interleave(self.problem.group, 1).transpose(-1, -2)
+        if self.problem.softcap:
+            scores = self.problem.softcap * torch.tanh(scores / self.problem.softcap)
+        return scores
+
+    def reference(self):
+        leaves = [t.double().requires_grad_() for t in (self.query, self.key, self.value)]
+        query, key, value = leaves
+        empty = ~self.seen.any(-1, keepdim=True)
+        scores = self.scores(query, key).masked_fill(~self.seen, -torch.inf).masked_fill(empty, 0.0)
+        lse = scores.logsumexp(-1).masked_fill(empty[..., 0], 0.0)
+        probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0)
+        output = probabilities @ value.repeat_interleave(self.problem.group, 1)
+        loss = (output * self.grad.double()).sum()
+        if self.grad_lse is not None:
+            loss = loss + (lse * self.grad_lse.double()).sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        lse = lse.detach().masked_fill(empty[..., 0].expand_as(lse), -torch.inf)
+        return output.detach().to(self.query.dtype), lse.float(), gradients
+
+    def peer(self):
+        """Gradients of the formula in the call's dtype, with scores in fp32, as fused kernels compute it."""
+        leaves = [t.detach().clone().requires_grad_() for t in (self.query, self.key, self.value)]
+        query, key, value = leaves
+        empty = ~self.seen.any(-1, keepdim=True)
+        if not self.problem.softcap and self.grad_lse is None:
+            attend = (self.seen | empty).expand(-1, query.shape[1], -1, -1)
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attend, scale=self.problem.scale, enable_gqa=self.problem.group > 1
+            ).masked_fill(empty, 0.0)
+            return torch.autograd.grad(output, leaves, self.grad)
+        scores = self.scores(query.float(), key.float()).masked_fill(~self.seen, -torch.inf).masked_fill(empty, 0.0)
+        lse = scores.logsumexp(-1).masked_fill(empty[..., 0], 0.0)
+        probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0).to(query.dtype)
+        output = probabilities @ value.repeat_interleave(self.problem.group, 1)
+        loss = (output.float() * self.grad.float()).sum()
+        if self.grad_lse is not None:
+            loss = loss + (lse * self.grad_lse).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    def run(self, problem=None, **changed):
+        problem = problem or self.problem
+        assert hopper_backward_reason(problem, 90, (3, 6)) is None
+        of = {name: getattr(self, name) for name in ("query", "key", "value", "key_range", "output", "lse")}
+        of |= {"grad_output": self.grad, "grad_lse": self.grad_lse}
+        return launch.run_hopper_backward(problem, backward_configuration(problem), **{**of, **changed})
+
+    def wrong(self, gradients) -> list[str]:
+        """What breaks the rule."""
+        wrong = []
+        for name, got, want, peer in zip(GRADIENTS, gradients, self.expected, self.yardstick):
+            if not torch.isfinite(got).all():
+                wrong.append(f"{name} has {(~torch.isfinite(got)).sum().item()} numbers that are not finite")
+                continue
+            error, yardstick = (got.double() - want).abs(), (peer.double() - want).abs()
+            rounding = 2 * torch.finfo(got.dtype).eps / 2
+            for kind, of, ratio in (("largest", torch.max, MAX_RATIO), ("RMS", _rms, RMS_RATIO)):
+                bound = ratio * of(yardstick) + rounding * of(want.abs())
+                if of(error) > bound:
+                    wrong.append(f"{kind} error of {name} {of(error):.3g}, at most {bound:.3g}")
+        return wrong
+
+
+def _rms(x):
+    return x.pow(2).mean().sqrt()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Gradients are NaN until they are written."""
+    original = launch.gradient_of
+    monkeypatch.setattr(launch, "gradient_of", lambda tensor: original(tensor).fill_(torch.nan))
+
+
+def left_padding(batch_size, num_queries, num_keys):
+    first = torch.arange(batch_size, device="cuda") * 37 % (num_keys // 2)
+    return make_key_range(batch_size, num_keys, first=first, query_start=num_keys - num_queries, right=0)
+
+
+def right_padding(batch_size, num_queries, num_keys):
+    end = num_keys - torch.arange(batch_size, device="cuda") * 29 % (num_keys // 2)
+    return make_key_range(batch_size, num_keys, end=end, query_start=num_keys - num_queries, right=0)
+
+
+def both_sides(batch_size, num_queries, num_keys):
+    start = num_keys - num_queries
+    return make_key_range(
+        batch_size, num_keys, first=5, end=num_keys - 11, query_start=start, left=100, right=33, device="cuda"
+    )
+
+
+def holes(batch_size, num_queries, num_keys):
+    mask = torch.rand(batch_size, num_keys, device="cuda", generator=torch.Generator("cuda").manual_seed(3)) > 0.3
+    return make_key_range(batch_size, num_keys, query_start=num_keys - num_queries, right=0, key_mask=mask)
+
+
+FEATURES = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "window": {"is_causal": True, "window": 51},
+    "both sides": {"window": (30, 20)},
+    "scale": {"is_causal": True, "scale": 0.3},
+    "lse": {"is_causal": True, "with_lse": True},
+    "softcap": {"is_causal": True, "softcap": 8.0},
+    "transposed": {"is_causal": True, "transposed": True},
+    "left padding": {"key_range": left_padding},
+    "right padding": {"key_range": right_padding},
+    "bounds": {"key_range": both_sides},
+    "holes": {"key_range": holes, "with_lse": True},
+}
+LENGTHS = [(64, 64), (128, 128), (333, 333), (200, 333), (333, 200), (17, 700), (512, 512)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(feature, head_dim):
+    for lengths in LENGTHS:
+        for heads in ((4, 2), (3, 3), (8, 1)):
+            case = Case(3, heads, *lengths, head_dim, **FEATURES[feature])
+            assert not case.wrong(case.run()), (lengths, heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dims", [(8, 8), (40, 40), (72, 72), (96, 96), (120, 64), (64, 128)], ids=str)
+def test_head_dims(dims, dtype):
+    case = Case(2, (4, 2), 200, 333, *dims, dtype=dtype, is_causal=True)
+    assert not case.wrong(case.run())
+
+
+def test_many_tiles():
+    """More tiles than programs: these draw several."""
+    case = Case(6, (32, 8), 512, 512, 128, is_causal=True)
+    assert not case.wrong(case.run())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_calls(seed):
+    drawn = random.Random(seed)
+    head_dim = drawn.choice((64, 128, 56, 104))
+    num_kv_heads = drawn.choice((1, 2, 3))
+    num_queries = drawn.choice((17, 63, 64, 65, 127, 128, 129, 200, 512))
+    num_keys = num_queries + drawn.choice((0, 0, 0, 13, 128, 301))
+    features = dict(FEATURES[drawn.choice(list(FEATURES))], transposed=drawn.random() < 0.5)
+    heads = (num_kv_heads * drawn.choice((1, 2, 4, 7)), num_kv_heads)
+    case = Case(drawn.choice((1, 2, 3)), heads, num_queries, num_keys, head_dim, seed=seed, **features)
+    assert not case.wrong(case.run())
+
+
+def test_what_is_wrong_shows():
+    """Negative control: each of these mistakes breaks the rule."""
+    case = Case(2, (4, 2), 333, 333, 128, is_causal=True, window=51, with_lse=True)
+    assert not case.wrong(case.run())
+    for mistake in ({"scale": case.problem.scale * 1.05}, {"left": case.problem.left + 1}, {"right": 1}):
+        assert case.wrong(case.run(case.problem._replace(**mistake))), mistake
+    assert case.wrong(case.run(grad_lse=None))
+    gradients = case.run()
+    assert case.wrong((gradients[0], gradients[1] * 0.5, gradients[2]))  # as if a head of the group were left out
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_two_runs_give_the_same_bits(head_dim):
+    case = Case(4, (16, 4), 777, 777, head_dim, is_causal=True)
+    first = case.run()
+    for _ in range(200):
+        assert all(map(torch.equal, first, case.run()))
+
+
+@pytest.mark.parametrize("padding", [1, 64, 77, 128, 200])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_padded_and_alone_give_the_same_bits(head_dim, padding):
+    """And a sequence of another length in the batch changes none either."""
+
+    def padded(batch_size, num_queries, num_keys):
+        return make_key_range(batch_size, num_keys, first=torch.tensor([padding, 0], device="cuda"), right=0)
+
+    both = Case(2, (8, 2), 400, 400, head_dim, key_range=padded)
+    together = both.run()
+    alone = Case(1, (8, 2), 400 - padding, 400 - padding, head_dim, is_causal=True)
+    for name in ("query", "key", "value", "grad", "output", "lse"):
+        setattr(alone, name, getattr(both, name)[:1, :, padding:].contiguous())
+    for name, one, other in zip(GRADIENTS, together, alone.run()):
+        assert torch.equal(one[:1, :, padding:], other), name
+        assert not one[:1, :, :padding].any(), name
