@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from flashcore_kernels.hopper import visible  # noqa: E402
+from flashcore_kernels.hopper import records, visible  # noqa: E402
 from flashcore_kernels.hopper.decode import records as of_decode  # noqa: E402
 from flashcore_kernels.hopper.prefill import records as of_prefill  # noqa: E402
 
 RECORDS = [
     record
-    for module in (visible, of_decode, of_prefill)
+    for module in (records, visible, of_decode, of_prefill)
     for _, record in inspect.getmembers(module, inspect.isclass)
     if hasattr(record, "_fields")
 ]

@@ -13,12 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..records import Tile
 from ..rows import tanh
+from ..schedule import next_position, position_of
 from ..triton_api import ROUND_LATE
 from ..visible import row_ranges, sequence_bounds, tile_blocks, tile_keys
 from .output import write
-from .records import Softmax, Tile
-from .schedule import next_position, position_of
+from .records import Softmax
 from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums
 
 

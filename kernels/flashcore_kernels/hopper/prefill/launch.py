@@ -8,9 +8,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Inputs, Problem
 from ...runtime.launch import Launch, Tile
+from ..schedule import heads_in_section
 from .choose import PrefillConfig
 from .kernel import PrefillConstants, flashcore_hopper
-from .schedule import heads_in_section
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 

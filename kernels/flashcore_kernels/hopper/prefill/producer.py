@@ -4,9 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from ..schedule import next_position, position_of
 from ..triton_api import barrier, tma_load
 from ..visible import BITMAP, FAR, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
-from .schedule import next_position, position_of
 
 # With how many blocks left to fetch a program asks for its next tile.
 ASK_BLOCKS = gl.constexpr(4)
