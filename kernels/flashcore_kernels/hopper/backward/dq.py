@@ -17,16 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..consumer import _leave_blocks
-from ..consumer import _release as release
-from ..consumer import _tile as tile_of
-from ..producer import _scrub as scrub
-from ..producer import _seen_columns as seen_columns
-from ..schedule import hand_out, place_of, taken_over
+from ..copies import release, scrub, write_seen_keys
+from ..query_tile import pass_over_blocks, tile_of
+from ..records import Heads, Queue, ScoreFactors, TileOrder
+from ..schedule import hand_out, next_position, position_of
 from ..triton_api import SHARED_WORKER_ARGUMENTS, barrier, tma_load
-from ..visible import FAR, sequence_bounds, tile_blocks, tile_keys
+from ..visible import FAR, Visibility, sequence_bounds, tile_blocks, tile_keys
 from .masks import keep_keys, query_shift
 from .products import as_operand, capped, product
+from .records import Call, CleanKeys, Descriptors, DqBarriers, DqBuffers, DqPointers, GradientStrides
 from .store import store_layouts, store_rows
 
 # With how many blocks left to fetch a program asks for its next tile.
@@ -35,7 +34,7 @@ ROWS = gl.constexpr(64)
 
 
 @dataclass(frozen=True)
-class DqConfig:
+class DqConstants:
     """Everything that one compiled kernel is made for.
 
     Attributes:
@@ -58,7 +57,7 @@ class DqConfig:
     consumer_registers: int
     producer_registers: int
 
-    # What the forward's functions ask a configuration for.
+    # What `tile_of` asks for.
     consumers = 2
     rows = 64
     warps = 4
@@ -70,158 +69,175 @@ class DqConfig:
 
 
 @gluon.jit
-def _row_numbers(tile, pointers, numbers, scales, C: gl.constexpr):
-    """log2 units of -lse, -inf for rows that saw no key, and -delta, of a consumer's queries `[64]`."""
+def _row_numbers(tile, call, C: gl.constexpr):
+    """(-lse, -delta) of a consumer's queries `[64]`: lse in units of log2, and -inf where a row saw no key."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16]))
-    Rows, Range, GradQuery, places, of_delta, strides, query_scale = pointers
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes = tile
-    rows = r0 + gl.arange(0, ROWS, LAYOUT)
-    shift = query_shift(sequence_bounds(Range, b, numbers, C.range_layout), C.query_block)
-    at = Rows + bh.to(gl.int64) * places + shift + rows
+    pointers = call.pointers
+    num_queries = call.visibility.num_queries
+    rows = tile.r0 + gl.arange(0, ROWS, LAYOUT)
+    shift = query_shift(sequence_bounds(pointers.key_range, tile.b, call.visibility, C.range_layout), C.query_block)
+    at = pointers.rows + tile.head_of_all.to(gl.int64) * pointers.places + shift + rows
     lse = gl.load(at, mask=rows < num_queries, other=float("-inf"))
     if not C.softcap:
-        lse = lse * scales[0]
-    return lse, gl.load(at + of_delta, mask=rows < num_queries, other=0.0)
+        lse = lse * call.factors.score_scale
+    return lse, gl.load(at + pointers.of_delta, mask=rows < num_queries, other=0.0)
 
 
 @gluon.jit
-def _step(dq, use, n, edge, q, g, lse, delta, smem, bars, masking, scales, C: gl.constexpr):
-    """One block of keys: its part of dQ."""
+def _step(dq, use, n, edge, q, g, lse, delta, tile, line, call, C: gl.constexpr):
+    """One block of keys: its part of dQ.
+
+    Args:
+        dq: of the blocks before.
+        use: how many blocks this consumer has computed or passed over: the block's stage and phase follow from it.
+        n: the block's first key.
+        edge: whether P is masked row by row.
+        q, g: its queries and their dO, in shared memory.
+        lse, delta: see `_row_numbers`.
+        tile, call: a Tile, a Call.
+        line: of the KeyRange, the sequence's.
+    """
     BN: gl.constexpr = C.block_n
     D: gl.constexpr = C.d
     DV: gl.constexpr = C.dv
-    q_smem, g_smem, k_smem, v_smem, keep_smem = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, raw = bars
-    score_scale, cap_scale, all_heads, tiles_per_head, section = scales
-    row_lo, row_hi, line, holes, num_keys = masking
+    barriers = call.barriers
+    score_scale = call.factors.score_scale
     stage = use % C.stages
     phase = use // C.stages & 1
-    k = k_smem.index(stage).reshape([BN, D])
-    v = v_smem.index(stage).reshape([BN, DV])
-    mbarrier.wait(k_full.index(stage), phase)
+    k = call.buffers.k.index(stage).reshape([BN, D])
+    v = call.buffers.v.index(stage).reshape([BN, DV])
+    mbarrier.wait(barriers.k_full.index(stage), phase)
     s = product(q, k, BN)
-    mbarrier.wait(v_full.index(stage), phase)
+    mbarrier.wait(barriers.v_full.index(stage), phase)
     dp = product(g, v, BN)
     s = warpgroup_mma_wait(1, deps=[s])
     if C.softcap:
         s, slope = capped(s, score_scale)
-        x = gl.fma(s, gl.full_like(s, 0.0) + cap_scale, gl.full_like(s, 0.0) + lse[:, None])
+        x = gl.fma(s, gl.full_like(s, 0.0) + call.factors.cap_scale, gl.full_like(s, 0.0) + lse[:, None])
     else:
         x = gl.fma(s, gl.full_like(s, 0.0) + score_scale, gl.full_like(s, 0.0) + lse[:, None])
     p = gl.exp2(x)
     if edge:
-        p = keep_keys(p, n, row_lo, row_hi, line, holes, num_keys, C.range_layout)
+        p = keep_keys(p, n, tile, line, call.visibility.num_keys, C.range_layout)
     if C.softcap:
         p = p * slope
     dp = warpgroup_mma_wait(0, deps=[dp])
-    release(v_empty.index(stage))
-    ds = as_operand(p * (dp + delta[:, None]), q_smem.dtype, D)
+    release(barriers.v_empty.index(stage))
+    ds = as_operand(p * (dp + delta[:, None]), call.buffers.q.dtype, D)
     dq = warpgroup_mma(ds, k, dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=[dq])
-    release(k_empty.index(stage))
+    release(barriers.k_empty.index(stage))
     return dq
 
 
 @gluon.jit
-def _consume(CONSUMER: gl.constexpr, descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
+def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
     """A consumer: its queries of each tile, one tile after the other."""
     BN: gl.constexpr = C.block_n
     D: gl.constexpr = C.d
     DV: gl.constexpr = C.dv
     LAYOUTS: gl.constexpr = C.layouts
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    q_smem, g_smem, k_smem, v_smem, keep_smem = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, raw = bars
-    Rows, Range, GradQuery, places, of_delta, strides, query_scale = pointers
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    stride_b, stride_h, stride_s, eights = strides
-    q = q_smem.index(CONSUMER).reshape([ROWS, D])
-    g = g_smem.index(CONSUMER).reshape([ROWS, DV])
-    place = place_of(gl.program_id(0), num_heads, scales)
-    tile = tile_of(place, (Rows, Range, Rows), numbers, scales, CONSUMER, C)
-    lse, delta = _row_numbers(tile, pointers, numbers, scales, C)
-    turn = 0
+    buffers = call.buffers
+    barriers = call.barriers
+    pointers = call.pointers
+    visibility = call.visibility
+    strides = pointers.query_strides
+    q = buffers.q.index(CONSUMER).reshape([ROWS, D])
+    g = buffers.g.index(CONSUMER).reshape([ROWS, DV])
+    position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
+    tile = tile_of(position, call, CONSUMER, C)
+    lse, delta = _row_numbers(tile, call, C)
+    tiles_done = 0
     use = 0
-    while place[2] >= 0:
-        b, h, bh, r0, begin, count, mine, left_edge, right_edge, row_lo, row_hi, holes = tile
-        line = Range
+    while position.tile >= 0:
+        line = pointers.key_range
         if C.range_layout == 1:
-            line = Range + b.to(gl.int64) * stride_rb
-        masking = (row_lo, row_hi, line, holes, num_keys)
+            line = pointers.key_range + tile.b.to(gl.int64) * visibility.stride_rb
         dq = gl.zeros([ROWS, D], gl.float32, DQ_LAYOUT)
-        mbarrier.wait(q_full.index(CONSUMER), turn & 1)
-        for j in range(mine):
-            edge = (j < left_edge) | (j >= right_edge)
-            dq = _step(dq, use, begin + j * BN, edge, q, g, lse, delta, smem, bars, masking, scales, C)
+        mbarrier.wait(barriers.q_full.index(CONSUMER), tiles_done & 1)
+        for j in range(tile.own_blocks):
+            edge = (j < tile.left_edge) | (j >= tile.right_edge)
+            dq = _step(dq, use, tile.begin + j * BN, edge, q, g, lse, delta, tile, line, call, C)
             use += 1
-        use = _leave_blocks(use, tile, bars, C)
-        release(q_empty.index(CONSUMER))
-        place = taken_over(queue, turn, 4)
-        head = GradQuery + b.to(gl.int64) * (stride_b * 8) + h.to(gl.int64) * (stride_h * 8)
+        use = pass_over_blocks(use, tile, barriers, C)
+        release(barriers.q_empty.index(CONSUMER))
+        position = next_position(call.queue, tiles_done, 4)
+        head = pointers.grad_query + tile.b.to(gl.int64) * (strides.stride_b * 8)
+        head = head + tile.h.to(gl.int64) * (strides.stride_h * 8)
         keep = lse != float("-inf")
-        store_rows(head, dq * query_scale, keep, r0, num_queries, stride_s, eights, q_smem.dtype, LAYOUTS)
-        tile = tile_of(place, (Rows, Range, Rows), numbers, scales, CONSUMER, C)
-        lse, delta = _row_numbers(tile, pointers, numbers, scales, C)
-        turn += 1
+        dq = dq * call.grad_scale
+        store_rows(head, dq, keep, tile.r0, visibility.num_queries, strides, buffers.q.dtype, LAYOUTS)
+        tile = tile_of(position, call, CONSUMER, C)
+        lse, delta = _row_numbers(tile, call, C)
+        tiles_done += 1
 
 
 @gluon.jit
-def _consumer_0(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
-    _consume(0, descs, smem, bars, queue, pointers, numbers, scales, C)
+def _consumer_0(call, C: gl.constexpr):
+    _consume(0, call, C)
 
 
 @gluon.jit
-def _consumer_1(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
-    _consume(1, descs, smem, bars, queue, pointers, numbers, scales, C)
+def _consumer_1(call, C: gl.constexpr):
+    _consume(1, call, C)
 
 
 @gluon.jit
-def _load_block(desc, place, smem, full, raw, raws, dirty, any_key, keep_smem, n, lo, hi, BN: gl.constexpr,
-                COLUMNS: gl.constexpr):  # fmt: skip
-    """Copy a block of keys or values `[BN, COLUMNS]`, and zero those that nobody sees before saying that it is full."""
-    b, kv_head = place
+def _load_block(desc, b, kv_head, n, smem, full, scrubs, dirty, clean, call, BN: gl.constexpr, COLUMNS: gl.constexpr):
+    """Copy a block of keys or values `[BN, COLUMNS]`, and zero those that nobody sees before saying that it is full.
+
+    Args:
+        scrubs: how many blocks were scrubbed before: the phase of `raw` follows from it.
+        dirty: whether this one is to be.
+        clean: a CleanKeys.
+
+    Returns:
+        scrubs with this block.
+    """
+    raw = call.barriers.raw
     if dirty:
         mbarrier.expect(raw, BN * COLUMNS * 2)
         tma_load(desc, [b, kv_head, n, 0], raw, smem)
-        mbarrier.wait(raw, raws & 1)
-        scrub(smem.reshape([BN, COLUMNS]), keep_smem, n, lo, hi, any_key, BN, COLUMNS)
+        mbarrier.wait(raw, scrubs & 1)
+        block = smem.reshape([BN, COLUMNS])
+        scrub(block, call.buffers.keep, n, clean.lo, clean.hi, clean.any_key, BN, COLUMNS)
         fence_async_shared()
         barrier()
         mbarrier.arrive(full, count=1)
     else:
         mbarrier.expect(full, BN * COLUMNS * 2)
         tma_load(desc, [b, kv_head, n, 0], full, smem)
-    return raws + dirty.to(gl.int32)
+    return scrubs + dirty.to(gl.int32)
 
 
 @gluon.jit
-def _produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexpr):
+def _produce(call, C: gl.constexpr):
     """The producer warp: copies Q and dO once a tile, K and V block by block, ahead of the consumers."""
     BN: gl.constexpr = C.block_n
     STAGES: gl.constexpr = C.stages
     RANGE: gl.constexpr = C.range_layout
-    q_desc, g_desc, k_desc, v_desc = descs
-    q_smem, g_smem, k_smem, v_smem, keep_smem = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, raw = bars
-    Rows, Range, GradQuery, places, of_delta, strides, query_scale = pointers
-    num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs = numbers
-    place_smem, place_full, place_asked, Counter = queue
-    b, h, tile = place_of(gl.program_id(0), num_heads, scales)
-    turn = 0
+    descriptors = call.descriptors
+    buffers = call.buffers
+    barriers = call.barriers
+    visibility = call.visibility
+    num_queries = visibility.num_queries
+    num_keys = visibility.num_keys
+    Range = call.pointers.key_range
+    b, h, tile = position_of(gl.program_id(0), call.heads.num_heads, call.order)
+    tiles_done = 0
     use = 0
-    raws = 0
+    scrubs = 0
     while tile >= 0:
-        kv_head = h // group
+        kv_head = h // call.heads.group
         m0 = tile * 2 * ROWS
-        sequence = sequence_bounds(Range, b, numbers, RANGE)
-        first, end, start, left, right, holes = sequence
-        lo, hi = tile_keys(Range, b, m0, sequence, numbers, 128, RANGE, 1)
-        begin, count = tile_blocks(first, lo, hi, num_keys, BN)
-        # Keys outside of [clean_lo, clean_hi) may be NaN. The copy engine itself gives zeros behind the last one.
-        clean_lo = gl.maximum(first, start - left)
-        clean_hi = gl.minimum(end, start + num_queries + right)
-        any_key = holes != 0
+        bounds = sequence_bounds(Range, b, visibility, RANGE)
+        lo, hi = tile_keys(Range, b, m0, bounds, visibility, 128, RANGE, 1)
+        begin, count = tile_blocks(bounds.first, lo, hi, num_keys, BN)
+        clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
+        clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
+        clean = CleanKeys(lo=clean_lo, hi=clean_hi, any_key=bounds.holes != 0)
+        # The copy engine itself gives zeros behind the last key.
         dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
         # Late, as in the forward, and behind the load of the queries: see `hand_out`.
         ask_at = gl.where(m0 + 128 <= num_queries, gl.maximum(count - ASK_BLOCKS, 0), 0)
@@ -229,31 +245,32 @@ def _produce(descs, smem, bars, queue, pointers, numbers, scales, C: gl.constexp
             n = begin + j * BN
             stage = use % STAGES
             phase = use // STAGES & 1
-            dirty = any_key | (n < clean_lo) | (n + BN > dirty_from)
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            dirty = clean.any_key | (n < clean_lo) | (n + BN > dirty_from)
+            mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)
             if RANGE > 0:
-                if any_key:
-                    seen_columns(Range, keep_smem, b, m0, n, clean_lo, clean_hi, holes, numbers, 128, BN, RANGE)
-            raws = _load_block(
-                k_desc, (b, kv_head), k_smem.index(stage), k_full.index(stage), raw, raws, dirty, any_key, keep_smem, n,
-                clean_lo, clean_hi, BN, C.d,
+                if clean.any_key:
+                    write_seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, 128, BN, RANGE)
+            scrubs = _load_block(
+                descriptors.k, b, kv_head, n, buffers.k.index(stage), barriers.k_full.index(stage), scrubs, dirty,
+                clean, call, BN, C.d,
             )  # fmt: skip
             if j == 0:  # behind the first keys, which need not wait for the tile before
                 for c in gl.static_range(2):
-                    mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
-                    mbarrier.expect(q_full.index(c), ROWS * (C.d + C.dv) * 2)
-                    tma_load(q_desc, [b, h, m0 + c * ROWS, 0], q_full.index(c), q_smem.index(c))
-                    tma_load(g_desc, [b, h, m0 + c * ROWS, 0], q_full.index(c), g_smem.index(c))
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            raws = _load_block(
-                v_desc, (b, kv_head), v_smem.index(stage), v_full.index(stage), raw, raws, dirty, any_key, keep_smem, n,
-                clean_lo, clean_hi, BN, C.dv,
+                    mbarrier.wait(barriers.q_empty.index(c), (tiles_done & 1) ^ 1)
+                    q_full = barriers.q_full.index(c)
+                    mbarrier.expect(q_full, ROWS * (C.d + C.dv) * 2)
+                    tma_load(descriptors.q, [b, h, m0 + c * ROWS, 0], q_full, buffers.q.index(c))
+                    tma_load(descriptors.g, [b, h, m0 + c * ROWS, 0], q_full, buffers.g.index(c))
+            mbarrier.wait(barriers.v_empty.index(stage), phase ^ 1)
+            scrubs = _load_block(
+                descriptors.v, b, kv_head, n, buffers.v.index(stage), barriers.v_full.index(stage), scrubs, dirty,
+                clean, call, BN, C.dv,
             )  # fmt: skip
             use += 1
             if j == ask_at:
-                mbarrier.arrive(place_asked, count=1)
-        b, h, tile = taken_over(queue, turn, 1)
-        turn += 1
+                mbarrier.arrive(call.queue.asked, count=1)
+        b, h, tile = next_position(call.queue, tiles_done, 1)
+        tiles_done += 1
 
 
 _NOT_SPECIALIZED = [
@@ -263,7 +280,7 @@ _NOT_SPECIALIZED = [
 
 
 @gluon.jit(do_not_specialize=_NOT_SPECIALIZED)
-def flashcore_backward_dq(
+def flashcore_hopper_backward_dq(
     q_desc,
     g_desc,
     k_desc,
@@ -320,9 +337,9 @@ def flashcore_backward_dq(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    place_smem = gl.allocate_shared_memory(gl.int32, [6, 1], PLAIN)
-    place_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    place_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    positions = gl.allocate_shared_memory(gl.int32, [6, 1], PLAIN)
+    position_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    position_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=256)
@@ -331,33 +348,46 @@ def flashcore_backward_dq(
     for c in gl.static_range(2):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=128)
-        mbarrier.init(place_full.index(c), count=1)
+        mbarrier.init(position_full.index(c), count=1)
     mbarrier.init(raw, count=1)
-    mbarrier.init(place_asked, count=1)
+    mbarrier.init(position_asked, count=1)
     fence_async_shared()
-    descs = (q_desc, g_desc, k_desc, v_desc)
-    smem = (q_smem, g_smem, k_smem, v_smem, keep_smem)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, raw)
-    queue = (place_smem, place_full, place_asked, Counter)
-    pointers = (Rows, Range, GradQuery, places, of_delta, (stride_b, stride_h, stride_s, eights), query_scale)
-    numbers = (
-        num_heads, group, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rb,
+    queue = Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter)
+    pointers = DqPointers(
+        rows=Rows, key_range=Range, grad_query=GradQuery, places=places, of_delta=of_delta,
+        query_strides=GradientStrides(stride_b=stride_b, stride_h=stride_h, stride_s=stride_s, eights=eights),
     )  # fmt: skip
-    scales = (score_scale, cap_scale, all_heads, tiles_per_head, section)
+    call = Call(
+        descriptors=Descriptors(q=q_desc, g=g_desc, k=k_desc, v=v_desc),
+        buffers=DqBuffers(q=q_smem, g=g_smem, k=k_smem, v=v_smem, keep=keep_smem),
+        barriers=DqBarriers(
+            q_full=q_full, q_empty=q_empty, k_full=k_full, k_empty=k_empty, v_full=v_full, v_empty=v_empty, raw=raw
+        ),
+        queue=queue,
+        pointers=pointers,
+        grad_scale=query_scale,
+        heads=Heads(num_heads=num_heads, group=group),
+        visibility=Visibility(
+            num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,
+            window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rb,
+        ),
+        factors=ScoreFactors(score_scale=score_scale, cap_scale=cap_scale),
+        order=TileOrder(all_heads=all_heads, tiles_per_head=tiles_per_head, section=section),
+    )  # fmt: skip
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
     if SHARED_WORKER_ARGUMENTS:
         gl.warp_specialize(
-            (descs, smem, bars, queue, pointers, numbers, scales, C), _consumer_0,
-            (descs, smem, bars, queue, pointers, numbers, scales, C), [_consumer_1, _produce, hand_out],
+            (call, C), _consumer_0,
+            (call, C), [_consumer_1, _produce, hand_out],
             [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consumer_0, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (_consumer_1, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (_produce, (descs, smem, bars, queue, pointers, numbers, scales, C)),
-                (hand_out, (descs, smem, bars, queue, pointers, numbers, scales, C)),
+                (_consumer_0, (call, C)),
+                (_consumer_1, (call, C)),
+                (_produce, (call, C)),
+                (hand_out, (call, C)),
             ],
             [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers],
         )  # fmt: skip

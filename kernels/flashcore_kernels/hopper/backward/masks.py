@@ -1,4 +1,4 @@
-"""Which queries see a block of keys, and what of a block is hidden, from the arguments or a KeyRange.
+"""Which queries see a block of keys, and what of a block is hidden, from a sequence's SequenceBounds.
 
 Keys lie on a grid of blocks that starts at the sequence's first key, queries on one that starts at the query standing
 at that key. So padding moves no block, and a sequence's sums are added up in the same pieces with and without it.
@@ -17,40 +17,36 @@ def missing(distance, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def query_shift(sequence, BM: gl.constexpr):
+def query_shift(bounds, BM: gl.constexpr):
     """Query 0 is at this place of its block of BM queries."""
-    first, end, start, left, right, holes = sequence
-    return missing(gl.maximum(first - start, 0), BM)
+    return missing(gl.maximum(bounds.first - bounds.start, 0), BM)
 
 
 @gluon.jit
-def first_key(sequence, tile, BN: gl.constexpr):
+def first_key(bounds, tile, BN: gl.constexpr):
     """The first key of a head's block of this number. It may be negative: then the first keys of it do not exist."""
-    first, end, start, left, right, holes = sequence
-    return tile * BN - missing(first, BN)
+    return tile * BN - missing(bounds.first, BN)
 
 
 @gluon.jit
-def query_blocks(sequence, n0, num_queries, BM: gl.constexpr, BN: gl.constexpr):
+def query_blocks(bounds, n0, num_queries, BM: gl.constexpr, BN: gl.constexpr):
     """(first, behind the last) of the blocks of queries that see some of the keys [n0, n0 + BN)."""
-    first, end, start, left, right, holes = sequence
-    shift = query_shift(sequence, BM)
-    n_lo = gl.maximum(n0, first)
-    n_hi = gl.minimum(n0 + BN, end)
-    lo = gl.maximum(n_lo - right - start, 0)
-    hi = gl.minimum(n_hi + left - start, num_queries)
+    shift = query_shift(bounds, BM)
+    n_lo = gl.maximum(n0, bounds.first)
+    n_hi = gl.minimum(n0 + BN, bounds.end)
+    lo = gl.maximum(n_lo - bounds.right - bounds.start, 0)
+    hi = gl.minimum(n_hi + bounds.left - bounds.start, num_queries)
     some = (n_lo < n_hi) & (lo < hi)
     begin = gl.where(some, (lo + shift) // BM, 0)
     return begin, gl.where(some, (hi + shift + BM - 1) // BM, 0)
 
 
 @gluon.jit
-def whole_blocks(sequence, k0, BM: gl.constexpr, KEYS: gl.constexpr):
+def whole_blocks(bounds, k0, BM: gl.constexpr, KEYS: gl.constexpr):
     """(first, behind the last) of the blocks whose queries all see all of those keys [k0, k0 + KEYS) that exist."""
-    first, end, start, left, right, holes = sequence
-    shift = query_shift(sequence, BM)
-    begin = (gl.maximum(k0 + KEYS - 1 - right - start + shift, 0) + BM - 1) // BM
-    return begin, gl.maximum(k0 + 1 + left - start + shift, 0) // BM
+    shift = query_shift(bounds, BM)
+    begin = (gl.maximum(k0 + KEYS - 1 - bounds.right - bounds.start + shift, 0) + BM - 1) // BM
+    return begin, gl.maximum(k0 + 1 + bounds.left - bounds.start + shift, 0) // BM
 
 
 @gluon.jit
@@ -79,22 +75,27 @@ def keep_columns(p, n, lo, hi):
 
 
 @gluon.jit
-def keep_queries(p, sequence, k0, m):
-    """P^T `[keys, queries]`, zero where a query stands too far from a key to see it.
+def keep_queries(p, bounds, k0, m):
+    """P^T `[keys, queries]` of the keys from k0 and the queries from m on, zero where these stand too far apart.
 
     Keys that do not exist are left: their rows are their own, and are not written.
     """
-    first, end, start, left, right, holes = sequence
     keys = k0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, p.type.layout))
-    return keep_columns(p, m, keys - right - start, keys + left - start + 1)
+    first = keys - bounds.right - bounds.start
+    return keep_columns(p, m, first, keys + bounds.left - bounds.start + 1)
 
 
 @gluon.jit
-def keep_keys(p, n, row_lo, row_hi, line, holes, num_keys, RANGE: gl.constexpr):
-    """P `[queries, keys]`, zero where a query does not see a key."""
-    p = keep_columns(p, n, row_lo, row_hi)
+def keep_keys(p, n, tile, line, num_keys, RANGE: gl.constexpr):
+    """P `[queries, keys]` of the keys from n on, zero where a query does not see a key.
+
+    Args:
+        tile: a Tile.
+        line: the sequence's of the KeyRange, looked at where the tile has holes.
+    """
+    p = keep_columns(p, n, tile.row_lo, tile.row_hi)
     if RANGE == 1:
-        if holes != 0:
+        if tile.holes != 0:
             columns = n + gl.arange(0, p.shape[1], gl.SliceLayout(0, p.type.layout))
             word = gl.load(line + BITMAP + (columns >> 5), mask=columns < num_keys, other=0)
             p = gl.where((((word >> (columns & 31)) & 1) == 1)[None, :], p, 0.0)
@@ -102,12 +103,13 @@ def keep_keys(p, n, row_lo, row_hi, line, holes, num_keys, RANGE: gl.constexpr):
 
 
 @gluon.jit
-def seen_keys(sequence, line, keys, num_queries, num_keys, RANGE: gl.constexpr):
+def seen_keys(bounds, line, keys, visibility, RANGE: gl.constexpr):
     """Which of `keys` exist and are seen by some query."""
-    first, end, start, left, right, holes = sequence
-    seen = (keys >= first) & (keys < end) & (keys >= start - left) & (keys < start + num_queries + right)
+    seen = (keys >= bounds.first) & (keys < bounds.end)
+    seen = seen & (keys >= bounds.start - bounds.left) & (keys < bounds.start + visibility.num_queries + bounds.right)
     if RANGE == 1:
-        if holes != 0:
-            word = gl.load(line + BITMAP + (keys >> 5), mask=(keys >= 0) & (keys < num_keys), other=0)
+        if bounds.holes != 0:
+            inside = (keys >= 0) & (keys < visibility.num_keys)
+            word = gl.load(line + BITMAP + (keys >> 5), mask=inside, other=0)
             seen = seen & (((word >> (keys & 31)) & 1) == 1)
     return seen

@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-# Words of a KeyRange line; key_range.py owns the layout.
-FIRST = tl.constexpr(0)
-QUERY_START = tl.constexpr(2)
+from ..visible import FIRST, QUERY_START
 
 
 @triton.jit
@@ -19,7 +17,7 @@ def _shift(Range, b, query_start, stride_rb, BLOCK_M: tl.constexpr, RANGE: tl.co
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "query_start", "stride_rb"])
-def flashcore_backward_rows(
+def flashcore_hopper_backward_rows(
     Out,
     GradOut,
     Lse,

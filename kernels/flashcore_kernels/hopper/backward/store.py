@@ -19,12 +19,12 @@ def store_layouts(columns: int) -> tuple:
 
 
 @gluon.jit
-def store_rows(head, acc, keep, r0, num_rows, stride, eights, dtype: gl.constexpr, LAYOUTS: gl.constexpr):
+def store_rows(head, acc, keep, r0, num_rows, strides, dtype: gl.constexpr, LAYOUTS: gl.constexpr):
     """Write `acc` `[64, columns]` to the rows from r0 on that exist, and zeros where `keep` `[64]` is false.
 
     Args:
         head: address of the head's row 0.
-        stride, eights: of a row, and how many columns there are, both in units of 8 elements.
+        strides: a GradientStrides.
     """
     FOURS: gl.constexpr = LAYOUTS[0]
     EIGHTS: gl.constexpr = LAYOUTS[1]
@@ -34,5 +34,5 @@ def store_rows(head, acc, keep, r0, num_rows, stride, eights, dtype: gl.constexp
     out = gl.convert_layout(gl.convert_layout(out, FOURS), EIGHTS)
     rows = r0 + gl.arange(0, 64, gl.SliceLayout(1, EIGHTS))
     columns = gl.arange(0, acc.shape[1], gl.SliceLayout(0, EIGHTS))
-    there = ((rows >= 0) & (rows < num_rows))[:, None] & (columns < eights * 8)[None, :]
-    gl.store(head + rows.to(gl.int64)[:, None] * (stride * 8) + columns[None, :], out, mask=there)
+    there = ((rows >= 0) & (rows < num_rows))[:, None] & (columns < strides.eights * 8)[None, :]
+    gl.store(head + rows.to(gl.int64)[:, None] * (strides.stride_s * 8) + columns[None, :], out, mask=there)

@@ -1,37 +1,44 @@
-"""Compile the Hopper backward ahead of time, without a GPU, and report what ptxas made of it; as `aot` does forward.
+"""Compile the Hopper backward ahead of time, without a GPU, and report what ptxas made of it (see ../../aot.py).
 
-Run as a program, in a process without TRITON_INTERPRET: python -m tests.kernels.aot_backward [plain] [range]
+    python -m tests.kernels.hopper.backward.aot_backward [plain] [range]
+
+One JSON line for each compiled kernel, with its `problems`.
 """
 
 import json
 import sys
 
-from .aot import SHARED_LIMIT
-from .machine_code import LATE_EXPONENTIALS, resources
+from ...aot import SHARED_LIMIT
+from ...machine_code import LATE_EXPONENTIALS, resources
 
 # Loads of parked values in a main loop of 250 to 500 instructions.
 MAIN_LOOP_SPILLS = 0
 
 
-def source(kernel, config, dtype: str):
+def source(kernel, constants, dtype: str):
     """The GluonASTSource of `kernel` for aligned tensors of `dtype` "bf16" or "fp16"."""
     import torch
-    from flashcore_kernels.hopper.run import tile_layout
+    from flashcore_kernels.hopper.descriptors import tile_layout
     from triton.experimental.gluon._runtime import GluonASTSource
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    queries, keys = getattr(config, "block_m", 64), getattr(config, "block_n", 64)
-    tiles = {"q": (queries, config.d), "g": (queries, config.dv), "k": (keys, config.d), "v": (keys, config.dv)}
+    queries, keys = getattr(constants, "block_m", 64), getattr(constants, "block_n", 64)
+    tiles = {
+        "q": (queries, constants.d),
+        "g": (queries, constants.dv),
+        "k": (keys, constants.d),
+        "v": (keys, constants.dv),
+    }
     pointers = {"Rows": "*fp32", "Range": "*i32", "Counter": "*i32"}
-    signature, constants, attributes = {}, {"C": config}, {}
+    signature, constexprs, attributes = {}, {"C": constants}, {}
     for position, name in enumerate(kernel.arg_names):
         if name == "C":
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
             rows, columns = tiles[name[0]]
             signature[name] = f"tensordesc<{dtype}[1,1,{rows},{columns}],{tile_layout(rows, columns, torch_dtype)!r}>"
-        elif name == "Range" and not config.range_layout:
-            signature[name], constants[name] = "constexpr", None
+        elif name == "Range" and not constants.range_layout:
+            signature[name], constexprs[name] = "constexpr", None
         elif name in pointers or name.startswith("Grad"):
             signature[name] = pointers.get(name, f"*{dtype}")
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -40,7 +47,7 @@ def source(kernel, config, dtype: str):
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.endswith("_scale") else "i32"
-    return GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return GluonASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
 def problems(report: dict) -> list[str]:
@@ -58,30 +65,37 @@ def problems(report: dict) -> list[str]:
     return wrong
 
 
-def compiled(kernel, config, dtype: str = "bf16") -> dict:
+def compiled(kernel, constants, dtype: str = "bf16") -> dict:
     """What ptxas made of `kernel`, with its `problems`."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    code = triton.compile(source(kernel, config, dtype), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    report = {"kernel": kernel.__name__, "config": repr(config), "triton": triton.__version__}
+    code = triton.compile(source(kernel, constants, dtype), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    report = {"kernel": kernel.__name__, "constants": repr(constants), "triton": triton.__version__}
     report |= {"shared": code.metadata.shared} | resources(code.asm["cubin"], True)
     return report | {"problems": problems(report)}
 
 
 def reports(features: str, rows) -> list[dict]:
     """Both kernels of each of `rows`, for calls without ("plain") or with ("range") a key range."""
-    from flashcore_kernels.hopper.backward.dkdv import DkdvConfig, flashcore_backward_dkdv
-    from flashcore_kernels.hopper.backward.dq import DqConfig, flashcore_backward_dq
+    import torch
+    from flashcore_kernels.hopper.backward import launch
+    from flashcore_kernels.problem import Problem
 
     found = []
-    for number, row in enumerate(rows):
-        common = {"d": row.head_dim, "dv": row.value_dim, "range_layout": int(features == "range")}
-        common["softcap"] = row.softcap
-        dq = DqConfig(query_block=row.dkdv.block_m, **row.dq._asdict(), **common)
-        dkdv = DkdvConfig(**row.dkdv._asdict(), **common)
-        for kernel, config in ((flashcore_backward_dq, dq), (flashcore_backward_dkdv, dkdv)):
-            found.append({"row": number} | compiled(kernel, config))
+    for row in rows:
+        problem = Problem(
+            batch_size=2, num_heads=32, num_kv_heads=8, num_queries=4096, num_keys=4096, head_dim=row.head_dim,
+            value_dim=row.value_dim, dtype=torch.bfloat16, device_type="cuda", mask_kind=None, scale=1.0, left=-1,
+            right=0, query_start=0, has_sinks=False, needs_grad=True, aligned=True,
+            range_layout="sequence" if features == "range" else None, softcap=30.0 if row.softcap else 0.0,
+        )  # fmt: skip
+        for kernel, constants in (
+            (launch.flashcore_hopper_backward_dq, launch.dq_constants(problem, row)),
+            (launch.flashcore_hopper_backward_dkdv, launch.dkdv_constants(problem, row)),
+        ):
+            size = {"head_dim": row.head_dim, "softcap": row.softcap, "features": features}
+            found.append(size | compiled(kernel, constants))
     return found
 
 
