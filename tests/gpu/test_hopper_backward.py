@@ -6,17 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flashcore_kernels import make_key_range
-from flashcore_kernels.hopper.backward import launch
-from flashcore_kernels.hopper.backward.table import backward_configuration, hopper_backward_reason
+from flashcore_kernels.device import device_of
+from flashcore_kernels.hopper.backward.choose import hopper_backward_config, hopper_backward_reason
 from flashcore_kernels.naive import visible_mask
-from flashcore_kernels.problem import check_problem, with_alignment
+from flashcore_kernels.problem import Inputs, check_problem
+
+launch = pytest.importorskip("flashcore_kernels.hopper.backward.launch")
 
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("the Hopper backward is for compute capability 9.0", allow_module_level=True)
 
 # Gradients by the project's rule: at most so many times the error of PyTorch's fused attention, and two roundings.
 MAX_RATIO, RMS_RATIO = 3.0, 2.0
-GRADIENTS = ("dq", "dk", "dv")
+GRADIENTS = ("dq", "dk", "dv", "dsinks")
 
 
 class Case:
@@ -25,12 +27,14 @@ class Case:
     Args:
         heads: (H, Hkv).
         key_range: of B, Q and K; keys that no query sees are NaN then.
+        with_lse, with_sinks: whether a gradient comes through the lse, and whether heads have sinks, which want theirs.
+        transposed: heads inside the sequence in memory.
         arguments: of `check_problem`.
     """
 
     def __init__(
         self, batch_size, heads, num_queries, num_keys, head_dim, value_dim=None, dtype=torch.bfloat16, seed=0,
-        key_range=None, with_lse=False, transposed=False, **arguments,
+        key_range=None, with_lse=False, with_sinks=False, transposed=False, **arguments,
     ):  # fmt: skip
         generator = torch.Generator("cuda").manual_seed(seed)
         value_dim = value_dim or head_dim
@@ -43,11 +47,11 @@ class Case:
         self.query, self.grad = (draw(heads[0], num_queries, d).to(dtype) for d in (head_dim, value_dim))
         self.key, self.value = (draw(heads[1], num_keys, d).to(dtype) for d in (head_dim, value_dim))
         self.grad_lse = draw(heads[0], num_queries).contiguous() if with_lse else None
+        self.sinks = torch.randn(heads[0], device="cuda", generator=generator).to(dtype) if with_sinks else None
         self.key_range = key_range(batch_size, num_queries, num_keys) if key_range else None
         if arguments.get("softcap"):
             self.query *= 4
-        problem = check_problem(self.query, self.key, self.value, key_range=self.key_range, **arguments)
-        self.problem = with_alignment(problem, self.query, self.key, self.value)
+        self.problem = check_problem(self.inputs, **arguments)
         self.seen = visible_mask(self.problem, self.query.device, self.key_range, None).expand(
             batch_size, 1, num_queries, num_keys
         )
@@ -57,53 +61,74 @@ class Case:
             hidden = ~self.seen.any(-2)[..., None]  # [B, 1, K, 1]
             self.key, self.value = (t.masked_fill(hidden, torch.nan) for t in (self.key, self.value))
 
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.query, self.key, self.value, self.key_range, sinks=self.sinks)
+
     def scores(self, query, key):
         scores = self.problem.scale * query @ key.repeat_interleave(self.problem.group, 1).transpose(-1, -2)
         if self.problem.softcap:
             scores = self.problem.softcap * torch.tanh(scores / self.problem.softcap)
         return scores
 
-    def reference(self):
-        leaves = [t.double().requires_grad_() for t in (self.query, self.key, self.value)]
-        query, key, value = leaves
-        empty = ~self.seen.any(-1, keepdim=True)
-        scores = self.scores(query, key).masked_fill(~self.seen, -torch.inf).masked_fill(empty, 0.0)
-        lse = scores.logsumexp(-1).masked_fill(empty[..., 0], 0.0)
-        probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0)
-        output = probabilities @ value.repeat_interleave(self.problem.group, 1)
-        loss = (output * self.grad.double()).sum()
+    def leaves(self, dtype):
+        """Query, key and value, and the sinks where there are any, as autograd wants them."""
+        tensors = (self.query, self.key, self.value, self.sinks)
+        return [t.detach().to(dtype, copy=True).requires_grad_() for t in tensors if t is not None]
+
+    def attended(self, dtype, query, key, value, sinks=None):
+        """(output, lse) with scores in `dtype` and the product with value in value's; lse is 0 of rows without a key.
+
+        With sinks no row lacks anything to see.
+        """
+        scores = self.scores(query.to(dtype), key.to(dtype)).masked_fill(~self.seen, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+            lse = torch.cat((scores, sink), -1).logsumexp(-1)
+            probabilities = (scores - lse[..., None]).exp()
+        else:
+            empty = ~self.seen.any(-1, keepdim=True)
+            scores = scores.masked_fill(empty, 0.0)
+            lse = scores.logsumexp(-1).masked_fill(empty[..., 0], 0.0)
+            probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0)
+        return probabilities.to(value.dtype) @ value.repeat_interleave(self.problem.group, 1), lse
+
+    def differentiated(self, dtype, leaves, output, lse):
+        loss = (output.to(dtype) * self.grad.to(dtype)).sum()
         if self.grad_lse is not None:
-            loss = loss + (lse * self.grad_lse.double()).sum()
-        gradients = torch.autograd.grad(loss, leaves)
-        lse = lse.detach().masked_fill(empty[..., 0].expand_as(lse), -torch.inf)
+            loss = loss + (lse * self.grad_lse.to(dtype)).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    def reference(self):
+        leaves = self.leaves(torch.float64)
+        output, lse = self.attended(torch.float64, *leaves)
+        gradients = self.differentiated(torch.float64, leaves, output, lse)
+        lse = lse.detach()
+        if self.sinks is None:
+            lse = lse.masked_fill(~self.seen.any(-1).expand_as(lse), -torch.inf)
         return output.detach().to(self.query.dtype), lse.float(), gradients
 
     def peer(self):
         """Gradients of the formula in the call's dtype, with scores in fp32, as fused kernels compute it."""
-        leaves = [t.detach().clone().requires_grad_() for t in (self.query, self.key, self.value)]
-        query, key, value = leaves
-        empty = ~self.seen.any(-1, keepdim=True)
-        if not self.problem.softcap and self.grad_lse is None:
+        leaves = self.leaves(self.query.dtype)
+        if not self.problem.softcap and self.grad_lse is None and self.sinks is None:
+            query, key, value = leaves
+            empty = ~self.seen.any(-1, keepdim=True)
             attend = (self.seen | empty).expand(-1, query.shape[1], -1, -1)
             output = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attend, scale=self.problem.scale, enable_gqa=self.problem.group > 1
             ).masked_fill(empty, 0.0)
             return torch.autograd.grad(output, leaves, self.grad)
-        scores = self.scores(query.float(), key.float()).masked_fill(~self.seen, -torch.inf).masked_fill(empty, 0.0)
-        lse = scores.logsumexp(-1).masked_fill(empty[..., 0], 0.0)
-        probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0).to(query.dtype)
-        output = probabilities @ value.repeat_interleave(self.problem.group, 1)
-        loss = (output.float() * self.grad.float()).sum()
-        if self.grad_lse is not None:
-            loss = loss + (lse * self.grad_lse).sum()
-        return torch.autograd.grad(loss, leaves)
+        return self.differentiated(torch.float32, leaves, *self.attended(torch.float32, *leaves))
 
     def run(self, problem=None, **changed):
-        problem = problem or self.problem
-        assert hopper_backward_reason(problem, 90, (3, 6)) is None
-        of = {name: getattr(self, name) for name in ("query", "key", "value", "key_range", "output", "lse")}
-        of |= {"grad_output": self.grad, "grad_lse": self.grad_lse}
-        return launch.run_hopper_backward(problem, backward_configuration(problem), **{**of, **changed})
+        """The gradients; `changed` are arguments of `run_hopper_backward` in place of the call's own."""
+        problem, device = problem or self.problem, device_of(self.query.device)
+        assert hopper_backward_reason(problem, device) is None
+        of = {"inputs": self.inputs, "output": self.output, "lse": self.lse, "grad_output": self.grad}
+        of |= {"grad_lse": self.grad_lse, "sinks_grad": self.sinks is not None}
+        gradients = launch.run_hopper_backward(problem, hopper_backward_config(problem, device), **{**of, **changed})
+        return tuple(gradient for gradient in gradients if gradient is not None)
 
     def wrong(self, gradients) -> list[str]:
         """What breaks the rule."""
@@ -113,7 +138,7 @@ class Case:
                 wrong.append(f"{name} has {(~torch.isfinite(got)).sum().item()} numbers that are not finite")
                 continue
             error, yardstick = (got.double() - want).abs(), (peer.double() - want).abs()
-            rounding = 2 * torch.finfo(got.dtype).eps / 2
+            rounding = 2 * torch.finfo(self.query.dtype).eps / 2
             for kind, of, ratio in (("largest", torch.max, MAX_RATIO), ("RMS", _rms, RMS_RATIO)):
                 bound = ratio * of(yardstick) + rounding * of(want.abs())
                 if of(error) > bound:
@@ -128,8 +153,8 @@ def _rms(x):
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Gradients are NaN until they are written."""
-    original = launch.gradient_of
-    monkeypatch.setattr(launch, "gradient_of", lambda tensor: original(tensor).fill_(torch.nan))
+    original = launch.empty_like_heads
+    monkeypatch.setattr(launch, "empty_like_heads", lambda tensor: original(tensor).fill_(torch.nan))
 
 
 def left_padding(batch_size, num_queries, num_keys):
@@ -162,11 +187,13 @@ FEATURES = {
     "scale": {"is_causal": True, "scale": 0.3},
     "lse": {"is_causal": True, "with_lse": True},
     "softcap": {"is_causal": True, "softcap": 8.0},
+    "sinks": {"is_causal": True, "with_sinks": True},
     "transposed": {"is_causal": True, "transposed": True},
     "left padding": {"key_range": left_padding},
     "right padding": {"key_range": right_padding},
     "bounds": {"key_range": both_sides},
     "holes": {"key_range": holes, "with_lse": True},
+    "sinks and holes": {"key_range": holes, "with_lse": True, "with_sinks": True},
 }
 LENGTHS = [(64, 64), (128, 128), (333, 333), (200, 333), (333, 200), (17, 700), (512, 512)]
 
@@ -208,13 +235,33 @@ def test_random_calls(seed):
 
 def test_what_is_wrong_shows():
     """Negative control: each of these mistakes breaks the rule."""
-    case = Case(2, (4, 2), 333, 333, 128, is_causal=True, window=51, with_lse=True)
+    case = Case(2, (4, 2), 333, 333, 128, is_causal=True, window=51, with_lse=True, with_sinks=True)
     assert not case.wrong(case.run())
     for mistake in ({"scale": case.problem.scale * 1.05}, {"left": case.problem.left + 1}, {"right": 1}):
         assert case.wrong(case.run(case.problem._replace(**mistake))), mistake
     assert case.wrong(case.run(grad_lse=None))
     gradients = case.run()
-    assert case.wrong((gradients[0], gradients[1] * 0.5, gradients[2]))  # as if a head of the group were left out
+    for left_out in (1, 3):  # as if a head of the group were, and half of the batch
+        assert case.wrong([g * 0.5 if i == left_out else g for i, g in enumerate(gradients)])
+
+
+@pytest.mark.parametrize("name", ["grad", "query", "key", "value", "output"])
+def test_layouts_that_the_copy_engine_cannot_read(name):
+    """Tensors may be transposed, or begin between two multiples of 16 bytes: the bits are those of any other layout."""
+    case = Case(2, (4, 2), 200, 333, 64, is_causal=True)
+    want, tensor = case.run(), getattr(case, name)
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:]
+    setattr(case, name, memory.view(tensor.shape).copy_(tensor))
+    assert all(map(torch.equal, want, case.run()))
+    setattr(case, name, tensor.transpose(2, 3).contiguous().transpose(2, 3))
+    assert all(map(torch.equal, want, case.run()))
+
+
+def test_an_expanded_gradient():
+    """What `output.sum().backward()` passes on."""
+    case = Case(2, (4, 2), 200, 333, 64, is_causal=True)
+    ones = torch.ones((), dtype=torch.bfloat16, device="cuda").expand_as(case.grad)
+    assert all(map(torch.equal, case.run(grad_output=ones), case.run(grad_output=ones.contiguous())))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -51,9 +51,8 @@ def run_hopper_backward(
         `.transpose(1, 2)` is contiguous; dsinks `[H]` in its own dtype, or None. Queries that saw no key and keys that
         no query saw get zeros, whatever their slots hold.
     """
-    query, key, value, grad_output = map(_readable, (*inputs[:3], grad_output))
+    query, key, value, output, grad_output = map(_readable, (*inputs[:3], output, grad_output))
     inputs = inputs._replace(query=query, key=key, value=value)
-    output = output if output.stride(3) == 1 else output.contiguous()
     lse = lse.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.float().contiguous()
@@ -99,11 +98,11 @@ def launch_rows(
     launch(
         flashcore_hopper_backward_rows,
         heads * places // PLACES,
+        (output, grad_output, lse, grad_lse, key_range, rows, places, heads * places, problem.value_dim),
         (
-            output, grad_output, lse, grad_lse, key_range, rows, *output.stride()[:3], *grad_output.stride()[:3],
-            places, heads * places, problem.value_dim,
+            *_eights(output)[:3], *_eights(grad_output)[:3], problem.num_heads, problem.num_queries,
+            problem.query_start, _line(key_range), lse_factor(problem),
         ),
-        (problem.num_heads, problem.num_queries, problem.query_start, _line(key_range), lse_factor(problem)),
         (row.dkdv.block_m, row.value_dim, int(key_range is not None), PLACES),
     )  # fmt: skip
 

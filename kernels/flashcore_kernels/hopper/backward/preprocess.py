@@ -16,7 +16,13 @@ def _shift(Range, b, query_start, stride_rb, BLOCK_M: tl.constexpr, RANGE: tl.co
     return (BLOCK_M - tl.maximum(first - query_start, 0) % BLOCK_M) % BLOCK_M
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_queries", "query_start", "stride_rb"])
+_NOT_SPECIALIZED = [
+    "stride_ob", "stride_oh", "stride_os", "stride_gb", "stride_gh", "stride_gs", "num_heads", "num_queries",
+    "query_start", "stride_rb",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def flashcore_hopper_backward_rows(
     Out,
     GradOut,
@@ -24,15 +30,15 @@ def flashcore_hopper_backward_rows(
     GradLse,
     Range,
     Rows,
+    places,
+    of_delta,
+    value_dim,
     stride_ob,
     stride_oh,
     stride_os,
     stride_gb,
     stride_gh,
     stride_gs,
-    places,
-    of_delta,
-    value_dim,
     num_heads,
     num_queries,
     query_start,
@@ -45,10 +51,14 @@ def flashcore_hopper_backward_rows(
 ):
     """Rows[0] = lse_factor * lse, -inf where a row saw no key; Rows[1] = dLse - rowsum(dO * O).
 
-    Shapes: Out, GradOut `[B, H, Q, Dv]`; Lse, and GradLse where there is one, `[B, H, Q]` fp32, dense; Rows
-    `[2, B * H, places]` fp32, `of_delta` elements apart: query m is at place m + shift (see masks.py), for blocks of
-    BLOCK_M queries. At places without a query there are -inf and 0, which make P and dS zero. lse_factor is negative.
+    Shapes: Out, GradOut `[B, H, Q, Dv]`, their strides in units of 8 elements; Lse, and GradLse where there is one,
+    `[B, H, Q]` fp32, dense; Rows `[2, B * H, places]` fp32, `of_delta` elements apart: query m is at place m + shift
+    (see masks.py), for blocks of BLOCK_M queries. At places without a query there are -inf and 0, which make P and dS
+    zero. lse_factor is negative.
     Grid: (B * H * places / PLACES).
+
+    A row is added up by threads in an order that follows from what Triton knows of the strides. It must be one for all
+    calls, or a sequence's bits would differ alone and batched.
     """
     h = tl.program_id(0) % num_heads
     pieces = places // PLACES
@@ -60,10 +70,10 @@ def flashcore_hopper_backward_rows(
     d = tl.arange(0, BLOCK_DV)
     mask = there[:, None] & (d < value_dim)[None, :]
     rows = m.to(tl.int64)[:, None]
-    out = Out + b * stride_ob + h.to(tl.int64) * stride_oh + rows * stride_os + d[None, :]
-    out = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    grad = GradOut + b * stride_gb + h.to(tl.int64) * stride_gh + rows * stride_gs + d[None, :]
-    grad = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
+    out = Out + b * stride_ob * 8 + h.to(tl.int64) * stride_oh * 8 + rows * stride_os * 8 + d[None, :]
+    out = tl.load(out, mask=mask, other=0.0).to(tl.float32)  # [PLACES, BLOCK_DV]
+    grad = GradOut + b * stride_gb * 8 + h.to(tl.int64) * stride_gh * 8 + rows * stride_gs * 8 + d[None, :]
+    grad = tl.load(grad, mask=mask, other=0.0).to(tl.float32)  # [PLACES, BLOCK_DV]
     delta = -tl.sum(out * grad, axis=1)
     lse = tl.load(Lse + bh * num_queries + m, mask=there, other=float("-inf"))
     if GradLse is not None:

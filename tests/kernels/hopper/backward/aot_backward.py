@@ -6,6 +6,7 @@ One JSON line for each compiled kernel, with its `problems`.
 """
 
 import json
+import re
 import sys
 
 from ...aot import SHARED_LIMIT
@@ -97,6 +98,26 @@ def reports(features: str, rows) -> list[dict]:
             size = {"head_dim": row.head_dim, "softcap": row.softcap, "features": features}
             found.append(size | compiled(kernel, constants))
     return found
+
+
+def loads_of_rows(value_dim: int) -> list[str]:
+    """Loads from global memory in the PTX of `flashcore_hopper_backward_rows` in bf16, without a key range."""
+    import triton
+    from flashcore_kernels.hopper.backward.preprocess import flashcore_hopper_backward_rows as kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constexprs = {"GradLse": None, "Range": None, "BLOCK_M": 64, "BLOCK_DV": value_dim, "RANGE": 0, "PLACES": 32}
+    pointers = {"Out": "*bf16", "GradOut": "*bf16", "Lse": "*fp32", "Rows": "*fp32"}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constexprs else pointers.get(name, "i32")
+        if name in pointers or name in ("places", "of_delta", "value_dim"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    signature["lse_factor"] = "fp32"
+    code = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    ptx = triton.compile(code, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    return re.findall(r"\bld\.global\S*", ptx)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def test_rows(name, with_lse):
     call = problem(range_layout=None if key_range is None else "sequence", value_dim=40)
     config = hopper_backward_config(call, H200)
     generator = torch.Generator().manual_seed(0)
-    out, grad = (torch.randn(2, 4, 300, 40, generator=generator).half() for _ in range(2))
+    out, grad = (torch.randn(2, 300, 4, 40, generator=generator).half() for _ in range(2))
+    out, grad = out.transpose(1, 2), grad.permute(1, 0, 2, 3).contiguous().permute(1, 2, 0, 3)
     lse, grad_lse = (torch.randn(2, 4, 300, generator=generator) for _ in range(2))
     lse[0, 1, :9] = -torch.inf
     places = launch.places_of(call, config.row)
@@ -269,30 +270,37 @@ def test_launches(padded, launched):
 
 
 @pytest.fixture(scope="module")
-def reports():
-    """reports(features, rows) of the kernels of these rows, from a process that compiles: this one interprets."""
+def compiling():
+    """compiling(function, *arguments) -> what that says in a process that compiles: this one interprets."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as environment:
             environment.delenv("TRITON_INTERPRET", raising=False)
-            yield lambda features, rows: pool.submit(aot_backward.reports, features, rows).result()
+            yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.mark.parametrize("value_dim", [64, 128])
+def test_rows_are_read_by_16_bytes_whatever_their_strides(value_dim, compiling):
+    """And so are added up in one order. As elements, strides of one sequence may be even and those of a batch odd."""
+    wide = [load for load in compiling(aot_backward.loads_of_rows, value_dim) if "v4.b32" in load]
+    assert len(wide) == 2 * 32 * value_dim // (8 * 128)  # of two tensors, 8 numbers a load, by 128 threads
 
 
 @pytest.mark.parametrize("features", ["plain", "range"] if FULL else ["plain"])
-def test_compiled(features, reports):
+def test_compiled(features, compiling):
     """Main loops spill nothing, their exponentials run beside the products, and these are not serialised."""
     rows = [row for row in ROWS if FULL or not row.softcap]
-    found = reports(features, rows)
+    found = compiling(aot_backward.reports, features, rows)
     assert len(found) == 2 * len(rows) >= 4
     wrong = {f"{report['kernel']} {report['constants']}": report["problems"] for report in found if report["problems"]}
     assert not wrong
 
 
 @pytest.mark.skipif(not FULL, reason="compiles for half a minute more; FLASHCORE_TEST_FULL=1 asks for it")
-def test_a_block_too_large_would_show(reports):
+def test_a_block_too_large_would_show(compiling):
     """Negative control: with softcap 128 queries a block are more than the registers hold."""
     row = next(row for row in ROWS if row.softcap)
     row = row._replace(dq=row.dq._replace(stages=16), dkdv=row.dkdv._replace(block_m=128))
-    dq, dkdv = reports("plain", [row])
+    dq, dkdv = compiling(aot_backward.reports, "plain", [row])
     assert "shared memory" in dq["problems"][0]
     assert "registers spill" in dkdv["problems"][0]
 
