@@ -39,7 +39,7 @@ def run_hopper_backward(
     Args:
         problem, config: what was asked, to which `hopper_backward_reason` has no objection, and
             `hopper_backward_config(problem, device)`.
-        inputs: as the forward had them.
+        inputs: as the forward had them; keys and values that no query sees may hold anything.
         output: `[B, H, Q, Dv]`, the forward's.
         lse: fp32 `[B, H, Q]`, the forward's: -inf where a query saw neither a key nor a sink.
         grad_output: `[B, H, Q, Dv]` in output's dtype, any strides.
@@ -49,7 +49,7 @@ def run_hopper_backward(
     Returns:
         (dq, dk, dv, dsinks, None): the first three `[B, H or Hkv, S, D]` in the inputs' dtype, laid out so that
         `.transpose(1, 2)` is contiguous; dsinks `[H]` in its own dtype, or None. Queries that saw no key and keys that
-        no query saw get zeros, whatever their slots hold.
+        no query saw get zeros.
     """
     query, key, value, output, grad_output = map(_readable, (*inputs[:3], output, grad_output))
     inputs = inputs._replace(query=query, key=key, value=value)
