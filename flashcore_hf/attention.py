@@ -15,7 +15,7 @@ from flashcore_kernels import (
 from .arguments import describe, refuse_unknown
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
-from .models import is_never_causal
+from .models import is_never_causal, offers_sdpa
 from .range_mask import RangeMask
 from .stored_fp8 import StoredFp8
 
@@ -85,7 +85,8 @@ def flashcore_attention(
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor):
             raise NotImplementedError(_not_a_mask(attention_mask))
-        if is_causal is None and not getattr(module, "is_causal", True) and sdpa_would_leave_out(attention_mask):
+        not_causal = is_causal is None and not getattr(module, "is_causal", True)
+        if not_causal and sdpa_would_leave_out(attention_mask) and offers_sdpa(type(module)):
             # Whoever takes the causality out of a layer gets from `sdpa` what no mask means there: everything.
             attention_mask = None
             key, value = key[:, :, : max(query.shape[2], 1)], value[:, :, : max(query.shape[2], 1)]

@@ -59,9 +59,7 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
     mask = _answer(kwargs, call)
     # The last token sees all tokens, causal or not.
     causal_may_be_left_out = call.num_queries > 1 and kwargs.get("allow_is_causal_skip", True)
-    # Models that need eager's mask get eager's answers: BigBird-Pegasus' decoder says of itself that it is not causal.
-    eagers = mask is not None and mask.is_floating_point()
-    if mask is not None and causal_may_be_left_out and not eagers and not torch.compiler.is_compiling():
+    if mask is not None and causal_may_be_left_out and not torch.compiler.is_compiling():
         _keep_request(mask, kwargs)
     return mask
 

@@ -9,6 +9,7 @@ import re
 import sys
 
 import torch
+from transformers import PreTrainedModel
 
 NAME = "flashcore"
 
@@ -66,6 +67,21 @@ def _gemma4_audio_adds() -> bool:
 def is_never_causal(module: torch.nn.Module) -> bool:
     """Whether a layer sees everything where there is no mask, whatever it says of itself."""
     return type(module).__module__.rpartition(".")[2] in NEVER_CAUSAL_FILES
+
+
+@functools.cache
+def offers_sdpa(layer_class: type) -> bool:
+    """Whether the models of the file that defines a layer can be had with `sdpa`.
+
+    Where they cannot, nobody has asked their layers whether they are causal: the decoders of BigBird-Pegasus, NLLB-MoE
+    and Pegasus-X say no, and are.
+    """
+    models = [
+        each
+        for each in vars(sys.modules[layer_class.__module__]).values()
+        if isinstance(each, type) and issubclass(each, PreTrainedModel) and each is not PreTrainedModel
+    ]
+    return not models or any(model._supports_sdpa for model in models)
 
 
 @functools.cache

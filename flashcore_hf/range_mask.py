@@ -41,7 +41,8 @@ class RangeMask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in _HANDED_ON:
-            return args[0]
+            mask = args[0]
+            return cls(mask.key_range, *mask.shape[2:])  # a tensor of its own, as PyTorch wants of a view
         if function is _aten._to_copy.default and (kwargs or {}).get("dtype") in (None, torch.bool):
             # A device_map's hooks move masks to where their layer is.
             mask, device = args[0], kwargs.get("device")

@@ -99,6 +99,14 @@ def test_read_is_the_dense_mask(name):
         assert answer == expected
 
 
+@torch.no_grad()
+def test_handed_on():
+    mask = made()
+    for handed_on in (mask.detach(), mask.alias() if hasattr(mask, "alias") else mask.detach(), mask.data):
+        assert type(handed_on) is RangeMask and handed_on is not mask
+        assert torch.equal(handed_on.dense(), values())
+
+
 def test_moved_to_a_device():
     mask = made()
     moved = mask.to("meta")

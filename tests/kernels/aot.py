@@ -154,8 +154,9 @@ def source(variant: Variant, config):
 
 def hopper_source(variant: Variant, problem, plan):
     """The GluonASTSource of the variant of `flashcore_hopper`."""
+    from flashcore_kernels.hopper.descriptors import tile_layout
     from flashcore_kernels.hopper.prefill.kernel import flashcore_hopper
-    from flashcore_kernels.hopper.prefill.launch import kernel_constants, tile_layout
+    from flashcore_kernels.hopper.prefill.launch import kernel_constants
     from triton.experimental.gluon._runtime import GluonASTSource
 
     features = FEATURES[variant.features]

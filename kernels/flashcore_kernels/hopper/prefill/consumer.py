@@ -5,7 +5,6 @@ Shapes are those of a partition, which has one warpgroup or, with `C.one_copy`, 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
@@ -13,23 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..copies import release
+from ..query_tile import pass_over_blocks, tile_of
 from ..rows import tanh
+from ..schedule import next_position, position_of
 from ..triton_api import ROUND_LATE
-from ..visible import row_ranges, sequence_bounds, tile_blocks, tile_keys
 from .output import write
-from .records import Softmax, Tile
-from .schedule import next_position, position_of
+from .records import Softmax
 from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums
-
-
-@gluon.jit
-def _release(empty):
-    """Arrive at `empty`, each of the partition's threads for itself.
-
-    `mbarrier.arrive` would arrive once, behind a barrier of the partition. What stands here arrives when all that the
-    thread copies asynchronously is there. A consumer's thread copies nothing, so it arrives at once.
-    """
-    async_copy.mbarrier_arrive(empty, increment_count=False)
 
 
 @gluon.jit
@@ -172,7 +162,7 @@ def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
     if C.turns:
         _pass_turn()
     s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
-    _release(barriers.k_empty.index(stage))
+    release(barriers.k_empty.index(stage))
     if C.softcap:
         s = tanh(s * call.factors.score_scale)
     if edge:
@@ -190,61 +180,13 @@ def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
         acc0, acc1, p = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async, p])
     else:
         acc0, p = warpgroup_mma_wait(0, deps=[acc0_async, p])
-    _release(barriers.v_empty.index(before))
+    release(barriers.v_empty.index(before))
     acc0 = rescale(acc0, alpha)
     if DV1 > 0:
         acc1 = rescale(acc1, alpha)
     if not C.scores_ahead and not ROUND_LATE:
         p = _rounded(p, buffers.k0.dtype, C)
     return Softmax(acc0=acc0, acc1=acc1, p=p, m=m, l=l, alpha=alpha)
-
-
-@gluon.jit
-def _tile(position, call, CONSUMER: gl.constexpr, C: gl.constexpr):
-    """The Tile at this TilePosition, as partition CONSUMER of its program sees it. Any tile where there is none."""
-    BN: gl.constexpr = C.block_n
-    BM: gl.constexpr = 64 * C.consumers
-    ROWS: gl.constexpr = C.rows
-    WARPS: gl.constexpr = C.warps
-    RANGE: gl.constexpr = C.range_layout
-    ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16]))
-    Range = call.pointers.key_range
-    visibility = call.visibility
-    num_queries = visibility.num_queries
-    num_keys = visibility.num_keys
-    b, h, tile = position
-    head_of_all = b * call.heads.num_heads + h
-    m0 = gl.maximum(tile, 0) * BM
-    r0 = m0 + CONSUMER * ROWS
-    rows = r0 + gl.arange(0, ROWS, ROWS_LAYOUT)
-    bounds = sequence_bounds(Range, b, visibility, RANGE)
-    first, end, start, left, right, holes = bounds
-    tile_lo, tile_hi = tile_keys(Range, b, m0, bounds, visibility, BM, RANGE, WARPS)
-    begin, blocks = tile_blocks(first, tile_lo, tile_hi, num_keys, BN)
-    # Keys before hi are seen by some of this partition's rows, keys [full_lo, full_hi) by all of them.
-    if RANGE == 2:
-        row_lo, row_hi = row_ranges(Range, b, rows, visibility)
-        valid = rows < num_queries
-        hi = gl.max(gl.where(valid & (row_lo < row_hi), row_hi, 0), axis=0)
-        full_lo = gl.max(gl.where(valid, row_lo, 0), axis=0)
-        full_hi = gl.min(gl.where(valid, row_hi, num_keys), axis=0)
-    else:
-        row_lo = gl.maximum(first, start + rows - left)
-        row_hi = gl.minimum(end, start + rows + right + 1)
-        last = gl.minimum(r0 + ROWS, num_queries) - 1
-        hi = gl.where(r0 < num_queries, gl.minimum(end, start + last + right + 1), 0)
-        full_lo = gl.maximum(first, start + last - left)
-        full_hi = gl.minimum(end, start + r0 + right + 1)
-    own_blocks = gl.minimum(gl.maximum((hi - begin + BN - 1) // BN, 1), blocks)
-    left_edge = gl.minimum(gl.maximum((full_lo - begin + BN - 1) // BN, 0), own_blocks)
-    right_edge = gl.maximum(gl.minimum(gl.maximum(full_hi - begin, 0) // BN, own_blocks), left_edge)
-    if RANGE == 1:
-        left_edge = gl.where(holes != 0, own_blocks, left_edge)
-        right_edge = gl.where(holes != 0, own_blocks, right_edge)
-    return Tile(
-        b=b, h=h, head_of_all=head_of_all, r0=r0, begin=begin, blocks=blocks, own_blocks=own_blocks,
-        left_edge=left_edge, right_edge=right_edge, row_lo=row_lo, row_hi=row_hi, holes=holes,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -270,19 +212,6 @@ def _other_blocks(softmax, use, q0, q1, tile, call, C: gl.constexpr):
         softmax = _step(softmax, use, tile.begin + j * BN, edge, q0, q1, tile, call, C)
         use += 1
     return softmax, use
-
-
-@gluon.jit
-def _pass_over_blocks(use, tile, barriers, C: gl.constexpr):
-    """Release the blocks that only other consumers see. Not before they are full: it would count for older ones."""
-    for _ in range(tile.own_blocks, tile.blocks):
-        stage = use % C.stages
-        mbarrier.wait(barriers.k_full.index(stage), use // C.stages & 1)
-        _release(barriers.k_empty.index(stage))
-        mbarrier.wait(barriers.v_full.index(stage), use // C.stages & 1)
-        _release(barriers.v_empty.index(stage))
-        use += 1
-    return use
 
 
 @gluon.jit
@@ -317,7 +246,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
     barriers = call.barriers
     to_log2 = _to_log2(call.factors, C)
     position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
-    tile = _tile(position, call, CONSUMER, C)
+    tile = tile_of(position, call, CONSUMER, C)
     tiles_done = 0
     use = 0
     if C.turns:
@@ -341,7 +270,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         if C.turns:
             _pass_turn()
         s = warpgroup_mma_wait(0, deps=[s_async])
-        _release(barriers.k_empty.index(stage))
+        release(barriers.k_empty.index(stage))
         p, m, alpha = _first_block(s, tile, call, C)
         if C.scores_ahead:
             l = row_sums(gl.full_like(p, 0.0))
@@ -350,7 +279,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         if QUERY_BUFFERS == 2 and not C.one_copy:
             if tiles_done > 0:  # the output of the tile before has left its buffer by now
                 tma.store_wait(0)
-                _release(barriers.q_empty.index(CONSUMER * QUERY_BUFFERS + (tiles_done + 1) % QUERY_BUFFERS))
+                release(barriers.q_empty.index(CONSUMER * QUERY_BUFFERS + (tiles_done + 1) % QUERY_BUFFERS))
         mbarrier.wait(barriers.v_full.index(stage), use // STAGES & 1)
         if not C.scores_ahead and not ROUND_LATE:
             p = _rounded(p, buffers.k0.dtype, C)
@@ -361,7 +290,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         acc0, acc1, p, m, l, alpha = softmax
 
         if QUERY_BUFFERS == 1:  # the output leaves through a buffer of its own
-            _release(barriers.q_empty.index(buffer))
+            release(barriers.q_empty.index(buffer))
         # The last block's product with V, and beside it what the next tile is.
         stage = (use - 1) % STAGES
         if C.scores_ahead:
@@ -369,14 +298,14 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         acc0_async, acc1_async = _add_values(p, buffers, stage, acc0, acc1, C)
         position = next_position(call.queue, tiles_done, C.warps)
         if QUERY_BUFFERS == 2 and C.one_copy:  # the output leaves from registers; for the order see hand_out
-            _release(barriers.q_empty.index(buffer))
-        next_tile = _tile(position, call, CONSUMER, C)
+            release(barriers.q_empty.index(buffer))
+        next_tile = tile_of(position, call, CONSUMER, C)
         if DV1 > 0:
             acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async])
         else:
             acc0 = warpgroup_mma_wait(0, deps=[acc0_async])
-        _release(barriers.v_empty.index(stage))
-        use = _pass_over_blocks(use, tile, barriers, C)
+        release(barriers.v_empty.index(stage))
+        use = pass_over_blocks(use, tile, barriers, C)
         write(acc0, acc1, m, l, tile, buffers.o0.index(buffer), buffers.q1.index(buffer), output_rows, call, C)
         tile = next_tile
         tiles_done += 1

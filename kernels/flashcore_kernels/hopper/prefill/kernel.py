@@ -27,12 +27,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from ..records import Heads, Queue, ScoreFactors, TileOrder
+from ..schedule import hand_out
 from ..triton_api import SHARED_WORKER_ARGUMENTS
 from ..visible import Visibility
 from .consumer import consume
 from .producer import produce
-from .records import Barriers, Buffers, Call, Descriptors, Heads, OutputRows, Pointers, Queue, ScoreFactors, TileOrder
-from .schedule import hand_out
+from .records import Barriers, Buffers, Call, Descriptors, OutputRows, Pointers
 
 
 @dataclass(frozen=True)

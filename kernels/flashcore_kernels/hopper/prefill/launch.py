@@ -1,34 +1,20 @@
 """From a Problem to a launch of `flashcore_hopper`: tensor descriptors, grid, constants."""
 
-import functools
-
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Inputs, Problem
 from ...runtime.launch import Launch, Tile
+from ..descriptors import descriptor
+from ..schedule import heads_in_section
 from .choose import PrefillConfig
 from .kernel import PrefillConstants, flashcore_hopper
-from .schedule import heads_in_section
-
-_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-
-@functools.cache
-def tile_layout(rows: int, columns: int, dtype: torch.dtype):
-    """How a [rows, columns] tile lies in shared memory: swizzled as the copy engine and wgmma agree on."""
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
 
 
 def _tile(operand: str, tensor: torch.Tensor, rows: int, columns: int) -> Tile | str:
     """How the copy engine fetches tiles `[1, 1, rows, columns]` of a `[B, H, S, D]` tensor; "absent" of no columns."""
     if not columns:
         return "absent"
-    # Where there is but one index its stride is never used and may be anything; the engine wants multiples of 16 bytes.
-    strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])]
-    layout = tile_layout(rows, columns, tensor.dtype)
-    return Tile.of(operand, TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns], layout))
+    return Tile.of(operand, descriptor(tensor, rows, columns))
 
 
 def kernel_constants(problem: Problem, config: PrefillConfig, has_lse: bool) -> PrefillConstants:

@@ -4,56 +4,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from ..copies import scrub, write_seen_keys
+from ..schedule import next_position, position_of
 from ..triton_api import barrier, tma_load
-from ..visible import BITMAP, FAR, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
-from .schedule import next_position, position_of
+from ..visible import FAR, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
 
 # With how many blocks left to fetch a program asks for its next tile.
 ASK_BLOCKS = gl.constexpr(4)
-
-
-@gluon.jit
-def _seen_keys(Range, keep, b, m0, n, lo, hi, visibility, BM: gl.constexpr, BN: gl.constexpr, RANGE: gl.constexpr):
-    """Write to `keep` int32 `[BN]` which keys of the block exist and are seen by a row of the tile."""
-    cols = n + gl.arange(0, BN, gl.BlockedLayout([1], [32], [1], [0]))
-    inside = (cols >= lo) & (cols < hi)
-    if RANGE == 1:
-        bitmap = Range + b.to(gl.int64) * visibility.stride_rb + BITMAP
-        word = gl.load(bitmap + (cols >> 5), mask=inside, other=0)
-        seen = (word >> (cols & 31)) & 1
-    else:
-        seen = gl.zeros_like(cols)
-        for row in range(m0, gl.minimum(m0 + BM, visibility.num_queries)):
-            line = Range + b.to(gl.int64) * visibility.stride_rb + row.to(gl.int64) * visibility.stride_rs
-            row_lo = gl.load(line)
-            row_hi = gl.load(line + 1)
-            seen = seen | ((cols >= row_lo) & (cols < row_hi)).to(gl.int32)
-    keep.store(gl.where(inside, seen, 0))
-
-
-@gluon.jit
-def _scrub(values, keep, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constexpr):
-    """Zero the rows of `values` `[BN, DV]` that nobody sees: they may hold NaN, and 0 * NaN is NaN.
-
-    Args:
-        keep: see `_seen_keys`, read where `any_key` holds.
-        n: key of the first row.
-        lo, hi: keys outside of [lo, hi) are seen by nobody.
-        any_key: a key between them may be seen by nobody, too.
-    """
-    # 8 rows of 128 bytes at a time: that is the unit of the swizzle, and what a warp's few registers hold.
-    WIDE: gl.constexpr = 64 if DV >= 64 else DV
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDE, WIDE // 8], [1, 1], [1, 0])
-    for c in gl.static_range(0, BN, 8):
-        if any_key | (n + c < lo) | (n + c + 8 > hi):
-            keys = n + c + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
-            seen = (keys >= lo) & (keys < hi)
-            if any_key:
-                seen = seen & (keep.slice(c, 8).load(gl.SliceLayout(1, LAYOUT)) != 0)
-            for d in gl.static_range(0, DV, WIDE):
-                part = values.slice(c, 8).slice(d, WIDE, dim=1)
-                rows = part.load(LAYOUT)
-                part.store(gl.where(seen[:, None], rows, gl.zeros_like(rows)))
 
 
 @gluon.jit
@@ -145,14 +102,14 @@ def produce(call, C: gl.constexpr):
                     tma_load(descriptors.v1, [b, kv_head, n, DV0], barriers.v_raw, buffers.v1.index(stage))
                 if RANGE > 0:
                     if any_key:
-                        _seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, BM, BN, RANGE)
+                        write_seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, BM, BN, RANGE)
                 mbarrier.wait(barriers.v_raw, scrubs & 1)
                 scrubs += 1
                 values = buffers.v0.index(stage).reshape([BN, DV0])
-                _scrub(values, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV0)
+                scrub(values, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV0)
                 if DV1 > 0:
                     values1 = buffers.v1.index(stage).reshape([BN, DV1])
-                    _scrub(values1, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV1)
+                    scrub(values1, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV1)
                 fence_async_shared()
                 barrier()
                 mbarrier.arrive(barriers.v_full.index(stage), count=1)

@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from flashcore_kernels import key_range  # noqa: E402
-from flashcore_kernels.hopper import visible  # noqa: E402
-from flashcore_kernels.hopper.prefill import records, schedule  # noqa: E402
+from flashcore_kernels.hopper import records, schedule, visible  # noqa: E402
 
 
 class Programs:

@@ -18,8 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..triton_api import barrier
 from .records import TilePosition
+from .triton_api import barrier
 
 # Keys and values of the heads that are in work at a time: what the L2 (50 MB, of which either half may hold a copy of
 # what is in the other) holds beside queries and outputs. Twice as much is 2 to 4 % slower up to 4,096 keys.

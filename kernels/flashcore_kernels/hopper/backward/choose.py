@@ -1,0 +1,63 @@
+"""Which backwards the Gluon kernels can serve on compute capability 9.0, and with which tiles.
+
+Supported: float16 and bfloat16; head_dim and value_dim up to 128, multiples of 8; any ratio of heads; causal, windows
+to both sides, any offset of the queries; a KeyRange of a line a sequence, holes too; softcap; sinks and their gradient;
+gradients through lse. Keys and values that no query sees may be NaN. The queries of a call may not, nor their dO, even
+of queries that see no key: `dkdv` multiplies what its blocks hold of them by 0, which the portable backward does not.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ...device import Device
+from ...problem import Problem
+from .. import FIRST_TRITON
+from .table import BackwardRow, backward_row_for
+
+
+class HopperBackwardConfig(NamedTuple):
+    """How the three kernels run.
+
+    Attributes:
+        row: of the table.
+        processors: streaming multiprocessors of the GPU.
+    """
+
+    row: BackwardRow
+    processors: int
+
+
+def hopper_backward_reason(problem: Problem, device: Device, *, dropout: bool = False) -> str | None:
+    """Why the Hopper backward cannot serve this call, so that the portable one does, or None where it can.
+
+    Args:
+        dropout: the forward dropped weights.
+    """
+    if device.arch != 90:
+        return f"that is for compute capability 9.0, and this is {device.arch // 10}.{device.arch % 10}"
+    if device.triton < FIRST_TRITON:
+        return f"that needs Triton 3.5 or newer, and this is {device.triton[0]}.{device.triton[1]}"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"that takes float16 and bfloat16, not {problem.dtype}"
+    if problem.fp8:
+        return "key and value are in fp8"
+    if problem.mask_kind is not None:
+        return "there is a dense mask"
+    if problem.range_layout == "rows":
+        return "there is a key range for each query"
+    if dropout:
+        return "the forward dropped weights"
+    if problem.head_dim % 8 or problem.value_dim % 8:
+        return f"rows of {problem.head_dim} or {problem.value_dim} numbers are no multiple of 16 bytes"
+    if not problem.scale > 0.0:
+        return "the scale is not positive"
+    if backward_row_for(problem.head_dim, problem.value_dim, softcap=problem.softcap > 0.0) is None:
+        return f"no configuration has head_dim {problem.head_dim} with {problem.value_dim}"
+    return None
+
+
+def hopper_backward_config(problem: Problem, device: Device) -> HopperBackwardConfig:
+    """How a call runs that `hopper_backward_reason` does not object to."""
+    row = backward_row_for(problem.head_dim, problem.value_dim, softcap=problem.softcap > 0.0)
+    return HopperBackwardConfig(row=row, processors=device.processors)

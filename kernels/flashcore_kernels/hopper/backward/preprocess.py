@@ -1,0 +1,85 @@
+"""Two numbers of each query that both backward kernels start from: bound by memory, so in plain Triton."""
+
+import triton
+import triton.language as tl
+
+from ..visible import FIRST, QUERY_START
+
+
+@triton.jit
+def _shift(Range, b, query_start, stride_rb, BLOCK_M: tl.constexpr, RANGE: tl.constexpr):
+    """Query m is at place m + this, see masks.py."""
+    first = query_start * 0
+    if RANGE == 1:
+        first = tl.maximum(tl.load(Range + b * stride_rb + FIRST), 0)
+        query_start = tl.load(Range + b * stride_rb + QUERY_START)
+    return (BLOCK_M - tl.maximum(first - query_start, 0) % BLOCK_M) % BLOCK_M
+
+
+_NOT_SPECIALIZED = [
+    "stride_ob", "stride_oh", "stride_os", "stride_gb", "stride_gh", "stride_gs", "num_heads", "num_queries",
+    "query_start", "stride_rb",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def flashcore_hopper_backward_rows(
+    Out,
+    GradOut,
+    Lse,
+    GradLse,
+    Range,
+    Rows,
+    places,
+    of_delta,
+    value_dim,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_gb,
+    stride_gh,
+    stride_gs,
+    num_heads,
+    num_queries,
+    query_start,
+    stride_rb,
+    lse_factor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RANGE: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Rows[0] = lse_factor * lse, -inf where a row saw no key; Rows[1] = dLse - rowsum(dO * O).
+
+    Shapes: Out, GradOut `[B, H, Q, Dv]`, their strides in units of 8 elements; Lse, and GradLse where there is one,
+    `[B, H, Q]` fp32, dense; Rows `[2, B * H, places]` fp32, `of_delta` elements apart: query m is at place m + shift
+    (see masks.py), for blocks of BLOCK_M queries. At places without a query there are -inf and 0, which make P and dS
+    zero. lse_factor is negative.
+    Grid: (B * H * places / PLACES).
+
+    A row is added up by threads in an order that follows from what Triton knows of the strides. It must be one for all
+    calls, or a sequence's bits would differ alone and batched.
+    """
+    h = tl.program_id(0) % num_heads
+    pieces = places // PLACES
+    place = tl.program_id(0) // num_heads % pieces * PLACES + tl.arange(0, PLACES)
+    b = (tl.program_id(0) // num_heads // pieces).to(tl.int64)
+    bh = b * num_heads + h
+    m = place - _shift(Range, b, query_start, stride_rb, BLOCK_M, RANGE)
+    there = (m >= 0) & (m < num_queries)
+    d = tl.arange(0, BLOCK_DV)
+    mask = there[:, None] & (d < value_dim)[None, :]
+    rows = m.to(tl.int64)[:, None]
+    out = Out + b * stride_ob * 8 + h.to(tl.int64) * stride_oh * 8 + rows * stride_os * 8 + d[None, :]
+    out = tl.load(out, mask=mask, other=0.0).to(tl.float32)  # [PLACES, BLOCK_DV]
+    grad = GradOut + b * stride_gb * 8 + h.to(tl.int64) * stride_gh * 8 + rows * stride_gs * 8 + d[None, :]
+    grad = tl.load(grad, mask=mask, other=0.0).to(tl.float32)  # [PLACES, BLOCK_DV]
+    delta = -tl.sum(out * grad, axis=1)
+    lse = tl.load(Lse + bh * num_queries + m, mask=there, other=float("-inf"))
+    if GradLse is not None:
+        delta += tl.load(GradLse + bh * num_queries + m, mask=there, other=0.0)
+    empty = lse == float("-inf")
+    to = Rows + bh * places + place
+    tl.store(to, tl.where(empty, float("-inf"), lse * lse_factor))
+    # What a row that saw no key passes on is nobody's.
+    tl.store(to + of_delta, tl.where(empty, 0.0, delta))

@@ -1,0 +1,83 @@
+"""How the backward's kernels are cut on compute capability 9.0.
+
+The reasons are TFLOP/s of 10 operations a pair and column of a head, in bf16, over B * S = 16K tokens at S = 2048 and
+8192 causal, 2048 and 8192 full, on an H200 with Triton 3.6, and instructions that ptxas spills in the main loops.
+"""
+
+from typing import NamedTuple
+
+
+class DqRow(NamedTuple):
+    """How `dq` works: keys of a block, blocks of K and V in shared memory, registers of a thread."""
+
+    block_n: int
+    stages: int
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+
+class DkdvRow(NamedTuple):
+    """How `dkdv` works: queries of a block, blocks of Q and of dO in shared memory, registers of a thread."""
+
+    block_m: int
+    query_stages: int
+    grad_stages: int
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+
+class BackwardRow(NamedTuple):
+    """One configuration, for head dimensions up to `head_dim` and `value_dim`.
+
+    Attributes:
+        head_dim, value_dim: columns of the tiles, powers of two.
+        softcap: it serves calls with softcap, and only those.
+        dq, dkdv: of the two kernels.
+        why: what speaks for it.
+
+    Rows of the same head dimensions have one `block_n` and one `block_m`, or a sequence's bits would differ.
+    """
+
+    head_dim: int
+    value_dim: int
+    softcap: bool
+    dq: DqRow
+    dkdv: DkdvRow
+    why: str
+
+
+ROWS = (
+    BackwardRow(
+        head_dim=64, value_dim=64, softcap=False,
+        dq=DqRow(block_n=128, stages=3),
+        dkdv=DkdvRow(block_m=128, query_stages=2, grad_stages=2),
+        why="354, 402, 391, 417; blocks of 64 keys and 64 queries 322, 385, 378, 373",
+    ),
+    BackwardRow(
+        head_dim=128, value_dim=128, softcap=False,
+        dq=DqRow(block_n=64, stages=3),
+        dkdv=DkdvRow(block_m=64, query_stages=3, grad_stages=3),
+        why="461, 465, 472, 497; dq with 128 keys 432, 464, 467, 498, and with a key range 27 spills; dkdv in 2 stages "
+        "410, 458, 468, 457",
+    ),
+    BackwardRow(
+        head_dim=64, value_dim=64, softcap=True,
+        dq=DqRow(block_n=64, stages=3),
+        dkdv=DkdvRow(block_m=64, query_stages=2, grad_stages=2),
+        why="tanh needs registers: blocks of 128 keys or queries spill 60",
+    ),
+    BackwardRow(
+        head_dim=128, value_dim=128, softcap=True,
+        dq=DqRow(block_n=64, stages=3),
+        dkdv=DkdvRow(block_m=32, query_stages=4, grad_stages=4),
+        why="blocks of 64 queries spill 40",
+    ),
+)  # fmt: skip
+
+
+def backward_row_for(head_dim: int, value_dim: int, *, softcap: bool) -> BackwardRow | None:
+    """The row for these head dimensions, or None where none fits."""
+    for row in ROWS:
+        if head_dim <= row.head_dim and value_dim <= row.value_dim and row.softcap == softcap:
+            return row
+    return None

@@ -1,0 +1,313 @@
+"""The Hopper backward without a GPU: blocks that it visits, what it starts from, and what ptxas makes of it."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from flashcore_kernels import make_key_range
+from flashcore_kernels.device import Device
+from flashcore_kernels.hopper.backward.choose import hopper_backward_config, hopper_backward_reason
+from flashcore_kernels.hopper.backward.table import ROWS
+from flashcore_kernels.key_range import visible
+from flashcore_kernels.problem import Inputs, Problem
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from flashcore_kernels.hopper.backward import launch, masks  # noqa: E402
+from flashcore_kernels.hopper.visible import SequenceBounds  # noqa: E402
+
+from . import aot_backward  # noqa: E402
+
+FULL = os.environ.get("FLASHCORE_TEST_FULL") == "1"
+FAR = 1 << 29
+H200 = Device("cuda", 90, triton=(3, 6))
+
+
+class PlainPython:
+    """What `masks` needs of Gluon, for plain numbers."""
+
+    where = staticmethod(lambda condition, a, b: a if condition else b)
+    minimum = staticmethod(min)
+    maximum = staticmethod(max)
+
+
+def problem(**changed) -> Problem:
+    fields = dict(
+        batch_size=2, num_heads=4, num_kv_heads=2, num_queries=300, num_keys=300, head_dim=64, value_dim=64,
+        dtype=torch.bfloat16, device_type="cuda", range_layout=None, mask_kind=None, scale=0.125, softcap=0.0, left=-1,
+        right=0, query_start=0, has_sinks=False, needs_grad=True, aligned=True,
+    )  # fmt: skip
+    return Problem(**{**fields, **changed})
+
+
+@pytest.fixture
+def plain_python(monkeypatch):
+    """The device functions of `masks` as plain Python."""
+    monkeypatch.setattr(masks, "gl", PlainPython)
+    for name in ("missing", "query_shift", "first_key", "query_blocks", "whole_blocks"):
+        monkeypatch.setattr(masks, name, getattr(masks, name).fn)
+
+
+def bounds_of(first, end, start, left, right) -> SequenceBounds:
+    return SequenceBounds(first=first, end=end, start=start, left=left, right=right, holes=0)
+
+
+SEQUENCES = [  # as `bounds_of` takes them
+    (0, 300, 0, FAR, FAR), (0, 300, 0, FAR, 0), (0, 300, 0, 70, 0), (0, 300, -40, FAR, 0), (0, 300, 90, FAR, 0),
+    (77, 300, 0, FAR, 0), (77, 300, 77, FAR, 0), (150, 260, 0, 100, 33), (0, 120, 0, 5, 0), (299, 300, 0, FAR, FAR),
+    (10, 10, 0, FAR, FAR), (64, 256, -3, 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block_m", [32, 64, 128])
+@pytest.mark.parametrize("sequence", SEQUENCES, ids=str)
+def test_blocks(plain_python, sequence, block_m):
+    """A tile visits every block with a pair and no block without one; whole blocks are those without a hidden pair."""
+    bounds = bounds_of(*sequence)
+    first, end, start, left, right, _ = bounds
+    num_queries, num_keys = 300, 300
+
+    def seen(m, n):
+        return first <= n < end and start + m - left <= n <= start + m + right
+
+    shift = masks.query_shift(bounds, block_m)
+    covered = set()
+    for tile in range(-(-(num_keys + 127) // 128)):
+        n0 = masks.first_key(bounds, tile, 128)
+        keys = [n for n in range(n0, n0 + 128) if 0 <= n < num_keys]
+        covered.update(keys)
+        wanted = {(m + shift) // block_m for m in range(num_queries) for n in keys if seen(m, n)}
+        begin, stop = masks.query_blocks(bounds, n0, num_queries, block_m, 128)
+        assert set(range(begin, stop)) == (set(range(min(wanted), max(wanted) + 1)) if wanted else set())
+        for k0 in (n0, n0 + 64):
+            whole_begin, whole_end = masks.whole_blocks(bounds, k0, block_m, 64)
+            exist = [n for n in range(k0, k0 + 64) if first <= n < end]
+            for i in range(max(begin, whole_begin), min(stop, whole_end)):
+                queries = [m for m in range(i * block_m - shift, (i + 1) * block_m - shift) if 0 <= m < num_queries]
+                assert all(seen(m, n) for m in queries for n in exist), (n0, k0, i)
+    assert covered == set(range(num_keys))
+
+
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_padding_moves_no_block(plain_python, block_m):
+    """Queries and keys lie in the same blocks with padding before the sequence as without.
+
+    Without `query_shift` dK and dV of a left-padded sequence would be added up in other pieces, and differ in bits.
+    """
+    alone = bounds_of(0, 200, 0, FAR, 0)
+    for padding in (1, 37, 64, 100, 128):
+        padded = bounds_of(padding, 200 + padding, 0, FAR, 0)
+        starts = {masks.first_key(padded, tile, 128) - padding for tile in range(4)}
+        assert {masks.first_key(alone, tile, 128) for tile in range(2)} <= starts
+        at = [(m + masks.query_shift(alone, block_m)) % block_m for m in range(200)]
+        assert at == [(m + padding + masks.query_shift(padded, block_m)) % block_m for m in range(200)]
+
+
+RANGES = {
+    "none": lambda: None,
+    "left padding": lambda: make_key_range(2, 300, first=torch.tensor([0, 77]), right=0),
+    "queries on": lambda: make_key_range(2, 300, first=torch.tensor([150, 3]), query_start=20),
+}
+
+
+def inputs_of(key_range) -> Inputs:
+    """As `launch_rows` takes them: it looks at no other tensor of the call."""
+    return Inputs(None, None, None, key_range)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("name", RANGES)
+def test_rows(name, with_lse):
+    """What `preprocess` leaves of each query: lse and delta, at its place; nothing at places without a query."""
+    key_range = RANGES[name]()
+    call = problem(range_layout=None if key_range is None else "sequence", value_dim=40)
+    config = hopper_backward_config(call, H200)
+    generator = torch.Generator().manual_seed(0)
+    out, grad = (torch.randn(2, 300, 4, 40, generator=generator).half() for _ in range(2))
+    out, grad = out.transpose(1, 2), grad.permute(1, 0, 2, 3).contiguous().permute(1, 2, 0, 3)
+    lse, grad_lse = (torch.randn(2, 4, 300, generator=generator) for _ in range(2))
+    lse[0, 1, :9] = -torch.inf
+    places = launch.places_of(call, config.row)
+    rows = torch.full((2, 8, places), torch.nan)
+    launch.launch_rows(call, config, inputs_of(key_range), out, lse, grad, grad_lse if with_lse else None, rows)
+    empty = lse == -torch.inf
+    delta = (grad_lse if with_lse else 0.0) - (out.float() * grad.float()).sum(-1)
+    for b in range(2):
+        first, start = (0, 0) if key_range is None else key_range[b, 0, 0, [0, 2]].tolist()
+        shift = -max(first - start, 0) % config.row.dkdv.block_m
+        of = rows[:, 4 * b : 4 * b + 4]
+        want = (lse[b] / -call.scale).masked_fill(empty[b], -torch.inf)
+        torch.testing.assert_close(of[0, :, shift : shift + 300], want)
+        torch.testing.assert_close(of[1, :, shift : shift + 300], delta[b].masked_fill(empty[b], 0.0))
+        none = torch.ones(places, dtype=torch.bool)
+        none[shift : shift + 300] = False
+        assert (of[0][:, none] == -torch.inf).all() and (of[1][:, none] == 0.0).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 8.0])
+def test_sink_gradient(softcap):
+    """Against float64 autograd of the formula, rows without a key too."""
+    key_range = make_key_range(2, 40, first=torch.tensor([0, 7]), right=0)
+    call = problem(num_queries=40, num_keys=40, has_sinks=True, range_layout="sequence", softcap=softcap)
+    config = hopper_backward_config(call, H200)
+    generator = torch.Generator().manual_seed(0)
+    scores, value = (torch.randn(2, 4, 40, n, generator=generator).double() for n in (40, 64))
+    sinks = torch.randn(4, generator=generator).double().requires_grad_()
+    grad, grad_lse = (torch.randn(2, 4, 40, *n, generator=generator) for n in ((64,), ()))
+    scores = scores.masked_fill(~visible(key_range, 40, 40), -torch.inf)
+    lse = torch.cat((scores, sinks[:, None, None].expand(2, 4, 40, 1)), -1).logsumexp(-1)
+    output = (scores - lse[..., None]).exp() @ value
+    (want,) = torch.autograd.grad((output * grad).sum() + (lse * grad_lse).sum(), sinks)
+    rows = torch.full((2, 8, launch.places_of(call, config.row)), torch.nan)
+    output, lse = output.detach().float(), lse.detach().float()
+    launch.launch_rows(call, config, inputs_of(key_range), output, lse, grad, grad_lse, rows)
+    got = launch.sink_gradient(call, sinks.detach().float(), rows)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    rows[1] = 0.0
+    assert not torch.allclose(launch.sink_gradient(call, sinks.detach().float(), rows).double(), want, rtol=0.1)
+
+
+REASONS = {
+    "another GPU": ({}, Device("cuda", 80, triton=(3, 6)), "8.0"),
+    "no GPU": ({}, Device("interpreter"), "9.0"),
+    "older Triton": ({}, Device("cuda", 90, triton=(3, 4)), "Triton 3.5"),
+    "fp32": ({"dtype": torch.float32}, H200, "float32"),
+    "fp8": ({"fp8": True}, H200, "fp8"),
+    "mask": ({"mask_kind": "bool"}, H200, "dense mask"),
+    "rows": ({"range_layout": "rows"}, H200, "each query"),
+    "head_dim": ({"head_dim": 136}, H200, "136"),
+    "odd head_dim": ({"head_dim": 68}, H200, "68"),
+    "odd value_dim": ({"value_dim": 60}, H200, "60"),
+    "scale": ({"scale": -1.0}, H200, "scale"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_is_left_to_the_portable_backward(name):
+    changed, device, said = REASONS[name]
+    assert said in hopper_backward_reason(problem(**changed), device)
+    assert hopper_backward_reason(problem(), H200) is None
+
+
+def test_dropout_is_left_to_the_portable_backward():
+    assert "dropped" in hopper_backward_reason(problem(), H200, dropout=True)
+
+
+def test_rows_of_the_same_heads_give_the_same_bits():
+    """Which row serves a call must not hang on its length: blocks of one size for all calls of the same heads."""
+    for softcap in (False, True):
+        rows = [row for row in ROWS if row.softcap == softcap]
+        assert len({(row.head_dim, row.value_dim) for row in rows}) == len(rows)
+
+
+def test_gradients_are_laid_out_as_the_operator_says():
+    """With the heads inside the sequence, and in units of 8 elements, in which the kernels count."""
+    for shape in ((2, 4, 300, 64), (1, 1, 1, 8), (3, 2, 17, 120)):
+        gradient = launch.empty_like_heads(torch.empty(shape))
+        assert gradient.shape == shape and gradient.transpose(1, 2).is_contiguous()
+        assert not any(stride % 8 for stride in gradient.stride()[:3])
+
+
+def test_what_the_copy_engine_cannot_read_is_copied():
+    """A tensor that is contiguous but begins between two multiples of 16 bytes was once passed on as it was."""
+    memory = torch.arange(2 * 4 * 16 * 72 + 8, dtype=torch.int16)
+    fine = memory[: 2 * 4 * 16 * 64].view(2, 4, 16, 64)
+    for tensor in (fine, fine.transpose(1, 2), memory[: 2 * 4 * 16 * 72].view(2, 4, 16, 72)[..., :64]):
+        assert launch._readable(tensor) is tensor
+    unreadable = {
+        "address": memory[1 : 1 + 2 * 4 * 16 * 64].view(2, 4, 16, 64),
+        "stride": memory[: 2 * 4 * 16 * 68].view(2, 4, 16, 68)[..., :64],
+        "expanded": fine[:, :1].expand(2, 4, 16, 64),
+        "columns": fine.transpose(2, 3),
+    }
+    for name, tensor in unreadable.items():
+        copy = launch._readable(tensor)
+        assert torch.equal(copy, tensor) and copy.is_contiguous() and copy.data_ptr() % 16 == 0, name
+        assert copy.data_ptr() != tensor.data_ptr(), name
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(key_range) -> what the launch of each kernel gets, by its name, and the gradients."""
+
+    def run(key_range=None):
+        call = problem(range_layout=None if key_range is None else "sequence")
+        shapes = {"query": (4, 300, 64), "key": (2, 300, 64), "value": (2, 300, 64), "output": (4, 300, 64)}
+        of = {name: torch.zeros(2, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        caught = {}
+        monkeypatch.setattr(launch, "launch", lambda kernel, *given: caught.update({kernel.__name__: given}))
+        inputs = Inputs(of["query"], of["key"], of["value"], key_range, sinks=torch.zeros(4))
+        grad_output = torch.zeros((), dtype=torch.bfloat16).expand(2, 4, 300, 64)
+        lse = torch.zeros(2, 4, 300)
+        config = hopper_backward_config(call, H200)
+        return caught, launch.run_hopper_backward(call, config, inputs, of["output"], lse, grad_output)
+
+    return run
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_launches(padded, launched):
+    """Every parameter is given, a grid has no more programs than tiles, and there is a tile for keys before the first.
+
+    tests/gpu/test_hopper_backward.py sees what the launches compute.
+    """
+    key_range = make_key_range(2, 300, first=torch.tensor([0, 77]), right=0) if padded else None
+    caught, gradients = launched(key_range)
+    assert list(caught) == [f"flashcore_hopper_backward_{name}" for name in ("rows", "dq", "dkdv")]
+    for name, (_, arguments, scalars, constants) in caught.items():
+        kernel = getattr(launch, name)
+        assert len(kernel.arg_names) == len(arguments) + len(scalars) + len(constants)
+    assert caught["flashcore_hopper_backward_dq"][0] == 2 * 4 * 3
+    assert caught["flashcore_hopper_backward_dkdv"][0] == 2 * 2 * (4 if padded else 3)
+    query, grad_output, key, value = caught["flashcore_hopper_backward_dkdv"][1][:4]
+    row = hopper_backward_config(problem(), H200).row
+    assert [list(d.block_shape) for d in (query, key)] == [[1, 1, row.dkdv.block_m, 64], [1, 1, 64, 64]]
+    assert grad_output.base.is_contiguous() and list(value.base.shape) == [2, 2, 300, 64]
+    assert [tuple(gradient.shape) for gradient in gradients[:3]] == [(2, 4, 300, 64), (2, 2, 300, 64), (2, 2, 300, 64)]
+    assert gradients[3:] == (None, None)
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    """compiling(function, *arguments) -> what that says in a process that compiles: this one interprets."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.delenv("TRITON_INTERPRET", raising=False)
+            yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.mark.parametrize("value_dim", [64, 128])
+def test_rows_are_read_by_16_bytes_whatever_their_strides(value_dim, compiling):
+    """And so are added up in one order. As elements, strides of one sequence may be even and those of a batch odd."""
+    wide = [load for load in compiling(aot_backward.loads_of_rows, value_dim) if "v4.b32" in load]
+    assert len(wide) == 2 * 32 * value_dim // (8 * 128)  # of two tensors, 8 numbers a load, by 128 threads
+
+
+@pytest.mark.parametrize("features", ["plain", "range"] if FULL else ["plain"])
+def test_compiled(features, compiling):
+    """Main loops spill nothing, their exponentials run beside the products, and these are not serialised."""
+    rows = [row for row in ROWS if FULL or not row.softcap]
+    found = compiling(aot_backward.reports, features, rows)
+    assert len(found) == 2 * len(rows) >= 4
+    wrong = {f"{report['kernel']} {report['constants']}": report["problems"] for report in found if report["problems"]}
+    assert not wrong
+
+
+@pytest.mark.skipif(not FULL, reason="compiles for half a minute more; FLASHCORE_TEST_FULL=1 asks for it")
+def test_a_block_too_large_would_show(compiling):
+    """Negative control: with softcap 128 queries a block are more than the registers hold."""
+    row = next(row for row in ROWS if row.softcap)
+    row = row._replace(dq=row.dq._replace(stages=16), dkdv=row.dkdv._replace(block_m=128))
+    dq, dkdv = compiling(aot_backward.reports, "plain", [row])
+    assert "shared memory" in dq["problems"][0]
+    assert "registers spill" in dkdv["problems"][0]
+
+
+def test_definition_of_visible_is_ours():
+    """Negative control of `test_blocks`: its `seen` is KeyRange's definition."""
+    key_range = make_key_range(1, 300, first=77, end=260, query_start=5, left=70, right=3)
+    dense = visible(key_range, 300, 300)[0, 0]
+    m, n = torch.arange(300)[:, None], torch.arange(300)[None, :]
+    assert torch.equal(dense, (n >= 77) & (n < 260) & (n >= 5 + m - 70) & (n <= 5 + m + 3))
