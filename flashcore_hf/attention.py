@@ -189,9 +189,10 @@ def _head_factor(head_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What torch.autocast does to SDPA's inputs."""
-    device_type = "cuda" if tensors[0].is_cuda else tensors[0].device.type
+    on_gpu = tensors[0].is_cuda
+    device_type = "cuda" if on_gpu else tensors[0].device.type
     # Other devices, such as meta, have none, and asking for it raises. Not every torch.compile can trace this question.
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    has_autocast = on_gpu or torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     if has_autocast and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(t if t.dtype == torch.float8_e4m3fn else t.to(dtype) for t in tensors)
