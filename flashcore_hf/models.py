@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 NAME = "flashcore"
 
-# Models that hand the mask from the mask function to the attention function as it is. Others may read or slice it,
-# and get a dense mask. Every entry was run beside eager by scripts/sweep_architectures.py, and its code read for uses
-# of the mask in Transformers 4.53 to 5.24.
+# Models that hand the mask from the mask function to the attention function as it is, and so get a KeyRange wherever
+# they run. Others may read or slice it, and get a RangeMask, or where that cannot be a dense mask. Every entry was run
+# beside eager by scripts/sweep_architectures.py, and its code read for uses of the mask in Transformers 4.53 to 5.24.
 KEY_RANGE_MODELS = frozenset(
     (
         "afmoe apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bamba bitnet codegen cohere cohere2 "
