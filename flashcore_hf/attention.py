@@ -152,9 +152,14 @@ def flashcore_attention(
 def _read_range_mask(
     range_mask: RangeMask, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(KeyRange, None), or (None, the dense mask) where PyTorch computes: it would write one down in each layer."""
+    """(KeyRange, None), or (None, the dense mask) where a model may have written into that.
+
+    Or where PyTorch computes: it would write one down in each layer.
+    """
     fits = tuple(range_mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
-    if fits and (torch.compiler.is_compiling() or device_of(query.device).kind != "torch"):
+    # What torch.compile is given nobody has read: __tensor_flatten__ raises else.
+    unread = torch.compiler.is_compiling() or not range_mask.is_read()
+    if fits and unread and (torch.compiler.is_compiling() or device_of(query.device).kind != "torch"):
         return range_mask.key_range, None
     return None, fit_mask(range_mask.dense(), query, key)
 

@@ -38,14 +38,19 @@ class RangeMask(torch.Tensor):
             self._dense = visible(self.key_range, *self.shape[2:])
         return self._dense
 
+    def is_read(self) -> bool:
+        """Whether the dense mask was given out. Whoever has it may have written into it, which no KeyRange shows."""
+        return self._dense is not None
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function in _HANDED_ON:
-            mask = args[0]
+        mask = args[0] if args else None
+        unread = isinstance(mask, RangeMask) and not mask.is_read()
+        if unread and function in _HANDED_ON:
             return cls(mask.key_range, *mask.shape[2:])  # a tensor of its own, as PyTorch wants of a view
-        if function is _aten._to_copy.default and (kwargs or {}).get("dtype") in (None, torch.bool):
+        if unread and function is _aten._to_copy.default and (kwargs or {}).get("dtype") in (None, torch.bool):
             # A device_map's hooks move masks to where their layer is.
-            mask, device = args[0], kwargs.get("device")
+            device = kwargs.get("device")
             return cls(
                 mask.key_range.to(device, copy=True, non_blocking=kwargs.get("non_blocking", False)), *mask.shape[2:]
             )
@@ -75,6 +80,12 @@ class RangeMask(torch.Tensor):
     # torch.compile takes a part of a model that is given one as if it were given the KeyRange.
 
     def __tensor_flatten__(self):
+        if type(self._dense) is torch.Tensor:  # and not one of a trace, which keeps what is written in it
+            raise NotImplementedError(
+                "a part of a model that torch.compile compiles got flashcore's mask after other parts had read it. "
+                "Supported are a mask that only attention reads, and compiling the whole model: compile that, or load "
+                "this model with attn_implementation='sdpa'."
+            )
         return ["key_range"], None
 
     @staticmethod

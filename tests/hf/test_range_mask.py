@@ -124,6 +124,10 @@ def test_a_compiled_part_of_a_model_takes_one():
 
     compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(made(), SCORES), part(values(), SCORES))
+    read = made()
+    read[:, :, :, 4] = True
+    with pytest.raises(Exception, match="after other parts had read it"):
+        compiled(read, SCORES)
 
 
 def encoder_request(**extra) -> dict:
@@ -173,6 +177,20 @@ def test_attention_sees_what_it_says(dropped):
     lying = RangeMask(make_key_range(3, 9, key_mask=padding(9, "holes"), device="cpu"), 9, 9)
     output, _ = flashcore_hf.attention.flashcore_attention(Layer(), query, key, value, lying)
     assert (output - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hand_on", [lambda mask: mask, torch.Tensor.detach, lambda mask: mask.to("cpu", copy=True)])
+def test_attention_sees_what_a_model_wrote_into_it(hand_on):
+    query, key, value = heads()
+    mask, expected_mask = made("left"), made("left").dense().clone()
+    mask[:, :, :, 4] = True
+    expected_mask[:, :, :, 4] = True
+    output, _ = flashcore_hf.attention.flashcore_attention(Layer(), query, key, value, hand_on(mask))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=expected_mask)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+    unwritten, _ = flashcore_hf.attention.flashcore_attention(Layer(), query, key, value, made("left"))
+    assert (unwritten - output).abs().max() > 0.1, "the control"
 
 
 def encoders() -> dict:
