@@ -4,12 +4,10 @@ import torch
 from flashcore_kernels import (
     Inputs,
     attend,
-    check_problem,
     count_path,
     device_of,
     naive_attention,
     note_fallback,
-    torch_attention,
 )
 
 from .arguments import describe, refuse_unknown
@@ -54,7 +52,7 @@ def flashcore_attention(
             everything. A layer whose own `is_causal` is False sees everything where `sdpa` would, although its mask is
             causal: where nothing is padded.
         scaling: factor on the scores, D ** -0.5 where None.
-        dropout: probability of dropping an attention weight, after the softmax; above 0 PyTorch serves the call.
+        dropout: probability of dropping an attention weight, after the softmax.
         sliding_window: tokens that a query sees, itself included. Heeded only without a mask: masks have it in them.
         softcap, position_bias: softcap and an additive mask of `flashcore_kernels.attention`.
         s_aux or sinks: sink logits, `[H]`, or `[B, H, Q, 1]` where each query makes its own.
@@ -73,7 +71,7 @@ def flashcore_attention(
         ValueError, NotImplementedError: the call asks for something that is not supported; the message says what.
     """
     refuse_unknown(kwargs)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _in_model_dtype(module, query, key, value)
     sinks = sinks if s_aux is None else s_aux
     own_sinks = None
     if sinks is not None and sinks.dim() == 4:
@@ -119,24 +117,17 @@ def flashcore_attention(
         mask = keep(chosen, mask)
 
     inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
-    if output_attentions or dropout:
+    if output_attentions:
         count_path("torch")
-        each_sinks = sinks if own_sinks is None else own_sinks
-        if output_attentions:
-            note_fallback("output_attentions=True asks for the weights, which the kernels never form")
-            output, weights = naive_attention(
-                query, key, value, key_range=key_range, mask=mask, is_causal=causal, window=window, scale=scaling,
-                softcap=softcap, sinks=each_sinks, key_scale=key_scale, value_scale=value_scale, return_weights=True,
-                dropout=dropout,
-            )  # fmt: skip
-            weights = weights.to(query.dtype)
-        else:
-            note_fallback("dropout is asked for, which the kernels do not have")
-            problem = check_problem(inputs, causal, window, scaling, softcap)
-            output, weights = torch_attention(problem, inputs._replace(sinks=each_sinks), False, dropout)
-        output = output.transpose(1, 2)
+        note_fallback("output_attentions=True asks for the weights, which the kernels never form")
+        output, weights = naive_attention(
+            query, key, value, key_range=key_range, mask=mask, is_causal=causal, window=window, scale=scaling,
+            softcap=softcap, sinks=sinks if own_sinks is None else own_sinks, key_scale=key_scale,
+            value_scale=value_scale, return_weights=True, dropout=dropout,
+        )  # fmt: skip
+        output, weights = output.transpose(1, 2), weights.to(query.dtype)
     else:
-        output, lse = attend(inputs, causal, window, scaling, softcap, own_sinks is not None)
+        output, lse = attend(inputs, causal, window, scaling, softcap, own_sinks is not None, dropout)
         weights = None
         if own_sinks is not None:
             # A sink adds exp(sink) to the denominator: the share that stays is exp(lse) / (exp(lse) + exp(sink)).
@@ -190,6 +181,25 @@ def _head_factor(head_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
             "attn_implementation='eager'."
         )
     return factor if factor.dim() == 4 else factor[None]
+
+
+def _in_model_dtype(module: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What torch.autocast does to SDPA's inputs; and where a 16-bit model is left fp32 ones, its own dtype.
+
+    PEFT keeps norms and adapters in fp32, so that queries and keys come in fp32 beside projections in 16 bits. The
+    flash function of Transformers asks the same of a layer (`get_target_dtype`).
+    """
+    tensors = _autocast(*tensors)
+    if tensors[0].dtype != torch.float32 or tensors[1].dtype == torch.float8_e4m3fn:
+        return tensors
+    config = getattr(module, "config", None)
+    if hasattr(config, "_is_quantized"):
+        dtype = config.dtype
+    else:
+        layers = (each.weight.dtype for each in module.modules() if isinstance(each, torch.nn.Linear))
+        dtype = next(layers, torch.float32)
+    # Weights in fewer bits still are quantised ones.
+    return tuple(t.to(dtype) for t in tensors) if dtype in (torch.float16, torch.bfloat16) else tensors
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

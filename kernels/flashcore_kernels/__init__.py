@@ -6,7 +6,8 @@ from .device import device_of
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
 from .naive import naive_attention
-from .op import attend, attention, count_path, explain, path_counts
+from .op import attend, attention, explain
+from .path_counts import count_path, path_counts
 from .portable.interpreter_pace import interpreter_pace
 from .precompile import Prompt, begin_compiling, steps_follow
 from .problem import Inputs, check_problem

@@ -76,7 +76,7 @@ def chosen_plan(variant: Variant):
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
         device_type="cuda", range_layout=features.get("range"), mask_kind=features.get("mask"), scale=1.0,
         softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
-        has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True, fp8=bool(features.get("fp8")),
+        has_sinks=bool(features.get("sinks")), aligned=True, fp8=bool(features.get("fp8")),
     )  # fmt: skip
     version = tuple(map(int, triton.__version__.split(".")[:2])) if variant.kernel in GLUON else (0, 0)
     chosen = choose(problem, Device("cuda", variant.arch, triton=version))

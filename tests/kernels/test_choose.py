@@ -5,7 +5,13 @@ import itertools
 import pytest
 import torch
 from flashcore_kernels import explain
-from flashcore_kernels.choose import MAX_HEAD_DIM, choose, fallback_reason
+from flashcore_kernels.choose import (
+    MAX_HEAD_DIM,
+    backward_fallback_reason,
+    choose,
+    choose_backward,
+    fallback_reason,
+)
 from flashcore_kernels.device import Device
 from flashcore_kernels.hopper.prefill.table import ROWS as HOPPER_ROWS
 from flashcore_kernels.plan import MAX_DECODE_QUERIES
@@ -80,9 +86,27 @@ class TestAlignment:
         assert self.aligned(tensor)
 
 
+class TestBackward:
+    def test_hopper(self):
+        assert choose_backward(problem(), NEW).kernel == "flashcore_hopper_backward"
+        assert choose_backward(problem(), Device("cuda", 80)).kernel == "flashcore_backward"
+
+    @pytest.mark.parametrize("changed", [{"dropout": 0.1}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str)
+    def test_what_hopper_leaves_to_the_portable_one_with_its_reason(self, changed):
+        plan = choose_backward(problem(**changed), NEW)
+        assert plan.kernel == "flashcore_backward" and "not the Hopper kernel, because" in plan.reason
+
+    @pytest.mark.parametrize("num_queries", [1, 64])
+    def test_weights_are_dropped_by_the_portable_forward(self, num_queries):
+        for device in (NEW, Device("cuda", 80), Device("interpreter")):
+            assert chosen_for(num_queries, device, dropout=0.1).kernel == "flashcore_forward"
+        assert chosen_for(num_queries, NEW).kernel != "flashcore_forward"
+
+
 class TestFallback:
     def test_gradients(self):
-        assert "gradients" in fallback_reason(problem(needs_grad=True), H200)
+        fp8 = problem(fp8=True)
+        assert fallback_reason(fp8, H200) is None and "gradients" in backward_fallback_reason(fp8, H200)
 
     def test_no_device(self):
         chosen = choose(problem(), Device("torch", reason="no Triton here"))

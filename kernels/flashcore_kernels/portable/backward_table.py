@@ -7,8 +7,12 @@ microseconds stand: of that kernel alone, in bf16, on an H200 with Triton 3.6.
 
 from typing import NamedTuple
 
-from ..plan import power_of_2_from
+from ..device import Device
+from ..plan import Plan, power_of_2_from
 from ..problem import Problem
+
+# Tiles of whole rows: wider ones leave no registers.
+MAX_BACKWARD_HEAD_DIM = 256
 
 
 class BackwardRow(NamedTuple):
@@ -243,7 +247,12 @@ SM100 = (
 TABLES = {80: SM80, 90: SM90, 100: SM100, 120: SM80}
 
 
-def backward_config(problem: Problem, arch: int, dropout: bool = False) -> BackwardConfig:
+def choose_portable_backward(problem: Problem, device: Device) -> Plan:
+    """`flashcore_backward`, for everything."""
+    return Plan("flashcore_backward", "gradients are asked for", backward_config(problem, device.arch))
+
+
+def backward_config(problem: Problem, arch: int) -> BackwardConfig:
     """The rows for a call on compute capability `arch` (0: the interpreter).
 
     Raises:
@@ -252,7 +261,7 @@ def backward_config(problem: Problem, arch: int, dropout: bool = False) -> Backw
     listed = [known for known in TABLES if known <= arch]
     rows = TABLES[listed[-1] if listed else 80]
     kind = "rows" if problem.range_layout == "rows" else "plain"
-    if problem.softcap or dropout or problem.mask_kind:
+    if problem.softcap or problem.dropout or problem.mask_kind:
         kind = "busy"
     return BackwardConfig(
         *(_find(rows, kernel, problem, kind) for kernel in ("dq", "dkdv", "mask")),

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .dropout import dropout_keep
+
 # Words of a KeyRange line; key_range.py owns the layout, tests compare the two.
 FIRST = tl.constexpr(0)
 END = tl.constexpr(1)
@@ -170,6 +172,11 @@ def attend_block(
     cap_scale,
     one,  # 1.0, but not to the compiler
     edge,  # whether some row may not see some key of the block; read only where CHECK is 2
+    Philox,  # None, or weights are dropped, see `dropout_keep`, which takes the next ones
+    head,
+    offs_m,
+    first,
+    drop_below,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -250,6 +257,8 @@ def attend_block(
     p = power_of_2(x, EXACT)  # [M, N]
     alpha = power_of_2(m - m_finite, EXACT)  # [M]
     l = l * alpha + tl.sum(p, axis=1)
+    if Philox is not None:
+        p = tl.where(dropout_keep(Philox, head, offs_m, (n - first) // 4, drop_below, BLOCK_N), p, 0.0)
     if EXACT:
         # An fma here too, for the same reason as in short_sums.
         pv = tl.dot(p, v.to(tl.float32), input_precision="ieee")  # [M, DV]

@@ -49,8 +49,8 @@ class DecodeConfig(NamedTuple):
 
 
 def choose_decode(problem: Problem, device: Device) -> Plan | None:
-    """`flashcore_decode`, for few queries; e4m3 keys are not for it."""
-    if not is_decode(problem) or problem.fp8:
+    """`flashcore_decode`, for few queries; e4m3 keys and dropout are not for it."""
+    if not is_decode(problem) or problem.fp8 or problem.dropout:
         return None
     row = row_for(
         "flashcore_decode", device.arch, problem.dtype, _largest(problem), gaps=problem.mask_kind is not None,

@@ -8,9 +8,10 @@ from ..problem import Inputs, Problem
 from ..runtime.launch import Launch
 from .blocks import BITMAP, attend_block, finish_rows, load_tile, mask_strides, normalised, sequence_bounds
 from .choose import ForwardConfig
+from .dropout import drop_threshold
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right", "drop_below"])
 def flashcore_forward(
     Q,
     K,
@@ -22,6 +23,7 @@ def flashcore_forward(
     Sinks,
     KeyScale,
     ValueScale,
+    Philox,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -47,8 +49,10 @@ def flashcore_forward(
     query_start,
     window_left,
     window_right,
+    drop_below,
     score_scale,
     cap_scale,
+    keep_scale,
     one,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -70,6 +74,7 @@ def flashcore_forward(
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, DV]`, Out `[B, H, Q, DV]`, Lse `[B, H, Q]` fp32,
     Range a KeyRange, Mask `[B, H, Q, K]` (strides may be 0), Sinks `[H]`. K and V in e4m3 are multiplied with KeyScale
     and ValueScale, fp32 `[B, Hkv]`: in fp16, which holds every e4m3 value, the scales on the scores and the output.
+    With Philox, weights are dropped as in `dropout_keep`, and the output is multiplied with keep_scale.
     Grid: `(cdiv(Q, BLOCK_M) * B * H,)`, the last queries first: under causal attention they take longest.
     """
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -164,8 +169,9 @@ def flashcore_forward(
         for n in range(n_begin, n_looked, BLOCK_N):
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 1, RANGE == 1, MASK, MASK != 0 or RANGE == 2,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, Philox, bh, offs_m, first,
+                drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
+                1, RANGE == 1, MASK, MASK != 0 or RANGE == 2,
                 SOFTCAP,
             )  # fmt: skip
     if MASK == 0:
@@ -173,20 +179,24 @@ def flashcore_forward(
             edge = (n < n_full) | (n >= n_edge)
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, edge, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 0 if RANGE == 2 else 2, False, MASK, False,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, edge, Philox, bh, offs_m, first,
+                drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
+                0 if RANGE == 2 else 2, False, MASK, False,
                 SOFTCAP,
             )  # fmt: skip
     if MASK == 0 and RANGE == 2:
         for n in range(n_edge, hi, BLOCK_N):
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 1, False, MASK, True,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, Philox, bh, offs_m, first,
+                drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
+                1, False, MASK, True,
                 SOFTCAP,
             )  # fmt: skip
 
     weight, l, lse = finish_rows(m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS, EXACT)
+    if Philox is not None:
+        weight *= keep_scale
     if ValueScale is not None:
         weight *= tl.load(ValueScale + b * (num_heads // group) + kv_head)
     out_rows = Out + b * stride_ob + h.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_os
@@ -211,6 +221,7 @@ def make_launch(problem: Problem, config: ForwardConfig, inputs: Inputs, output:
         grid=(num_tiles * problem.batch_size * problem.num_heads, 1),
         operands=(
             "query", "key", "value", "output", "lse", "key_range", "mask", "sinks", "key_scale", "value_scale",
+            "philox",
         ),
         integers=(
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *range_strides,
@@ -218,7 +229,7 @@ def make_launch(problem: Problem, config: ForwardConfig, inputs: Inputs, output:
         ),
         scalars=(
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right,
-            *problem.score_factors,
+            drop_threshold(problem.dropout), *problem.score_factors[:2], 1.0 / (1.0 - problem.dropout), 1.0,
         ),
         constants=(
             problem.head_dim, problem.value_dim, config.block_d, config.block_dv, config.block_d1, config.block_dv1,

@@ -1,12 +1,14 @@
-"""Dropout in the backward: against an explicit mask that a small kernel makes with the same helper."""
+"""Dropout in the kernels, forward and backward: against an explicit mask by a small kernel with the same helper."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from flashcore_kernels import attention, naive_attention, op, path_counts
 from flashcore_kernels.key_range import FIRST
 from flashcore_kernels.naive import hide_unseen, visible_mask
 from flashcore_kernels.portable.dropout import drop_threshold, dropout_keep, dropout_keep_at
+from torch.utils.checkpoint import checkpoint
 
 from ..reference import DTYPES, build
 from .gradients import Training, assert_errors, problem_of
@@ -110,6 +112,62 @@ def test_gradients(features, dtype, device):
     training, want, own = trained(call, keep, dropout)
     got = training.gradients(dropout=dropout, philox=philox)
     assert_errors(got, want, own, call.query.dtype)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [(), ("causal", "left-padding"), ("rows",), ("holes",), ("sinks", "softcap"), ("float-mask", "left-padding")],
+    ids="+".join,
+)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("num_queries", [3, 19])
+def test_forward(features, dtype, num_queries, device, monkeypatch):
+    """`attention` itself, whose output is that of the weights which the mask leaves, and whose lse is all weights'."""
+    call = build(features, num_queries, 45, head_dim=16, heads=(2, 1), dtype=DTYPES[dtype], device=device)
+    philox, dropout = words(1234567890123, 4, device), 0.3
+    problem = problem_of(call)
+    arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
+    keep = explicit_mask(problem, arguments.get("key_range"), philox, dropout)
+
+    seen = visible_mask(problem, call.query.device, arguments.get("key_range"), arguments.get("mask"))
+    value = hide_unseen(problem, call.key, call.value, seen)[1].repeat_interleave(problem.group, 1)
+
+    def dropped_by(keep, dtype):
+        """The output with weights and their products in `dtype`."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        _, weights = naive_attention(*call[:3], **arguments, dtype=exact, return_weights=True)
+        return (weights * keep / (1.0 - dropout)).to(dtype) @ value.to(dtype)
+
+    monkeypatch.setattr(op, "draw_philox", lambda device: philox)
+    path_counts.clear()
+    output, lse = attention(*call[:3], **arguments, dropout=dropout, return_lse=True)
+    assert set(path_counts) == {"flashcore_forward"}
+    dtype = call.query.dtype
+    peer = {"output": dropped_by(keep, dtype)}
+    assert_errors({"output": output}, {"output": dropped_by(keep, torch.float64)}, peer, dtype)
+    _, want_lse = naive_attention(*call[:3], **arguments, dtype=torch.float64)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-3, atol=2e-3)
+    # The control: that the other weights stay would show.
+    with pytest.raises(AssertionError):
+        assert_errors({"output": output}, {"output": dropped_by(~keep, torch.float64)}, peer, dtype)
+
+
+def test_drawn_from_torchs_generator(device):
+    """A seed repeats, another differs; checkpointing draws the same again, so its gradients are the same."""
+    call = build(("causal",), 19, 45, head_dim=16, heads=(2, 1), device=device)
+
+    def gradient(seed, way):
+        torch.manual_seed(seed)
+        query = call.query.clone().requires_grad_()
+        layer = lambda query: attention(query, *call[1:3], is_causal=True, dropout=0.3)  # noqa: E731
+        output = layer(query) if way is None else checkpoint(layer, query, use_reentrant=way)
+        output.float().square().sum().backward()
+        return query.grad
+
+    wanted = gradient(1, None)
+    for way in (None, False, True):
+        assert torch.equal(gradient(1, way), wanted)
+    assert not torch.equal(gradient(2, None), wanted)
 
 
 def test_another_mask_would_show(device):

@@ -78,6 +78,8 @@ def _reason_against(problem: Problem, device: Device) -> str | None:
         return f"that takes float16 and bfloat16, not {problem.dtype}"
     if problem.mask_kind is not None:
         return "there is a dense mask"
+    if problem.dropout:
+        return "weights are dropped"
     if not problem.aligned:
         return "an address or stride of query, key or value is no multiple of 16 bytes"
     elements = 16 if problem.fp8 else 8  # of 16 bytes

@@ -69,6 +69,8 @@ def _reason_against(problem: Problem, device: Device, row: PrefillRow | None) ->
         return "key and value are in fp8"
     if problem.mask_kind is not None:
         return "there is a dense mask"
+    if problem.dropout:
+        return "weights are dropped"
     if not problem.aligned:
         return "an address or stride of query, key or value is no multiple of 16 bytes"
     if problem.value_dim % 8:
