@@ -144,6 +144,7 @@ def test_selective_checkpointing_finds_it(device):
         query = call.query.clone().requires_grad_()
         path_counts.clear()
         function(query).backward()
+        assert path_counts.pop("flashcore_backward") == 1
         return query.grad, sum(path_counts.values())
 
     def selected():

@@ -143,13 +143,17 @@ def test_forward(features, dtype, num_queries, device, monkeypatch):
     output, lse = attention(*call[:3], **arguments, dropout=dropout, return_lse=True)
     assert set(path_counts) == {"flashcore_forward"}
     dtype = call.query.dtype
-    peer = {"output": dropped_by(keep, dtype)}
-    assert_errors({"output": output}, {"output": dropped_by(keep, torch.float64)}, peer, dtype)
+
+    def check(keep):
+        want, peer = dropped_by(keep, torch.float64), dropped_by(keep, dtype)
+        assert_errors({"output": output}, {"output": want}, {"output": peer}, dtype)
+
+    check(keep)
     _, want_lse = naive_attention(*call[:3], **arguments, dtype=torch.float64)
     torch.testing.assert_close(lse.double(), want_lse, rtol=2e-3, atol=2e-3)
     # The control: that the other weights stay would show.
     with pytest.raises(AssertionError):
-        assert_errors({"output": output}, {"output": dropped_by(~keep, torch.float64)}, peer, dtype)
+        check(~keep)
 
 
 def test_drawn_from_torchs_generator(device):
