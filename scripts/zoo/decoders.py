@@ -1,4 +1,4 @@
-"""Decoders, without their output layer, with a few of their layers: the ratio between backends is that of all layers."""
+"""Decoders without their output layer and with few layers: the ratio between backends is that of all layers."""
 
 from .case import Entry, Workload, config_of
 from .inputs import text
@@ -27,7 +27,8 @@ def _shape(vocabulary: int, width: int, inner: int, heads: int, kv_heads: int, *
 DECODERS = [
     _entry("llama-3.1-8b", "LlamaModel", "LlamaConfig", _shape(128256, 4096, 14336, 32, 8),
            _long(8192), _left(8, 2048), _long(16384)),
-    _entry("llama-3.2-1b", "LlamaModel", "LlamaConfig", _shape(128256, 2048, 8192, 32, 8), _long(4096, 4), _left(16, 512)),
+    _entry("llama-3.2-1b", "LlamaModel", "LlamaConfig", _shape(128256, 2048, 8192, 32, 8),
+           _long(4096, 4), _left(16, 512)),
     _entry("mistral-7b", "MistralModel", "MistralConfig", _shape(32000, 4096, 14336, 32, 8, sliding_window=4096),
            _long(16384), _left(4, 2048)),
     _entry("qwen2.5-7b", "Qwen2Model", "Qwen2Config", _shape(152064, 3584, 18944, 28, 4), _long(8192), _left(8, 1024)),

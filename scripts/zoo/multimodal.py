@@ -1,4 +1,4 @@
-"""Vision-language models: one image among the tokens of each row. Their text models have fewer layers than published."""
+"""Vision-language models, one image among the tokens of each row; both of their parts have fewer layers."""
 
 from .case import Entry, Workload, config_of
 from .inputs import image_and_text, image_in_list, patches, square_image
