@@ -1,4 +1,4 @@
-"""Training through `attention` on a GPU, whichever kernels are chosen: against float64, NaN in padding, dropout, bits."""
+"""Training through `attention` on a GPU: the error rule, NaN in padding, dropout, bits, whichever kernels are chosen."""
 
 import random
 
