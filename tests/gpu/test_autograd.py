@@ -1,4 +1,4 @@
-"""Training through `attention` on a GPU: the error rule, NaN in padding, dropout, bits, whichever kernels are chosen."""
+"""Training through `attention` on a GPU, whichever kernels are chosen: errors, NaN in padding, dropout, bits."""
 
 import random
 
