@@ -2,12 +2,12 @@
 
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
+from .counting import count_path, path_counts
 from .device import device_of
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
 from .naive import naive_attention
 from .op import attend, attention, explain
-from .path_counts import count_path, path_counts
 from .portable.interpreter_pace import interpreter_pace
 from .precompile import Prompt, begin_compiling, steps_follow
 from .problem import Inputs, check_problem

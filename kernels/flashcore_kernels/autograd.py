@@ -8,10 +8,10 @@ from contextlib import nullcontext
 import torch
 
 from .choose import choose, choose_backward
+from .counting import count_path
 from .device import device_of
 from .dispatch import serve_backward
 from .fallback import note_fallback
-from .path_counts import count_path
 from .problem import Inputs, Problem, check_problem, with_alignment
 from .run import first_of_its_kind, run
 from .runtime.prepared import find

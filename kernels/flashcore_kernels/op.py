@@ -7,10 +7,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .autograd import draw_philox, flash_attn_fwd
 from .choose import backward_fallback_reason, choose, choose_backward
+from .counting import count_path, path_counts
 from .device import Device, device_of
 from .dispatch import empty_outputs
 from .fallback import note_fallback, torch_attention
-from .path_counts import count_path, path_counts
 from .problem import (
     Inputs,
     Problem,

@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import torch
 
 from .choose import choose, fallback_reason
+from .counting import count_path
 from .device import device_of
 from .dispatch import empty_output, empty_outputs, make_launch, serve
 from .fallback import note_fallback, torch_attention
-from .path_counts import count_path
 from .plan import Plan
 from .precompile import prompt_attends
 from .problem import Inputs, Problem, with_alignment

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from flashcore_kernels import op, path_counts
+from flashcore_kernels import op, path_counts, run
 from flashcore_kernels.device import Device
 from flashcore_kernels.fallback import forget_warnings
 
@@ -29,6 +29,7 @@ def paths():
 @pytest.fixture
 def through_torch(monkeypatch, recwarn):
     """PyTorch instead of Triton's interpreter, for what is not about kernels: the same answers, much faster."""
-    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="the test asks for it"))
+    for module in (op, run):
+        monkeypatch.setattr(module, "device_of", lambda device: Device("torch", reason="the test asks for it"))
     yield
     forget_warnings()

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from flashcore_kernels import op
+from flashcore_kernels import op, run
 from flashcore_kernels.device import Device
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -47,7 +47,8 @@ def recorded(monkeypatch):
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(graphs, "unsupported_device", lambda model: None)
-    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="this test is about graphs"))
+    for module in (op, run):
+        monkeypatch.setattr(module, "device_of", lambda device: Device("torch", reason="this test is about graphs"))
     return counts
 
 
