@@ -172,10 +172,9 @@ def attend_block(
     cap_scale,
     one,  # 1.0, but not to the compiler
     edge,  # whether some row may not see some key of the block; read only where CHECK is 2
-    Philox,  # None, or weights are dropped, see `dropout_keep`, which takes the next ones
-    head,
-    offs_m,
-    first,
+    drop_0,
+    drop_1,  # [M] `dropout_keys` of the rows, or None
+    first,  # key from which dropout counts
     drop_below,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -257,8 +256,8 @@ def attend_block(
     p = power_of_2(x, EXACT)  # [M, N]
     alpha = power_of_2(m - m_finite, EXACT)  # [M]
     l = l * alpha + tl.sum(p, axis=1)
-    if Philox is not None:
-        p = tl.where(dropout_keep(Philox, head, offs_m, (n - first) // 4, drop_below, BLOCK_N), p, 0.0)
+    if drop_0 is not None:
+        p = tl.where(dropout_keep(drop_0[:, None], drop_1[:, None], (cols - first)[None, :], drop_below), p, 0.0)
     if EXACT:
         # An fma here too, for the same reason as in short_sums.
         pv = tl.dot(p, v.to(tl.float32), input_precision="ieee")  # [M, DV]

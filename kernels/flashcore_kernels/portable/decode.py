@@ -191,7 +191,7 @@ def flashcore_decode(
             for n in range(n_begin, n_end, BLOCK_N):
                 acc, acc1, m, l = attend_block(
                     q, q, acc, 0.0, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap,
-                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, None, 0, r, 0, 0,
+                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, None, None, 0, 0,
                     HEAD_DIM, VALUE_DIM,
                     BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, True, MASK, MASK != 0, SOFTCAP,
                 )  # fmt: skip
@@ -200,7 +200,7 @@ def flashcore_decode(
             for n in range(n_begin, n_end, BLOCK_N):
                 acc, acc1, m, l = attend_block(
                     q, q, acc, 0.0, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap,
-                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, None, 0, r, 0, 0,
+                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, None, None, 0, 0,
                     HEAD_DIM, VALUE_DIM,
                     BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, False, MASK, MASK != 0, SOFTCAP,
                 )  # fmt: skip

@@ -8,7 +8,7 @@ from ..problem import Inputs, Problem
 from ..runtime.launch import Launch
 from .blocks import BITMAP, attend_block, finish_rows, load_tile, mask_strides, normalised, sequence_bounds
 from .choose import ForwardConfig
-from .dropout import drop_threshold
+from .dropout import drop_threshold, dropout_keys
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right", "drop_below"])
@@ -74,7 +74,7 @@ def flashcore_forward(
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, DV]`, Out `[B, H, Q, DV]`, Lse `[B, H, Q]` fp32,
     Range a KeyRange, Mask `[B, H, Q, K]` (strides may be 0), Sinks `[H]`. K and V in e4m3 are multiplied with KeyScale
     and ValueScale, fp32 `[B, Hkv]`: in fp16, which holds every e4m3 value, the scales on the scores and the output.
-    With Philox, weights are dropped as in `dropout_keep`, and the output is multiplied with keep_scale.
+    With Philox, weights are dropped (see dropout.py), and the output is multiplied with keep_scale.
     Grid: `(cdiv(Q, BLOCK_M) * B * H,)`, the last queries first: under causal attention they take longest.
     """
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -156,6 +156,10 @@ def flashcore_forward(
         bias_rows = Mask + b * stride_mb + h.to(tl.int64) * stride_mh + offs_m.to(tl.int64) * stride_mq  # [M]
     else:
         bias_rows = offs_m
+    drop_0 = None
+    drop_1 = None
+    if Philox is not None:
+        drop_0, drop_1 = dropout_keys(Philox, bh, offs_m)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc1 = 0.0
     if BLOCK_DV1 != 0:
@@ -169,7 +173,7 @@ def flashcore_forward(
         for n in range(n_begin, n_looked, BLOCK_N):
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, Philox, bh, offs_m, first,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, drop_0, drop_1, first,
                 drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
                 1, RANGE == 1, MASK, MASK != 0 or RANGE == 2,
                 SOFTCAP,
@@ -179,7 +183,7 @@ def flashcore_forward(
             edge = (n < n_full) | (n >= n_edge)
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, edge, Philox, bh, offs_m, first,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, edge, drop_0, drop_1, first,
                 drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
                 0 if RANGE == 2 else 2, False, MASK, False,
                 SOFTCAP,
@@ -188,7 +192,7 @@ def flashcore_forward(
         for n in range(n_edge, hi, BLOCK_N):
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, Philox, bh, offs_m, first,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, drop_0, drop_1, first,
                 drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
                 1, False, MASK, True,
                 SOFTCAP,

@@ -7,7 +7,7 @@ import triton.language as tl
 from flashcore_kernels import attention, naive_attention, op, path_counts
 from flashcore_kernels.key_range import FIRST
 from flashcore_kernels.naive import hide_unseen, visible_mask
-from flashcore_kernels.portable.dropout import drop_threshold, dropout_keep, dropout_keep_at
+from flashcore_kernels.portable.dropout import drop_threshold, dropout_keep, dropout_keys
 from torch.utils.checkpoint import checkpoint
 
 from ..reference import DTYPES, build
@@ -17,23 +17,27 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 @triton.jit
-def _keep_kernel(
-    Philox, Out, head, first_row, first_quad, drop_below, ANY: tl.constexpr, M: tl.constexpr, N: tl.constexpr
-):
-    rows = first_row + tl.arange(0, M)
+def _keep_kernel(Philox, Out, Keys, head, first_row, first_key, drop_below, M: tl.constexpr, N: tl.constexpr):
+    rows = tl.arange(0, M)
     columns = tl.arange(0, N)
-    if ANY:
-        keep = dropout_keep_at(Philox, head, rows, first_quad * 4 + columns, drop_below)
-    else:
-        keep = dropout_keep(Philox, head, rows, first_quad, drop_below, N)
-    tl.store(Out + tl.arange(0, M)[:, None] * N + columns[None, :], keep.to(tl.int8))
+    drop_0, drop_1 = dropout_keys(Philox, head, first_row + rows)
+    tl.store(Keys + rows * 2, drop_0)
+    tl.store(Keys + rows * 2 + 1, drop_1)
+    keep = dropout_keep(drop_0[:, None], drop_1[:, None], (first_key + columns)[None, :], drop_below)
+    tl.store(Out + rows[:, None] * N + columns[None, :], keep.to(tl.int8))
 
 
-def kept(philox, head, dropout, shape=(16, 64), row=0, quad=0, any_keys=False) -> torch.Tensor:
-    """bool `shape`, from query `row` and key 4 * `quad` on."""
+def kept(philox, head, dropout, shape=(16, 64), row=0, key=0) -> torch.Tensor:
+    """bool `shape`, from query `row` and key `key` on."""
+    return kept_and_keys(philox, head, dropout, shape, row, key)[0]
+
+
+def kept_and_keys(philox, head, dropout, shape, row, key) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kept`, and what `dropout_keys` says of each row, int32 `[rows, 2]`."""
     out = torch.zeros(shape, dtype=torch.int8, device=philox.device)
-    _keep_kernel[(1,)](philox, out, head, row, quad, drop_threshold(dropout), any_keys, *shape)
-    return out.bool()
+    keys = torch.zeros(shape[0], 2, dtype=torch.int32, device=philox.device)
+    _keep_kernel[(1,)](philox, out, keys, head, row, key, drop_threshold(dropout), *shape)
+    return out.bool(), keys
 
 
 def words(seed: int, offset: int, device) -> torch.Tensor:
@@ -187,20 +191,39 @@ def test_another_mask_would_show(device):
         assert_errors(training.gradients(), want, own, call.query.dtype)
 
 
-def test_both_ways_to_ask_agree(device):
-    philox = words(7, 9, device)
-    for quad in (0, 3, 1000):
-        place = {"row": 5, "quad": quad}
-        assert torch.equal(kept(philox, 3, 0.4, **place), kept(philox, 3, 0.4, any_keys=True, **place))
-
-
-def test_philox_is_philox(device):
+def test_rows_have_philoxs_numbers(device):
     """The known answer of 7 rounds for key 0 and counter 0 (Random123's kat_vectors)."""
-    numbers = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
-    signed = [n - (n >> 31 << 32) for n in numbers]
-    for dropout in (0.1, 0.53, 0.7, 0.8, 0.81, 0.85, 0.9):
-        first = kept(words(0, 0, device), 0, dropout)[0, :4].tolist()
-        assert first == [n >= drop_threshold(dropout) for n in signed]
+    _, keys = kept_and_keys(words(0, 0, device), 0, 0.5, (16, 16), 0, 0)
+    assert [number & 0xFFFFFFFF for number in keys[0].tolist()] == [0x5F6FB709, 0x0D893F64]
+
+
+def test_keys_are_hashed_as_written_down(device):
+    """The same steps in plain Python."""
+    keep, rows = kept_and_keys(words(5, 6, device), 2, 0.37, (16, 64), 3, 9)
+
+    def hashed(row_0, row_1, key):
+        x = (key * -1640531535 ^ row_0) & 0xFFFFFFFF
+        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+        x = ((x ^ x >> 15) + row_1) * 0x846CA68B & 0xFFFFFFFF
+        return x - (x >> 31 << 32)
+
+    want = [[hashed(*row, 9 + i) >= drop_threshold(0.37) for i in range(64)] for row in rows.tolist()]
+    assert keep.tolist() == want
+
+
+def test_neighbours_do_not_go_together(device):
+    """Along keys, along queries and across heads, any distance: what stays here says nothing of what stays there."""
+    philox, count = words(17, 0, device), 128 * 512
+    keep = torch.stack([kept(philox, head, 0.3, (128, 512)).double() for head in range(2)]) - 0.7
+    spread = 0.21 / count**0.5
+    shifted = [keep[0].roll(d, 1) for d in (1, 2, 3, 4, 8, 16, 32, 64, 128)]
+    shifted += [keep[0].roll(d, 0) for d in (1, 2, 8, 64)] + [keep[0].roll((1, 1), (0, 1)), keep[1]]
+    for other in shifted:
+        assert abs((keep[0] * other).mean().item()) < 4.5 * spread
+    # Rows and columns each have their share, as independent draws would: chi-squared of their sums.
+    for sums, size in ((keep[0].sum(1), 512), (keep[0].sum(0), 128)):
+        ratio = (sums.square() / (0.21 * size)).mean().item()
+        assert abs(ratio - 1) < 5 * (2 / len(sums)) ** 0.5
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.9])
@@ -220,7 +243,7 @@ def test_no_two_places_share_their_numbers(device):
     others += [
         kept(words(*pair, device), 0, 0.5, (64, 64)) for pair in ((12, 0), (11 + (1 << 32), 0), (11, 1), (11, 1 << 32))
     ]
-    others += [kept(philox, 0, 0.5, (64, 64), row=64), kept(philox, 0, 0.5, (64, 64), quad=16)]
+    others += [kept(philox, 0, 0.5, (64, 64), row=64), kept(philox, 0, 0.5, (64, 64), key=64)]
     for other in others:
         assert 0.4 < (other == keep).double().mean().item() < 0.6
 
@@ -228,5 +251,5 @@ def test_no_two_places_share_their_numbers(device):
 def test_tiles_do_not_matter(device):
     """Parts of a tile are what smaller tiles say."""
     philox = words(3, 3, device)
-    whole = kept(philox, 5, 0.3, (32, 64), row=8, quad=4)
-    assert torch.equal(whole[16:, 32:], kept(philox, 5, 0.3, (16, 32), row=24, quad=12))
+    whole = kept(philox, 5, 0.3, (32, 64), row=8, key=16)
+    assert torch.equal(whole[16:, 32:], kept(philox, 5, 0.3, (16, 32), row=24, key=48))
