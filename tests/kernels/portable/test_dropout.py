@@ -21,8 +21,8 @@ def _keep_kernel(Philox, Out, Keys, head, first_row, first_key, drop_below, M: t
     rows = tl.arange(0, M)
     columns = tl.arange(0, N)
     drop_0, drop_1 = dropout_keys(Philox, head, first_row + rows)
-    tl.store(Keys + rows * 2, drop_0)
-    tl.store(Keys + rows * 2 + 1, drop_1)
+    tl.store(Keys + rows * 2, drop_0.to(tl.int32, bitcast=True))
+    tl.store(Keys + rows * 2 + 1, drop_1.to(tl.int32, bitcast=True))
     keep = dropout_keep(drop_0[:, None], drop_1[:, None], (first_key + columns)[None, :], drop_below)
     tl.store(Out + rows[:, None] * N + columns[None, :], keep.to(tl.int8))
 
@@ -191,24 +191,22 @@ def test_another_mask_would_show(device):
         assert_errors(training.gradients(), want, own, call.query.dtype)
 
 
-def test_rows_have_philoxs_numbers(device):
-    """The known answer of 7 rounds for key 0 and counter 0 (Random123's kat_vectors)."""
-    _, keys = kept_and_keys(words(0, 0, device), 0, 0.5, (16, 16), 0, 0)
-    assert [number & 0xFFFFFFFF for number in keys[0].tolist()] == [0x5F6FB709, 0x0D893F64]
+def mixed(x, add):
+    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    return ((x ^ x >> 15) + add) * 0x846CA68B & 0xFFFFFFFF
 
 
-def test_keys_are_hashed_as_written_down(device):
-    """The same steps in plain Python."""
-    keep, rows = kept_and_keys(words(5, 6, device), 2, 0.37, (16, 64), 3, 9)
-
-    def hashed(row_0, row_1, key):
-        x = (key * -1640531535 ^ row_0) & 0xFFFFFFFF
-        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-        x = ((x ^ x >> 15) + row_1) * 0x846CA68B & 0xFFFFFFFF
-        return x - (x >> 31 << 32)
-
-    want = [[hashed(*row, 9 + i) >= drop_threshold(0.37) for i in range(64)] for row in rows.tolist()]
-    assert keep.tolist() == want
+def test_hashes_are_as_written_down(device):
+    """The same steps in plain Python, from the known answer of Philox for key 0 and counter 0 (Random123)."""
+    head_0, head_1 = 0x5F6FB709, 0x0D893F64
+    keep, keys = kept_and_keys(words(0, 0, device), 0, 0.37, (16, 64), 3, 9)
+    want = []
+    for row in range(3, 19):
+        x = mixed(row * -1640531535 & 0xFFFFFFFF ^ head_0, head_1)
+        want.append([x ^ x >> 16, x * 0xC2B2AE35 + head_1 & 0xFFFFFFFF])
+    assert [[number & 0xFFFFFFFF for number in row] for row in keys.tolist()] == want
+    hashes = [[mixed((9 + i) * -1640531535 & 0xFFFFFFFF ^ row[0], row[1]) for i in range(64)] for row in want]
+    assert keep.tolist() == [[x - (x >> 31 << 32) >= drop_threshold(0.37) for x in row] for row in hashes]
 
 
 def test_neighbours_do_not_go_together(device):
