@@ -143,15 +143,15 @@ def flashcore_attention(
 def _read_range_mask(
     range_mask: RangeMask, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(KeyRange, None), or (None, the dense mask) where a model may have written into that.
+    """(KeyRange, None), or (None, None) where nothing is hidden, or (None, the dense mask).
 
-    Or where PyTorch computes: it would write one down in each layer.
+    The last where a model may have written into that, or where PyTorch computes: it would make one in each layer.
     """
     fits = tuple(range_mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
     # What torch.compile is given nobody has read: __tensor_flatten__ raises else.
     unread = torch.compiler.is_compiling() or not range_mask.is_read()
     if fits and unread and (torch.compiler.is_compiling() or device_of(query.device).kind != "torch"):
-        return range_mask.key_range, None
+        return (None if range_mask.hides_nothing else range_mask.key_range), None
     return None, fit_mask(range_mask.dense(), query, key)
 
 

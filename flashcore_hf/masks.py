@@ -76,7 +76,8 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
         made_ahead = pattern.right == 0 and not every_slot_filled
         key_range = _key_range(call, pattern) if handed_on or not made_ahead else None
         if key_range is not None:
-            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
+            hides_nothing = pattern == EVERYTHING and call.key_mask is None
+            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys, hides_nothing)
     whole = {**kwargs, "allow_is_causal_skip": False}
     if not takes_no_mask(kwargs.get("config")):
         whole["allow_is_bidirectional_skip"] = False

@@ -147,6 +147,32 @@ def test_made_only_where_operators_run_at_once():
     assert type(flashcore_mask(**encoder_request())) is RangeMask, "gradients are on"
 
 
+@for_encoders
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_what_hides_nothing_is_not_passed(padded, monkeypatch):
+    """Where nobody gave a padding mask; one of values is not looked at, and may hide something."""
+    kwargs = encoder_request()
+    if not padded:
+        kwargs["attention_mask"] = None
+    mask = flashcore_mask(**kwargs)
+    assert type(mask) is RangeMask and mask.hides_nothing is not padded
+    assert mask.to("cpu", copy=True).hides_nothing is mask.detach().hides_nothing is mask.hides_nothing
+    passed = []
+
+    def attend(inputs, causal, window, *arguments):
+        passed.append((inputs.key_range, inputs.mask, causal, window))
+        return inputs.query.transpose(1, 2), None
+
+    monkeypatch.setattr(flashcore_hf.attention, "attend", attend)
+    query = torch.randn(3, 2, 9, 8)
+    flashcore_hf.attention.flashcore_attention(Layer(), query, query, query, mask)
+    ((key_range, dense, causal, window),) = passed
+    assert dense is None and causal is False and window is None
+    assert key_range is (mask.key_range if padded else None)
+    if not padded:
+        assert mask.dense().all()
+
+
 # What a layer may compute with its mask and something that has a gradient.
 COMPUTED = {
     "masked_fill": lambda x, mask: x.masked_fill(~mask, -1.0).exp(),

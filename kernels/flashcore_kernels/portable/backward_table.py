@@ -24,9 +24,9 @@ class BackwardRow(NamedTuple):
         head_dim: the larger of the head dimensions is at most this.
         tile: queries and keys of a tile, then num_warps and num_stages of the launch.
         why: what speaks for it: a measurement, or the limit that forces it.
-        serves: "plain" calls, "rows" (a key range for each query), "dropout" alone, "busy" ones
-            (softcap, a dense mask, dropout beside these or beside rows: all take registers), or "all". A key range for each sequence is plain, so that a sequence has one row alone,
-            batched and padded.
+        serves: "plain" calls, "rows" (a key range for each query), "dropout" alone, "busy" ones (softcap, a dense mask,
+            dropout beside these or beside rows: all take registers), or "all". A key range for each sequence is plain,
+            so that a sequence has one row alone, batched and padded.
         branch: jump over the checks of blocks that are not at an edge. By wgmma that saves instructions; by mma.sync
             it has all of a block's operands in registers at the jump.
     """
