@@ -21,9 +21,9 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, special:
     return (
         not torch.compiler.is_compiling()
         and query.device.type == "cpu"
-        and all(each is None for each in special)
+        and special.count(None) == len(special)
         and query.dtype == key.dtype == value.dtype
-        and all(map(nobody_listens, (query, key, value)))
+        and nobody_listens(query, key, value)
         and device_of(query.device).kind == "torch"
     )
 
@@ -94,7 +94,6 @@ def _broadcasts(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> b
     return mask.dim() == 4 and all(size in (1, want) for size, want in zip(mask.shape, full))
 
 
-@torch.no_grad()
 def _is_clean(output: torch.Tensor, key: torch.Tensor, value: torch.Tensor, requires_grad: bool) -> bool:
     """Whether keys and values that the mask hides cannot have changed anything: there 0 times NaN would be NaN.
 
