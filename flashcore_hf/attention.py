@@ -10,6 +10,7 @@ from flashcore_kernels import (
     note_fallback,
 )
 
+from . import as_sdpa
 from .arguments import describe, refuse_unknown
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
@@ -73,6 +74,14 @@ def flashcore_attention(
     refuse_unknown(kwargs)
     query, key, value = _in_model_dtype(module, query, key, value)
     sinks = sinks if s_aux is None else s_aux
+    special = sinks, softcap, indices, block_indices, cu_seq_lens_q, head_mask, output_attentions or None
+    if as_sdpa.serves(query, key, value, special):
+        causal = _is_causal(module, is_causal)
+        output = as_sdpa.attend_as_sdpa(
+            module, query, key, value, attention_mask, position_bias, causal, sliding_window, scaling, dropout
+        )
+        if output is not None:
+            return output, None
     own_sinks = None
     if sinks is not None and sinks.dim() == 4:
         own_sinks, sinks = sinks, None

@@ -93,6 +93,8 @@ class Bench:
                 failed[name] = short(error) if offered else "is not offered"
             if self.cuda:
                 torch.cuda.empty_cache()
+        if "noop" in errors and not errors["noop"] > 0.0:
+            failed["check"] = "an attention that returns zeros changes nothing: the outputs do not tell"
         for name, limit in limits(errors, self.dtype).items():
             # Not `>`: NaN is wrong.
             if name in errors and not errors[name] <= limit:

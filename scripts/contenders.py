@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 import flashcore_hf  # noqa: F401
 
@@ -48,7 +48,12 @@ def switch(model: torch.nn.Module, name: str) -> None:
 
     Raises: whatever Transformers or flashcore raise on a model that they do not serve under it.
     """
-    model.set_attn_implementation(IMPLEMENTATIONS[name])
+    wanted = IMPLEMENTATIONS[name]
+    model.set_attn_implementation(wanted)
+    # T5's halves have copies of its configuration, which before 5.24 keep the name that they had.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != wanted:
+            part.set_attn_implementation(wanted)
 
 
 def in_part(items: list, part: str) -> list:

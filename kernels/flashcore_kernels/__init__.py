@@ -3,7 +3,7 @@
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
 from .counting import count_path, path_counts
-from .device import device_of
+from .device import device_of, nobody_listens
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
 from .naive import naive_attention
@@ -38,6 +38,7 @@ __all__ = [
     "interpreter_pace",
     "layout_of",
     "make_step_key_range",
+    "nobody_listens",
     "note_fallback",
     "steps_follow",
     "torch_attention",
