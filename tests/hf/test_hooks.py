@@ -127,10 +127,10 @@ def test_graphs_whose_forward_is_passed_by(model):
 
 def test_a_forward_whose_cache_has_another_name(model, monkeypatch):
     """Also in a loop of one's own, and before a step has run without its graph."""
-    from flashcore_hf import graphs
+    from flashcore_hf import step
 
     flashcore_hf.graphed(model)
-    monkeypatch.setattr(graphs, "CACHE_NAMES", ("kv",))
+    monkeypatch.setattr(step, "CACHE_NAMES", ("kv",))
     with pytest.raises(RuntimeError, match="forward\\(\\) got a cache as"), torch.no_grad():
         model(prompts(1, 4)[0], **named(FlashCoreCache(model.config)))
 
