@@ -5,8 +5,8 @@ import torch
 import transformers
 from packaging.version import Version
 
-if Version(transformers.__version__) < Version("5.4"):
-    pytest.skip("5.0 makes these caches in forward", allow_module_level=True)
+if Version(transformers.__version__) < Version("4.57") or Version(transformers.__version__).release[:2] == (5, 0):
+    pytest.skip("5.0 makes these caches in forward, and before 4.57 ours are not there", allow_module_level=True)
 
 import flashcore_hf
 from flashcore_hf.cache.encoder_decoder import FlashCoreEncoderDecoderCache
@@ -80,7 +80,6 @@ def test_what_is_returned(model_type, recorded):
     if model_type != "whisper":  # which returns copies of a cache's parts
         cache = cache_of(got)
         assert isinstance(cache, FlashCoreEncoderDecoderCache)
-        assert torch.equal(cache.self_attention_cache.layers[0].keys, cache.self_attention_cache.layers[0].keys)
         for name in ("self_attention_cache", "cross_attention_cache"):
             for ours, theirs in zip(getattr(cache, name).layers, getattr(cache_of(expected), name).layers):
                 torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
@@ -155,7 +154,6 @@ def test_states_that_a_decoder_reads_are_those_of_the_call(recorded):
     """A decoder that looks at its encoder's states in each step, and not at keys in a cache."""
     eager, model = pair("whisper")
     for each in (eager, model):
-        proj = each.proj_out
         decoder = each.model.decoder
         inner = type(decoder).forward
 
@@ -165,7 +163,6 @@ def test_states_that_a_decoder_reads_are_those_of_the_call(recorded):
             return out
 
         decoder.forward = forward
-        assert proj is not None
     flashcore_hf.graphed(model)
     texts = []
     for seed in (1, 2):
