@@ -60,7 +60,7 @@ def graphed(model, enabled: bool = True):
 
     Raises:
         ImportError: Transformers before 4.57.
-        ValueError: the model is not under "flashcore"; or it is an encoder-decoder in Transformers 5.0.
+        ValueError: the model is not under "flashcore"; or it is an encoder-decoder, in Transformers before 5.17.
         RuntimeError: Transformers has nothing of the name that this hooks into. `generate()` raises it where
             Transformers no longer comes by.
     """

@@ -92,14 +92,14 @@ def on_new_cache(model, name: str, change: Callable | None) -> None:
         name: one of SWITCHES. A `change` of None takes it away, and with the last one every trace of them.
 
     Raises:
-        ValueError: an encoder-decoder, where generate() makes no cache for it.
+        ValueError: an encoder-decoder before Transformers 5.17.
     """
     if change is not None:
-        if compat.FORWARD_MAKES_CACHE and model.config.is_encoder_decoder:
+        if model.config.is_encoder_decoder and not compat.CHANGES_ENCODER_DECODERS:
             raise ValueError(
-                f"in Transformers {compat.transformers.__version__} the forward of an encoder-decoder (such as this "
-                f"{type(model).__name__}) makes its cache, where flashcore cannot change it. Supported are 4.57, 5.4 "
-                "and newer; here it runs with attn_implementation='flashcore' and its own cache"
+                f"the cache of {type(model).__name__}, an encoder-decoder, was to be changed in Transformers "
+                f"{compat.transformers.__version__}. Supported are 5.17 and newer; here it runs with "
+                "attn_implementation='flashcore' and its own cache"
             )
         prepare = StandIn.on(model, PREPARE, PrepareCache)
         prepare.changes[name] = change
