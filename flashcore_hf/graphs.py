@@ -27,6 +27,7 @@ from .cache.switch import converted
 from .compat import CACHE_NAME
 from .decode_graph import DecodeGraph
 from .hooks import did_not_hold, on_new_cache, owner, reached
+from .model_state import ModelState
 from .models import NAME, masks_its_source, takes_key_range
 from .step import DECODER, ENCODER_DECODER, Step, cache_name_in, read_step, unknown_cache_in
 
@@ -122,6 +123,7 @@ class GraphedSteps:
         self.config = decoder_config(model)
         self.names = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER
         self.pads_source = masks_its_source(model)
+        self.state = ModelState(model)
         self.told: set[str] = set()
         self.stock: OrderedDict[tuple, tuple[list, dict]] = OrderedDict()
         self.lock = threading.Lock()
@@ -155,6 +157,7 @@ class GraphedSteps:
         if self.instance_forward is not None:
             model.forward = self.instance_forward
         self.stock.clear()
+        self.state = None
         self.model = None  # caches that are still out do not come back
 
     def step(self, kwargs: dict):
@@ -173,12 +176,14 @@ class GraphedSteps:
         if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():
             return self.original(**kwargs)
         if tokens.shape[1] != 1:
+            self.state.look()
             if self.reason_against(kwargs) is not None or not isinstance(cache, FlashCoreCache) or not cache.ours:
                 return self.original(**kwargs)
             # Steps are what a prompt is for: their kernels are compiled while its own are.
             with steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
                 return self.original(**kwargs)
         if isinstance(cache, FlashCoreCache) and cache.get_seq_length() == 0:  # a prompt of one token
+            self.state.look()
             return self.original(**kwargs)
         step = self.reason_against(kwargs) or read_step(kwargs, name, self.names, self.config.model_type)
         if isinstance(step, Step):
@@ -213,7 +218,7 @@ class GraphedSteps:
         masks = (step.names.mask, "attention_mask" if self.pads_source else None)
         shapes = tuple((name, t.dtype, t.shape[:1] if name in masks else t.shape) for name, t in step.inputs.items())
         source_length = 0 if self.pads_source else step.source_length
-        key = (shapes, source_length, tuple(step.constants.items()), _modes(tokens.device))
+        key = (shapes, source_length, tuple(step.constants.items()), _modes(tokens.device), self.state.current())
         graph = graphs.get(key)
         if isinstance(graph, DecodeGraph) and not (graph.current(step) and graph.holds(step)):
             # All that know the old buffers, and keep them: their memory is free before the next is recorded.
