@@ -15,6 +15,7 @@ except ImportError:
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
+    "CHANGES_ENCODER_DECODERS",
     "FORWARD_MAKES_CACHE",
     "HAS_INTERFACE",
     "VERSION",
@@ -42,6 +43,8 @@ CACHE_NAME = "cache" if _renamed else "past_key_values"
 CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "past_key_values", "cache_params")))
 # Whether generate() leaves it to the first forward to make a DynamicCache: 5.0 does, 5.4 no longer.
 FORWARD_MAKES_CACHE = (5, 0) <= VERSION < (5, 4)
+# Whether an encoder-decoder can be given another cache: older ones read its length on the host, or make it in forward.
+CHANGES_ENCODER_DECODERS = VERSION >= (5, 17)
 
 if VERSION < (4, 40):
     raise ImportError(f"flashcore needs Transformers 4.40 or newer, and this is {transformers.__version__}")

@@ -1,5 +1,6 @@
 """Tests of the adapter: importing it registers the backend for the whole run."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,32 @@ def through_torch(monkeypatch, recwarn):
         monkeypatch.setattr(module, "device_of", lambda device: Device("torch", reason="the test asks for it"))
     yield
     forget_warnings()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A tape in place of CUDA graphs, with a count of "recorded" and "replayed".
+
+    PyTorch serves attention, because the interpreter is slow.
+    """
+    from flashcore_hf import decode_graph, graphs  # they need Transformers 4.57
+
+    from . import tape
+
+    counts = Counter()
+
+    def record(step, device, kept):
+        counts["recorded"] += 1
+        replay, output = tape.record(step, device, kept)
+
+        def counted():
+            counts["replayed"] += 1
+            replay()
+
+        return counted, output
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    monkeypatch.setattr(graphs, "unsupported_device", lambda model: None)
+    for module in (op, run):
+        monkeypatch.setattr(module, "device_of", lambda device: Device("torch", reason="this test is about graphs"))
+    return counts

@@ -16,8 +16,9 @@ if Version(transformers.__version__) < Version("4.57"):
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flashcore_hf.cache.flashcore_cache import FlashCoreCache, use_flashcore_cache
+from flashcore_hf.cache.flashcore_cache import FlashCoreCache
 from flashcore_hf.cache.layer import CROP_TAKES_LENGTH, FIRST_CAPACITY, MARGIN, FlashCoreLayer
+from flashcore_hf.cache.switch import use_flashcore_cache
 
 MODELS = ("llama", "mistral", "gemma3_text")
 
