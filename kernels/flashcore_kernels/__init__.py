@@ -3,6 +3,7 @@
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
 from .device import device_of
+from .document_ranges import make_document_ranges
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
 from .naive import naive_attention
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "attention_with_kv_cache",
     "explain",
+    "make_document_ranges",
     "make_key_range",
     "make_row_ranges",
     "naive_attention",
