@@ -6,6 +6,7 @@ log-sum-exp of -inf (as in FlashAttention-3). Nothing here synchronises with the
 """
 
 from .dense import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from .install import install_as_flash_attn, uninstall_as_flash_attn
 from .kvcache import flash_attn_with_kvcache
 from .padding import (
     index_first_axis,
@@ -26,7 +27,9 @@ __all__ = [
     "flash_attn_with_kvcache",
     "index_first_axis",
     "index_put_first_axis",
+    "install_as_flash_attn",
     "pad_input",
+    "uninstall_as_flash_attn",
     "unpad_input",
     "unpad_input_for_concatenated_sequences",
 ]
