@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from .key_range import UNLIMITED, make_row_ranges
+from .device import device_of, goes_past_dispatcher
+from .key_range import FARTHEST, UNLIMITED, make_row_ranges, rows_shape
 
 
 class Rows(NamedTuple):
@@ -84,8 +85,29 @@ def make_document_ranges(
     right: int = UNLIMITED,
     chunk: int = 0,
 ) -> torch.Tensor:
-    """A KeyRange of the `rows` layout for one packed row of Q queries and K keys; see `document_rows`."""
+    """A KeyRange of the `rows` layout for one packed row of Q queries and K keys, as `document_rows` says.
+
+    In one launch where a kernel of ours can make it, and in some thirty otherwise.
+    """
+    tensors = [cu_queries, first, end, *([] if used_queries is None else [used_queries])]
+    if _in_one_launch(tensors):
+        from .portable.document_ranges_kernel import run_document_ranges  # needs Triton
+
+        rows = torch.empty(rows_shape(1, num_queries, num_keys), dtype=torch.int32, device=cu_queries.device)
+        cu_queries, first, end, *used = (tensor.contiguous() for tensor in tensors)
+        used_queries = used[0] if used else None
+        left, right = min(left, FARTHEST), min(right, FARTHEST)
+        run_document_ranges(rows, num_queries, cu_queries, first, end, used_queries, left, right, min(chunk, FARTHEST))
+        return rows
     rows = document_rows(
         num_queries, cu_queries, first, end, used_queries=used_queries, left=left, right=right, chunk=chunk
     )
     return make_row_ranges(rows.first[None], rows.end[None], num_keys)
+
+
+def _in_one_launch(tensors: list[torch.Tensor]) -> bool:
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return False
+    if any(t.dtype not in (torch.int32, torch.int64) or t.device != tensors[0].device for t in tensors):
+        return False
+    return goes_past_dispatcher(tensors[0]) and device_of(tensors[0].device).kind == "cuda"

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..document_ranges import document_rows, seen_from
+from ..document_ranges import document_rows, make_document_ranges, seen_from
 from ..fallback import note_fallback, torch_attention
 from ..key_range import make_key_range, make_row_ranges
 from ..op import attend, count_path
@@ -87,16 +87,17 @@ def attend_packed(
         out, lse = _nothing_seen(q[None], k[None], v[None])
         return out[0], lse[0]
     num_keys, documents = k.shape[0], cu_queries.shape[0] - 1
-    rows = document_rows(
-        q.shape[0], cu_queries, first, end, used_queries=used_queries, left=options.left, right=options.right,
-        chunk=options.chunk,
-    )  # fmt: skip
-    key_range = make_row_ranges(rows.first[None], rows.end[None], num_keys)
+    pattern = {
+        "used_queries": used_queries, "left": options.left, "right": options.right, "chunk": options.chunk
+    }  # fmt: skip
+    key_range = make_document_ranges(q.shape[0], num_keys, cu_queries, first, end, **pattern)
     bias = None
-    if options.slopes is not None:
-        slopes = _slopes_of(options.slopes, documents, q.shape[1])[rows.document]  # [T, H]
-        bias = _alibi(slopes[None], rows.slot[None], num_keys)
-    q, k, v = _packed_descaled(q, k, v, options, rows.document, first, end)
+    if options.slopes is not None or options.descales != (None, None, None):
+        rows = document_rows(q.shape[0], cu_queries, first, end, **pattern)
+        q, k, v = _packed_descaled(q, k, v, options, rows.document, first)
+        if options.slopes is not None:
+            slopes = _slopes_of(options.slopes, documents, q.shape[1])[rows.document]  # [T, H]
+            bias = _alibi(slopes[None], rows.slot[None], num_keys)
     q, k, v, descales = _one_dtype(q[None], k[None], v[None], options._replace(descales=(None, None, None)))
     qv = None if options.qv is None else options.qv[None]
     out, lse = _run(q, k, v, options._replace(qv=qv), key_range, bias, descales, return_lse)
@@ -173,7 +174,7 @@ def _scale(descale: torch.Tensor | None, shape: tuple[int, int], device) -> torc
     return descale.to(torch.float32).expand(shape).contiguous()
 
 
-def _packed_descaled(q, k, v, options: Options, document, first, end):
+def _packed_descaled(q, k, v, options: Options, document, first):
     """q, k and v of a packed row; those in e4m3 whose documents have scales of their own become bfloat16."""
     q_descale, k_descale, v_descale = options.descales
     if q.dtype == torch.float8_e4m3fn and q_descale is not None:
