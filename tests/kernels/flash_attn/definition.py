@@ -3,23 +3,22 @@
 Written from its docstrings (flash_attn/flash_attn_interface.py, hopper/flash_attn_interface.py), without any of ours.
 """
 
-import math
-
 import torch
 
 
 def seen(num_queries: int, num_keys: int, causal: bool = False, window=(-1, -1), chunk: int = 0) -> torch.Tensor:
     """bool `[Sq, Sk]`: query i stands at key Sk - Sq + i, and sees what these leave."""
-    mask = torch.zeros(num_queries, num_keys, dtype=torch.bool)
-    for i in range(num_queries):
-        at = num_keys - num_queries + i
-        for j in range(num_keys):
-            mask[i, j] = (
-                (not causal or j <= at)
-                and (window[0] < 0 or j >= at - window[0])
-                and (window[1] < 0 or j <= at + window[1])
-                and (chunk == 0 or j // chunk == math.floor(at / chunk))
-            )
+    at = torch.arange(num_queries)[:, None] + num_keys - num_queries
+    key = torch.arange(num_keys)
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    if causal:
+        mask &= key <= at
+    if window[0] >= 0:
+        mask &= key >= at - window[0]
+    if window[1] >= 0:
+        mask &= key <= at + window[1]
+    if chunk:
+        mask &= torch.div(key, chunk, rounding_mode="floor") == torch.div(at, chunk, rounding_mode="floor")
     return mask
 
 
@@ -42,8 +41,9 @@ def attend(q, k, v, *, scale=None, softcap=0.0, slopes=None, qv=None, sinks=None
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         at = torch.arange(num_queries)[:, None] + num_keys - num_queries
-        scores = scores - slopes.to(wide)[:, None, None] * (at - torch.arange(num_keys)).abs()
-    scores = scores.masked_fill(~seen(num_queries, num_keys, **pattern), -torch.inf)
+        distance = (at - torch.arange(num_keys)).abs().to(q.device)
+        scores = scores - slopes.to(wide)[:, None, None] * distance
+    scores = scores.masked_fill(~seen(num_queries, num_keys, **pattern).to(q.device), -torch.inf)
     if sinks is None:
         lse = torch.logsumexp(scores, dim=-1)
     else:

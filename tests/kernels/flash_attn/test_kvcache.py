@@ -23,12 +23,22 @@ class Case:
 
     Attributes:
         past: k and v of each sequence's tokens, `[held, Hkv, D]`.
-        q, k, v: new tokens `[B, NEW, heads, D]`.
+        q, k, v: new tokens `[B, new, heads, D]`.
         caches: `[rows, S, Hkv, D]` or pages.
         arguments: what says where each sequence lies.
     """
 
-    def __init__(self, form: str, held=HELD, leftpad=False, dtype=torch.float64, dims=DIMS, page_size=4):
+    def __init__(
+        self,
+        form: str,
+        held=HELD,
+        leftpad=False,
+        dtype=torch.float64,
+        dims=DIMS,
+        page_size=4,
+        capacity=CAPACITY,
+        new=NEW,
+    ):
         generator = torch.Generator().manual_seed(1)
 
         def normal(*shape):
@@ -38,26 +48,26 @@ class Case:
         self.pad = [2 if leftpad and n > 2 else 0 for n in held]
         self.held, self.form = held, form
         self.past = [[normal(n - pad, HEADS[1], d) for d in dims] for n, pad in zip(held, self.pad)]
-        self.q = normal(batch_size, NEW, HEADS[0], dims[0])
-        self.k, self.v = (normal(batch_size, NEW, HEADS[1], d) for d in dims)
+        self.q = normal(batch_size, new, HEADS[0], dims[0])
+        self.k, self.v = (normal(batch_size, new, HEADS[1], d) for d in dims)
         self.arguments = {"cache_seqlens": torch.tensor(held, dtype=torch.int32)}
         if leftpad:
             self.arguments["cache_leftpad"] = torch.tensor(self.pad, dtype=torch.int32)
         rows = batch_size + 2 if form == "rows" else batch_size
         order = torch.randperm(rows, generator=generator)[:batch_size]
         if form == "pages":
-            blocks = -(-CAPACITY // page_size)
+            blocks = -(-capacity // page_size)
             pages = torch.randperm(batch_size * blocks + 3, generator=generator)
             self.table = pages[: batch_size * blocks].view(batch_size, blocks).to(torch.int32)
             for b, n in enumerate(held):  # blocks that no token needs, now or with the new ones, have no page
-                self.table[b, -(-max(n + NEW, 1) // page_size) :] = -1
+                self.table[b, -(-max(n + new, 1) // page_size) :] = -1
             self.arguments["block_table"] = self.table
             shape = len(pages), page_size
         else:
             self.row = order if form == "rows" else torch.arange(batch_size)
             if form == "rows":
                 self.arguments["cache_batch_idx"] = order.to(torch.int32)
-            shape = rows, CAPACITY
+            shape = rows, capacity
         # A layer of several in one piece of memory: a cache has any strides.
         self.caches = [torch.full((shape[0], 2, shape[1], HEADS[1], d), torch.nan, dtype=dtype)[:, 1] for d in dims]
         for b, tokens in enumerate(self.past):
@@ -67,7 +77,7 @@ class Case:
 
     def place(self, b: int, slot: int) -> tuple[int, int]:
         if self.form == "pages":
-            size = self.caches[0].shape[1] if hasattr(self, "caches") else 4
+            size = self.caches[0].shape[1]
             return int(self.table[b, slot // size]), slot % size
         return int(self.row[b]), slot
 

@@ -32,8 +32,8 @@ def packed(lengths=LENGTHS, heads=(4, 2), dims=(8, 8), dtype=torch.float64, behi
 
 def alone(q, k, v, cu_q, cu_k, used=None, **options):
     """(out `[T, H, Dv]`, lse `[H, T]`) of each sequence by the definition; options may be lists, one of each."""
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=options.get("dtype", torch.float64))
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64)
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2], dtype=options.get("dtype", torch.float64))
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64)
     for b in range(len(cu_q) - 1):
         queries, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         if used is not None:
