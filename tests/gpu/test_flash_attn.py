@@ -145,7 +145,7 @@ def test_caches(form, page_size, new, dtype):
     dtype = DTYPES[dtype]
     for pattern in ("causal", "causal-window"):
         case = Case(
-            form, (300, 0, 411, 5, -1 + 129), True, dtype, (128, 128), page_size or 4, capacity=512, new=new
+            form, (300, 0, 411, 5, 128), True, dtype, (128, 128), page_size or 4, capacity=512, new=new
         ).to("cuda")  # fmt: skip
         pattern = pattern_of(pattern)
         out, lse = strictly(
@@ -174,7 +174,8 @@ def test_one_graph_decodes(form, page_size):
         given = {**case.arguments, "cache_seqlens": lengths}
         return flash_attn_with_kvcache(case.q, *case.caches, case.k, case.v, causal=True, **given)
 
-    step(case, lengths)
+    step(case, lengths)  # a first call may compile
+    step(eager, lengths)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(case, lengths)
@@ -185,10 +186,6 @@ def test_one_graph_decodes(form, page_size):
         graph.replay()
         want = step(eager, now.cuda())
         assert torch.equal(out, want) and (out[1] == 0).all() and (out[0] != 0).any()
-        if form == "pages" and grown + 1 < 3:
-            blocks = -(-(torch.tensor(held) + grown + 2) // page_size)
-            if (case.table[torch.arange(4), blocks - 1] < 0).any():
-                break  # the next token would need a page that the case has not
     for ours, theirs in zip(case.caches, eager.caches):
         assert torch.equal(ours.nan_to_num(9.0), theirs.nan_to_num(9.0))
 
