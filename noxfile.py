@@ -1,4 +1,4 @@
-"""nox -s tests | lint | trl | docker_steps | newest | constraints | full | legacy.
+"""nox -s tests | lint | trl | hub | docker_steps | newest | constraints | full | legacy.
 
 `tests`, `docker_steps` and what `full` begins with have the versions of constraints.txt, which `constraints` writes;
 `newest` has the newest of everything. `full` is the product of versions; it takes hours on a small machine. `legacy` is
@@ -126,6 +126,14 @@ def trl(session: nox.Session) -> None:
     install(session)
     session.install("trl==1.16.0", "peft==0.21.2")
     session.run("python", "-m", "pytest", "tests/hf/trl", "-q", *session.posargs)
+
+
+@nox.session
+def hub(session: nox.Session) -> None:
+    """The kernel for the Hub, by `kernels` and the newest Transformers that takes a published version of it."""
+    install(session)
+    session.install("transformers==5.17.0", "kernels==0.16.2")
+    session.run("python", "-m", "pytest", "tests/test_hub_kernel.py", "-q", *session.posargs)
 
 
 @nox.session

@@ -1,7 +1,7 @@
 """Masks that are made in a layer: of a 2-D padding mask, packed rows, biases, and chosen keys."""
 
 import torch
-from flashcore_kernels import layout_of, make_key_range, make_row_ranges
+from flashcore_kernels import layout_of, make_document_ranges, make_key_range
 
 from .arguments import describe
 
@@ -89,17 +89,7 @@ def document_ranges(
     num_queries: int, num_keys: int, cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, window: int | None
 ) -> torch.Tensor:
     """A range for each query of one packed row; the queries of a document are its last tokens."""
-    cu_q, cu_k = cu_q.to(torch.int64), cu_k.to(torch.int64)
-    token = torch.arange(num_queries, device=cu_q.device)
-    document = torch.searchsorted(cu_q, token, right=True) - 1  # [Q]
-    document = document.clamp(max=cu_q.shape[0] - 2)
-    first, end = cu_k[document], cu_k[document + 1]
-    slot = end - (cu_q[document + 1] - token)  # where in the keys this query stands
-    if window is not None:
-        first, end_window = torch.maximum(first, slot - window + 1), slot + window
-        end = end if causal else torch.minimum(end, end_window)
-    if causal:
-        end = torch.minimum(end, slot + 1)
-    # Tokens behind the last document see nothing.
-    end = torch.where(token < cu_q[-1], end, first)
-    return make_row_ranges(first[None], end[None], num_keys)
+    side = -1 if window is None else window - 1
+    return make_document_ranges(
+        num_queries, num_keys, cu_q, cu_k[:-1], cu_k[1:], left=side, right=0 if causal else side
+    )

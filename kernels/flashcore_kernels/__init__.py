@@ -4,6 +4,7 @@ from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
 from .counting import count_path, path_counts
 from .device import device_of, nobody_listens
+from .document_ranges import make_document_ranges
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
 from .naive import naive_attention
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_with_kv_cache",
     "explain",
+    "make_document_ranges",
     "make_key_range",
     "make_row_ranges",
     "naive_attention",

@@ -66,6 +66,7 @@ def torch_attention(
     # A softmax over no key is NaN, and so are its gradients: such rows look at everything, and are zeroed after.
     empty = ~seen.any(dim=-1, keepdim=True)
     attend = seen | empty
+    query = query.masked_fill(empty, 0.0)
     if problem.mask_kind == "float":
         attend = torch.zeros_like(mask).expand(torch.broadcast_shapes(mask.shape, attend.shape)).masked_fill(
             ~attend, -torch.inf

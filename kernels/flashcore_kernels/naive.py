@@ -51,6 +51,8 @@ def naive_attention(
         key, value = dequantized(key, key_scale, dtype), dequantized(value, value_scale, dtype)
     seen = visible_mask(problem, query.device, key_range, mask)  # [B or 1, H or 1, Q, K]
     key, value = hide_unseen(problem, key.to(dtype), value.to(dtype), seen)
+    # Queries that see nothing may be NaN too, and would be 0 * NaN in key's gradient.
+    query = query.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)
     key = key.repeat_interleave(problem.group, dim=1)  # [B, H, K, D]
     value = value.repeat_interleave(problem.group, dim=1)  # [B, H, K, Dv]
 
