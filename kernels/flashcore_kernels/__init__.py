@@ -2,6 +2,7 @@
 
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
+from .cache.paged import Pages, paged_attention, write_pages
 from .device import device_of
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
@@ -17,14 +18,17 @@ __all__ = [
     "__version__",
     "FlashcoreFallbackWarning",
     "KVCache",
+    "Pages",
     "attention",
     "attention_with_kv_cache",
     "explain",
     "make_key_range",
     "make_row_ranges",
     "naive_attention",
+    "paged_attention",
     "path_counts",
     "write_kv",
+    "write_pages",
     # What adapters use beside these: the public names' insides, which may change with any release.
     "Inputs",
     "Prompt",
