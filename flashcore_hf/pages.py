@@ -4,7 +4,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from flashcore_kernels import Pages, count_path, paged_attention, write_pages
+from flashcore_kernels import Pages, paged_attention, write_pages
 
 # What continuous batching hands to every layer and a call on pages has read, or has no use for.
 READ_FOR_PAGES = frozenset("read_index write_index block_table k_cache v_cache cache".split())
@@ -64,7 +64,6 @@ def attend_pages(
             f"continuous batching keeps the last {ring} keys of this layer, and it asks for attention to "
             f"{sliding_window or 'all of them'}. Call model.set_attn_implementation('sdpa') first"
         )
-    count_path("pages")
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     new = {}
     # In a ring the new keys take the places of keys that the first of several new tokens still see.

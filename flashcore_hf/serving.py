@@ -142,6 +142,7 @@ class Served:
             _take_over_io(io, len(self._groups), width)
         self._take_over_runner(processor.model_runner)
 
+    @torch.compiler.disable  # as the cache's own update is
     def pages(self, layer_idx: int, kwargs: dict) -> PagedCall:
         """Where a layer's keys and values are, in the batch that `kwargs` describes."""
         self.calls += 1
@@ -154,6 +155,7 @@ class Served:
             Pages(key, value, kwargs["block_table"][group], kwargs["cu_seq_lens_q"], lengths, ring), most == 1
         )
 
+    @torch.compiler.disable
     def update(self, key_states, value_states, layer_idx, kwargs):
         """In place of the cache's own: nothing is gathered. Attention writes the new states, which come back as is."""
         kwargs["flashcore_pages"] = self.pages(layer_idx, kwargs)

@@ -198,33 +198,43 @@ def flashcore_paged(
                 if NewK is not None:
                     new_k = NewK + first_token.to(tl.int64) * stride_nkt + kv_head * stride_nkh
                     new_v = NewV + first_token.to(tl.int64) * stride_nvt + kv_head * stride_nvh
-                for split in range(share, used, shares):
-                    acc = tl.zeros([DECODE_M, BLOCK_DV], tl.float32)
-                    m = tl.full([DECODE_M], float("-inf"), tl.float32)
-                    l = tl.zeros([DECODE_M], tl.float32)
-                    n_begin = begin + split * chunk
-                    n_end = tl.minimum(n_begin + chunk, hi)
-                    for n in range(n_begin, n_end, DECODE_N):
-                        acc, m, l = attend_pages(
-                            q, acc, m, l, k_head, v_head, new_k, new_v, table, table_width, num_pages, length - 1,
-                            stride_kp, stride_ks, stride_vp, stride_vs, stride_nkt, stride_nvt, n, lo, n_end, row_lo,
-                            row_hi, row_valid, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D,
-                            BLOCK_DV, DECODE_N, PAGE_SIZE, RING, DECODE_WHOLE, NewK is not None, EXACT, 1, SOFTCAP,
-                        )  # fmt: skip
-                    if MAY_SPLIT and used > 1:
-                        # Behind all of the acc: the maxima and the sums of all rows.
-                        all_rows = num_sequences.to(tl.int64) * num_kv_heads * num_splits * group
-                        stats = Partial + all_rows * BLOCK_DV
-                        line = (head_unit.to(tl.int64) * num_splits + split) * group + r  # [M]
-                        offs_dv = tl.arange(0, BLOCK_DV)
-                        tl.store(Partial + line[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=row_valid[:, None])
-                        tl.store(stats + line * 2, m, mask=row_valid)
-                        tl.store(stats + line * 2 + 1, l, mask=row_valid)
-                    else:
-                        write_tokens(
-                            acc, m, l, Out, Lse, Sinks, ValueScale, kv_head, first_token, r, row_valid, group,
-                            num_tokens, stride_ot, stride_oh, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
-                        )  # fmt: skip
+                acc = tl.zeros([DECODE_M, BLOCK_DV], tl.float32)
+                m = tl.full([DECODE_M], float("-inf"), tl.float32)
+                l = tl.zeros([DECODE_M], tl.float32)
+                # One loop over the blocks of all its chunks, so that copies run ahead across their ends.
+                blocks = tl.cdiv(chunk, DECODE_N)
+                split = share
+                block = 0
+                for _ in range(0, tl.cdiv(used - share, shares) * blocks):
+                    n = begin + split * chunk + block * DECODE_N
+                    n_end = tl.minimum(begin + (split + 1) * chunk, hi)
+                    acc, m, l = attend_pages(
+                        q, acc, m, l, k_head, v_head, new_k, new_v, table, table_width, num_pages, length - 1,
+                        stride_kp, stride_ks, stride_vp, stride_vs, stride_nkt, stride_nvt, n, lo, n_end, row_lo,
+                        row_hi, row_valid, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                        DECODE_N, PAGE_SIZE, RING, DECODE_WHOLE, NewK is not None, EXACT, 1, SOFTCAP,
+                    )  # fmt: skip
+                    block += 1
+                    if MAY_SPLIT:
+                        if (block == blocks) & (used > 1):
+                            # Behind all of the acc: the maxima and the sums of all rows.
+                            all_rows = num_sequences.to(tl.int64) * num_kv_heads * num_splits * group
+                            stats = Partial + all_rows * BLOCK_DV
+                            line = (head_unit.to(tl.int64) * num_splits + split) * group + r  # [M]
+                            rows = Partial + line[:, None] * BLOCK_DV
+                            tl.store(rows + tl.arange(0, BLOCK_DV)[None, :], acc, mask=row_valid[:, None])
+                            tl.store(stats + line * 2, m, mask=row_valid)
+                            tl.store(stats + line * 2 + 1, l, mask=row_valid)
+                            acc = tl.zeros([DECODE_M, BLOCK_DV], tl.float32)
+                            m = tl.full([DECODE_M], float("-inf"), tl.float32)
+                            l = tl.zeros([DECODE_M], tl.float32)
+                            block = 0
+                            split += shares
+                if (not MAY_SPLIT) or used == 1:
+                    write_tokens(
+                        acc, m, l, Out, Lse, Sinks, ValueScale, kv_head, first_token, r, row_valid, group, num_tokens,
+                        stride_ot, stride_oh, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
+                    )  # fmt: skip
                 if MAY_SPLIT and used > 1:
                     stats = Partial + num_sequences.to(tl.int64) * num_kv_heads * num_splits * group * BLOCK_DV
                     # Every thread's stores must stand before the one thread that counts says that they do.
