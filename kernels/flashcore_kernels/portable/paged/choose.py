@@ -91,6 +91,9 @@ def choose_paged(problem: PagedProblem, device: Device) -> PagedConfig:
     options = {"full_columns": (block_d, block_dv) == (problem.head_dim, problem.value_dim), "fp8": problem.fp8}
     decode = row_for("flashcore_decode", device.arch, problem.dtype, largest, **{**options, "fp8": False})
     forward = row_for("flashcore_forward", device.arch, problem.dtype, largest, **options)
+    # On these GPUs other kernels serve what has no pages, whose bits are others anyway. So chunks begin where pages may,
+    # and are long: of a batch most programs then take a sequence each, and hardly any has partial sums to write.
+    long_chunks = device.arch >= 90
     return PagedConfig(
         # One launch has one number of warps: a prompt's tile takes as many rows for each as without pages.
         block_m=max(forward.block_m * decode.num_warps // forward.num_warps, 16),
@@ -100,22 +103,24 @@ def choose_paged(problem: PagedProblem, device: Device) -> PagedConfig:
         block_d=block_d,
         block_dv=block_dv,
         num_warps=decode.num_warps,
-        num_stages=decode.num_stages,
-        min_chunk=decode.min_chunk,
+        # A page is looked up before its keys are: two loads in a row, of which Triton has each run half as far ahead.
+        num_stages=2 * min(decode.num_stages, forward.num_stages) - 1,
+        min_chunk=256 if long_chunks else decode.min_chunk,
         max_chunks=power_of_2_from(-(-decode.chunks // problem.num_kv_heads)),
-        chunk_unit=0,
+        chunk_unit=decode.block_n if long_chunks else 0,
     )
 
 
-# A program that finds nothing to do takes this much less than one that reads keys, and an SM runs some at once.
-PROGRAMS_PER_PROCESSOR = 8
+# Two run on an SM at once, and twice as many even out sequences of different lengths.
+PROGRAMS_PER_PROCESSOR = 4
 
 
 def shares(problem: PagedProblem, config: PagedConfig, device: Device) -> int:
-    """How many programs take the chunks of one sequence in turns.
+    """How many programs take the chunks of one sequence in turns, a power of two.
 
     Enough to fill the GPU, and no more: most programs of short sequences would find nothing to do. It moves no bit.
     """
     units = problem.num_sequences * problem.num_kv_heads * -(-problem.group // config.decode_m)
     most = min(-(-problem.most_keys // config.min_chunk), config.max_chunks)
-    return max(min(-(-device.processors * PROGRAMS_PER_PROCESSOR // units), most), 1)
+    wanted = max(min(device.processors * PROGRAMS_PER_PROCESSOR // units, most), 1)
+    return 1 << (wanted.bit_length() - 1)

@@ -203,9 +203,10 @@ def flashcore_paged(
                 l = tl.zeros([DECODE_M], tl.float32)
                 # One loop over the blocks of all its chunks, so that copies run ahead across their ends.
                 blocks = tl.cdiv(chunk, DECODE_N)
-                split = share
-                block = 0
-                for _ in range(0, tl.cdiv(used - share, shares) * blocks):
+                for i in range(0, tl.cdiv(used - share, shares) * blocks):
+                    # From i alone: what the branch below changes is not known to the copies that run ahead.
+                    split = share + i // blocks * shares
+                    block = i % blocks
                     n = begin + split * chunk + block * DECODE_N
                     n_end = tl.minimum(begin + (split + 1) * chunk, hi)
                     acc, m, l = attend_pages(
@@ -214,9 +215,8 @@ def flashcore_paged(
                         row_hi, row_valid, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
                         DECODE_N, PAGE_SIZE, RING, DECODE_WHOLE, NewK is not None, EXACT, 1, SOFTCAP,
                     )  # fmt: skip
-                    block += 1
                     if MAY_SPLIT:
-                        if (block == blocks) & (used > 1):
+                        if (block == blocks - 1) & (used > 1):
                             # Behind all of the acc: the maxima and the sums of all rows.
                             all_rows = num_sequences.to(tl.int64) * num_kv_heads * num_splits * group
                             stats = Partial + all_rows * BLOCK_DV
@@ -228,8 +228,6 @@ def flashcore_paged(
                             acc = tl.zeros([DECODE_M, BLOCK_DV], tl.float32)
                             m = tl.full([DECODE_M], float("-inf"), tl.float32)
                             l = tl.zeros([DECODE_M], tl.float32)
-                            block = 0
-                            split += shares
                 if (not MAY_SPLIT) or used == 1:
                     write_tokens(
                         acc, m, l, Out, Lse, Sinks, ValueScale, kv_head, first_token, r, row_valid, group, num_tokens,
