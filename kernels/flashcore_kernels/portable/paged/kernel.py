@@ -258,7 +258,7 @@ def flashcore_paged(
             nothing = tl.zeros([DECODE_M], tl.float32)
             write_tokens(
                 tl.zeros([DECODE_M, BLOCK_DV], tl.float32), nothing + float("-inf"), nothing, Out, Lse, Sinks,
-                ValueScale, kv_head, token, r, row_valid & (token < num_tokens), group, num_tokens, stride_ot,
+                ValueScale, kv_head, token, r, row_valid & (token + r * 0 < num_tokens), group, num_tokens, stride_ot,
                 stride_oh, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,
             )  # fmt: skip
     elif PROMPTS:
@@ -277,10 +277,9 @@ def flashcore_paged(
             if s < num_sequences:
                 length = keys_of(Lengths, s, CUMULATIVE)
             start = length - num_queries
-            past = tl.maximum(start, 0)
             first = 0
             if RING > 0:
-                first = tl.maximum((past if NewK is not None else length) - RING, 0)
+                first = tl.maximum((start if NewK is not None else length) - RING, 0)
             r = top_row + tl.arange(0, BLOCK_M)  # [M]
             row_valid = r < num_queries * group
             token = r // group
@@ -327,7 +326,7 @@ def flashcore_paged(
             for n in range(n_begin, hi, BLOCK_N):
                 edge = (n < n_full) | (n >= n_edge)
                 acc, m, l = attend_pages(
-                    q, acc, m, l, k_head, v_head, new_k, new_v, table, table_width, num_pages, past, stride_kp,
+                    q, acc, m, l, k_head, v_head, new_k, new_v, table, table_width, num_pages, start, stride_kp,
                     stride_ks, stride_vp, stride_vs, stride_nkt, stride_nvt, n, lo, hi, row_lo, row_hi, row_valid,
                     score_scale, cap_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
                     RING, WHOLE, NewK is not None, EXACT, 2, SOFTCAP,

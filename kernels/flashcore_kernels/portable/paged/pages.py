@@ -31,7 +31,7 @@ def attend_pages(
     table,  # this sequence's line of the block table
     table_width,
     num_pages,
-    past,  # keys before it are in the pool, where NEW
+    past,  # keys before it are in the pool, where NEW; key past + i is new token i's, for any sign of past
     stride_kp,
     stride_ks,
     stride_vp,
