@@ -91,23 +91,27 @@ def choose_paged(problem: PagedProblem, device: Device) -> PagedConfig:
     options = {"full_columns": (block_d, block_dv) == (problem.head_dim, problem.value_dim), "fp8": problem.fp8}
     decode = row_for("flashcore_decode", device.arch, problem.dtype, largest, **{**options, "fp8": False})
     forward = row_for("flashcore_forward", device.arch, problem.dtype, largest, **options)
-    # On these GPUs other kernels serve what has no pages, whose bits are others anyway. So chunks begin where pages may,
+    # On Hopper other kernels serve what has no pages, whose bits are others anyway. So chunks begin where pages may,
     # and are long: of a batch most programs then take a sequence each, and hardly any has partial sums to write.
-    long_chunks = device.arch >= 90
+    hopper = device.arch == 90
+    num_warps = decode.num_warps
+    if hopper and largest > 128 and problem.dtype.itemsize == 2:
+        num_warps = 8  # with 4 a prompt's tile of 64 rows spills 440 bytes
     return PagedConfig(
-        # One launch has one number of warps: a prompt's tile takes as many rows for each as without pages.
-        block_m=max(forward.block_m * decode.num_warps // forward.num_warps, 16),
+        # One launch has one number of warps: a prompt's tile takes as many rows for each as without pages, but no more
+        # than 64, since addresses of keys take registers here. With 128 rows of head_dim 64 424 bytes spill.
+        block_m=min(max(forward.block_m * num_warps // forward.num_warps, 16), 64),
         block_n=forward.block_n,
         decode_m=min(max(power_of_2_from(problem.group), 16), decode.block_m),
         decode_n=decode.block_n,
         block_d=block_d,
         block_dv=block_dv,
-        num_warps=decode.num_warps,
+        num_warps=num_warps,
         # A page is looked up before its keys are: two loads in a row, of which Triton has each run half as far ahead.
         num_stages=2 * min(decode.num_stages, forward.num_stages) - 1,
-        min_chunk=256 if long_chunks else decode.min_chunk,
+        min_chunk=256 if hopper else decode.min_chunk,
         max_chunks=power_of_2_from(-(-decode.chunks // problem.num_kv_heads)),
-        chunk_unit=decode.block_n if long_chunks else 0,
+        chunk_unit=decode.block_n if hopper else 0,
     )
 
 

@@ -33,13 +33,11 @@ def run_paged(
     group = problem.group
     row_tiles = -(-group // config.decode_m)
     heads = problem.num_sequences * problem.num_kv_heads
-    # A chunk may be cut at a page where keys are seen from the middle of one on: one more.
-    num_splits = most_chunks(problem.most_keys + config.chunk_unit, config.min_chunk, config.max_chunks)
+    num_splits = most_splits(problem, config)
     programs_each = shares(problem, config, device)
     decode_programs = heads * row_tiles * programs_each
-    prompts = problem.max_queries > 1 or problem.num_tokens > problem.num_sequences
     programs = decode_programs
-    if prompts:
+    if has_prompts(problem):
         programs += (problem.num_tokens * group // config.block_m + problem.num_sequences + 1) * problem.num_kv_heads
     may_split = num_splits > 1
     partials = heads * num_splits * group * (config.block_dv + 2) if may_split else 0
@@ -64,21 +62,53 @@ def run_paged(
                 problem.num_tokens, problem.num_sequences, problem.table_width, problem.num_pages, problem.left,
                 problem.right, num_splits, programs_each, decode_programs, *factors,
             ),
-            (
-                problem.head_dim, problem.value_dim, config.block_d, config.block_dv, config.block_m, config.block_n,
-                config.decode_m, config.decode_n, max(min(config.decode_m, 512 // config.block_dv), 1),
-                config.min_chunk, config.max_chunks, config.chunk_unit, may_split, prompts, problem.page_size,
-                problem.ring, _whole(problem, config.block_n),
-                _whole(problem, config.decode_n) and config.chunk_unit % config.decode_n == 0 < config.chunk_unit,
-                problem.cumulative, problem.dtype == torch.float32, problem.softcap > 0.0, problem.has_sinks,
-                lse is not None,
-            ),
+            tuple(kernel_constants(problem, config, lse is not None).values()),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
     except BaseException:
         forget(query.device)
         raise
+
+
+def most_splits(problem: PagedProblem, config: PagedConfig) -> int:
+    """Most chunks of a single token's keys: one more where keys are seen from the middle of a page on."""
+    return most_chunks(problem.most_keys + config.chunk_unit, config.min_chunk, config.max_chunks)
+
+
+def has_prompts(problem: PagedProblem) -> bool:
+    """Whether there are programs for sequences of several queries, and for padding that no sequence stands for."""
+    return problem.max_queries > 1 or problem.num_tokens > problem.num_sequences
+
+
+def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool) -> dict:
+    """The kernel's constexpr parameters, in its order."""
+    aligned = config.chunk_unit > 0 and config.chunk_unit % config.decode_n == 0
+    return {
+        "HEAD_DIM": problem.head_dim,
+        "VALUE_DIM": problem.value_dim,
+        "BLOCK_D": config.block_d,
+        "BLOCK_DV": config.block_dv,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "DECODE_M": config.decode_m,
+        "DECODE_N": config.decode_n,
+        "MERGE_ROWS": max(min(config.decode_m, 512 // config.block_dv), 1),
+        "MIN_CHUNK": config.min_chunk,
+        "MAX_SPLITS": config.max_chunks,
+        "CHUNK_UNIT": config.chunk_unit,
+        "MAY_SPLIT": most_splits(problem, config) > 1,
+        "PROMPTS": has_prompts(problem),
+        "PAGE_SIZE": problem.page_size,
+        "RING": problem.ring,
+        "WHOLE": _whole(problem, config.block_n),
+        "DECODE_WHOLE": aligned and _whole(problem, config.decode_n),
+        "CUMULATIVE": problem.cumulative,
+        "EXACT": problem.dtype == torch.float32,
+        "SOFTCAP": problem.softcap > 0.0,
+        "HAS_SINKS": problem.has_sinks,
+        "HAS_LSE": has_lse,
+    }
 
 
 def _whole(problem: PagedProblem, block_n: int) -> bool:
