@@ -67,6 +67,7 @@ class PagedConfig(NamedTuple):
         decode_m, decode_n: rows and keys of a single token's blocks.
         block_d, block_dv: head_dim and value_dim padded to powers of two.
         num_warps, num_stages: of the launch.
+        decode_stages: in place of num_stages for single tokens.
         min_chunk, max_chunks: least keys of a chunk, most chunks of a single token's keys (a power of two).
         chunk_unit: chunks begin and end at multiples of so many keys; 0: at the first key that is seen.
     """
@@ -79,6 +80,7 @@ class PagedConfig(NamedTuple):
     block_dv: int
     num_warps: int
     num_stages: int
+    decode_stages: int
     min_chunk: int
     max_chunks: int
     chunk_unit: int
@@ -108,7 +110,8 @@ def choose_paged(problem: PagedProblem, device: Device) -> PagedConfig:
         block_dv=block_dv,
         num_warps=num_warps,
         # A page is looked up before its keys are: two loads in a row, of which Triton has each run half as far ahead.
-        num_stages=2 * min(decode.num_stages, forward.num_stages) - 1,
+        num_stages=2 * forward.num_stages - 1,
+        decode_stages=5 if hopper and problem.dtype.itemsize == 2 else 2 * decode.num_stages - 1,
         min_chunk=256 if hopper else decode.min_chunk,
         max_chunks=power_of_2_from(-(-decode.chunks // problem.num_kv_heads)),
         chunk_unit=decode.block_n if hopper else 0,

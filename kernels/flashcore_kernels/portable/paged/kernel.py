@@ -114,6 +114,7 @@ def flashcore_paged(
     BLOCK_N: tl.constexpr,
     DECODE_M: tl.constexpr,  # rows and keys of a single token's
     DECODE_N: tl.constexpr,
+    DECODE_STAGES: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -203,7 +204,7 @@ def flashcore_paged(
                 l = tl.zeros([DECODE_M], tl.float32)
                 # One loop over the blocks of all its chunks, so that copies run ahead across their ends.
                 blocks = tl.cdiv(chunk, DECODE_N)
-                for i in range(0, tl.cdiv(used - share, shares) * blocks):
+                for i in tl.range(0, tl.cdiv(used - share, shares) * blocks, num_stages=DECODE_STAGES):
                     # From i alone: what the branch below changes is not known to the copies that run ahead.
                     split = share + i // blocks * shares
                     block = i % blocks

@@ -93,6 +93,7 @@ def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool) 
         "BLOCK_N": config.block_n,
         "DECODE_M": config.decode_m,
         "DECODE_N": config.decode_n,
+        "DECODE_STAGES": config.decode_stages,
         "MERGE_ROWS": max(min(config.decode_m, 512 // config.block_dv), 1),
         "MIN_CHUNK": config.min_chunk,
         "MAX_SPLITS": config.max_chunks,
