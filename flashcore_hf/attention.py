@@ -15,6 +15,7 @@ from .arguments import describe, refuse_unknown
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
 from .models import is_never_causal, offers_sdpa
+from .pages import READ_FOR_PAGES, PagedCall, attend_pages, call_on_pages
 from .range_mask import RangeMask
 from .stored_fp8 import StoredFp8
 
@@ -40,6 +41,7 @@ def flashcore_attention(
     cu_seq_lens_k: torch.Tensor | None = None,
     head_mask: torch.Tensor | None = None,
     output_attentions: bool | None = None,
+    flashcore_pages: PagedCall | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention for one layer of a Transformers model.
@@ -64,6 +66,8 @@ def flashcore_attention(
         cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, bounds of packed documents in one row.
         head_mask: what each head's weights are multiplied with after the softmax, `[H]`, or `[B or 1, H, Q or 1, 1]`.
         output_attentions: also return the weights, computed exactly by PyTorch for this call.
+        flashcore_pages: where continuous batching keeps this layer's keys and values, if our stand-in for its cache's
+            `update` was called. Transformers before 5.24 leaves that call to attention and hands on `cache`.
 
     Returns:
         output `[B, Q, H, Dv]`, and the weights `[B, H, Q, K]` in query's dtype (after dropout), or None.
@@ -71,9 +75,28 @@ def flashcore_attention(
     Raises:
         ValueError, NotImplementedError: the call asks for something that is not supported; the message says what.
     """
+    if flashcore_pages is None and "cache" in kwargs:
+        layer_idx = getattr(module, "layer_idx", None)
+        flashcore_pages = call_on_pages(
+            kwargs["cache"], layer_idx, {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, **kwargs}
+        )
+    if flashcore_pages is not None:
+        kwargs = {name: argument for name, argument in kwargs.items() if name not in READ_FOR_PAGES}
     refuse_unknown(kwargs)
     query, key, value = _in_model_dtype(module, query, key, value)
     sinks = sinks if s_aux is None else s_aux
+    if flashcore_pages is not None:
+        others = {
+            "attention_mask": attention_mask, "position_bias": position_bias, "indices": indices,
+            "block_indices": block_indices, "head_mask": head_mask, "output_attentions": output_attentions,
+            "dropout": dropout,
+        }  # fmt: skip
+        _refuse_on_pages(others, sinks)
+        output = attend_pages(
+            query, key, value, flashcore_pages, causal=_is_causal(module, is_causal), sliding_window=sliding_window,
+            scaling=scaling, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+        return output, None
     special = sinks, softcap, indices, block_indices, cu_seq_lens_q, head_mask, output_attentions or None
     if as_sdpa.serves(query, key, value, special):
         causal = _is_causal(module, is_causal)
@@ -176,6 +199,20 @@ def _not_a_mask(mask) -> str:
         "added to the scores), and None. A BlockMask is flex_attention's: load this model with "
         "attn_implementation='flex_attention', or pass the mask as a bool tensor [B, 1, Q, K]."
     )
+
+
+def _refuse_on_pages(others: dict, sinks: torch.Tensor | None) -> None:
+    """Raise for what a layer asks beside pages."""
+    asked = [name for name, argument in others.items() if argument is not None and argument is not False]
+    asked = [name for name in asked if name != "dropout" or others[name]]
+    if sinks is not None and sinks.dim() != 1:
+        asked.append("sinks that each query makes")
+    if asked:
+        raise NotImplementedError(
+            f"flashcore got {', '.join(asked)} in continuous batching, where it supports causal attention with "
+            "windows, softcap and a sink a head. Call "
+            "model.set_attn_implementation('sdpa') before model.generate_batch()."
+        )
 
 
 def _head_factor(head_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:

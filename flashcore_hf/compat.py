@@ -22,6 +22,7 @@ __all__ = [
     "MaskCall",
     "PreTrainedModel",
     "attention_registry",
+    "batching_module",
     "continuous_batching",
     "crop_takes_length",
     "initialize_cache_layer",
@@ -85,6 +86,14 @@ def continuous_batching() -> tuple[type, type] | None:
 
     mixins = [base for base in GenerationMixin.__mro__ if "init_continuous_batching" in vars(base)]
     return (mixins[0], module.ContinuousBatchingManager) if mixins else None
+
+
+def batching_module():
+    """Transformers' package for continuous batching (5.17 and newer), its modules imported."""
+    from transformers.generation import continuous_batching as package
+    from transformers.generation.continuous_batching import input_outputs, model_runner  # noqa: F401
+
+    return package
 
 
 class MaskCall(NamedTuple):

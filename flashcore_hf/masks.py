@@ -14,6 +14,7 @@ from flashcore_kernels import device_of, make_key_range, make_row_ranges, make_s
 
 from .compat import MaskCall, mask_call, masking_utils
 from .models import takes_key_range, takes_no_mask, wants_additive_mask
+from .pages import in_batch
 from .range_mask import RangeMask, can_be_made
 
 
@@ -55,6 +56,8 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
         an int32 KeyRange (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]` (a RangeMask, or dense), or for a
         few models the same in floating point, 0 and the lowest number; or None.
     """
+    if in_batch.get():
+        return None  # pages are read by lengths (Transformers 5.24 no longer asks)
     call = mask_call(kwargs)
     mask = _answer(kwargs, call)
     # The last token sees all tokens, causal or not.

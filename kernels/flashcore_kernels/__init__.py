@@ -2,6 +2,7 @@
 
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
+from .cache.paged import Pages, paged_attention, write_pages
 from .counting import count_path, path_counts
 from .device import device_of, nobody_listens
 from .document_ranges import make_document_ranges
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "FlashcoreFallbackWarning",
     "KVCache",
+    "Pages",
     "attention",
     "attention_with_kv_cache",
     "explain",
@@ -26,8 +28,10 @@ __all__ = [
     "make_key_range",
     "make_row_ranges",
     "naive_attention",
+    "paged_attention",
     "path_counts",
     "write_kv",
+    "write_pages",
     # What adapters use beside these: the public names' insides, which may change with any release.
     "Inputs",
     "Prompt",

@@ -169,6 +169,17 @@ def check_problem(
     )
 
 
+def check_options(
+    head_dim: int, is_causal: bool, window: Window, scale: float | None, softcap: float | None
+) -> tuple[int, int, float, float]:
+    """(left, right, scale, softcap) of a call, checked, as a Problem says them.
+
+    Raises:
+        ValueError: names the argument, what it was, and what is accepted.
+    """
+    return *_check_window(window, is_causal), _check_scale(scale, head_dim), _check_softcap(softcap)
+
+
 def with_alignment(problem: Problem, inputs: Inputs) -> Problem:
     """`problem`, its `aligned` filled in from query, key and value, which must not be fakes."""
     return problem._replace(aligned=all(map(_is_aligned, inputs[:3])))
