@@ -58,6 +58,8 @@ class Problem(NamedTuple):
         aligned: whether the rows of query, key and value all start at multiples of 16 bytes. Addresses exist only once
             a call runs, so `check_problem` leaves it False, and `with_alignment` looks.
         fp8: whether key and value are float8_e4m3fn, with a scale for each sequence and KV head.
+        mask_bits: of an element of the mask, 0 without one.
+        mask_rows: whether the mask differs from query to query.
     """
 
     batch_size: int
@@ -80,6 +82,8 @@ class Problem(NamedTuple):
     needs_grad: bool
     aligned: bool = False
     fp8: bool = False
+    mask_bits: int = 0
+    mask_rows: bool = False
 
     @property
     def group(self) -> int:
@@ -162,7 +166,14 @@ def check_problem(
         sinks is not None,
         torch.is_grad_enabled() and any_requires_grad(*inputs),
         fp8=fp8,
+        mask_bits=0 if mask is None else 8 * mask.element_size(),
+        mask_rows=mask is not None and _has_rows(mask),
     )
+
+
+def _has_rows(mask: torch.Tensor) -> bool:
+    """Whether a mask differs from query to query: not where it is broadcast or expanded over them."""
+    return mask.shape[2] > 1 and mask.stride(2) != 0
 
 
 def with_alignment(problem: Problem, inputs: Inputs) -> Problem:
