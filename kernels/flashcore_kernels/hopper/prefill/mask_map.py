@@ -157,10 +157,10 @@ def flashcore_mask_map(
         if FLOAT:
             hides = tl.max(tl.max((there & (seen == 0)).to(tl.int32), axis=1), axis=0)
         at = (bit_rows + block)[:, None] * (BLOCK_N // 32) + word[None, :]
-        tl.store(Bits + at, _bits(seen), mask=(valid & (hides != 0))[:, None])
+        tl.store(Bits + at, _bits(seen), mask=(valid & (rows * 0 + hides != 0))[:, None])
         tl.store(counts + block, count)
         # Written over by the next one where no query sees the block.
-        tl.store(blocks + count, block * FLAGS + read * READ + hides * HIDES + gaps * GAPS + far * FAR_BIAS)
+        tl.store(blocks + count, read * READ + hides * HIDES + gaps * GAPS + far * FAR_BIAS + block * FLAGS)
         count += some
     tl.store(counts + num_blocks, count)
     tl.store(blocks + count, num_blocks * FLAGS)

@@ -163,6 +163,8 @@ def masked(s, ahead, entry, use, tile, call, C: gl.constexpr):
         ahead: what `mask_ahead` loaded.
         use: how many blocks this partition has computed or passed over.
     """
+    BN: gl.constexpr = C.block_n
+    ROWS: gl.constexpr = C.rows
     if C.mask == BOOL:
         if (entry & READ) != 0:
             s = _hide_by_bits(s, ahead)
@@ -173,7 +175,7 @@ def masked(s, ahead, entry, use, tile, call, C: gl.constexpr):
         consumer = tile.r0 // C.rows % C.consumers
         mbarrier.wait(call.barriers.mask_full.index(consumer), use & 1)
         if (entry & READ) != 0:
-            bias = call.buffers.mask.index(consumer).reshape([C.rows, C.block_n]).load(s.type.layout)
+            bias = call.buffers.mask.index(consumer).reshape([ROWS, BN]).load(s.type.layout)
             s = _add(s, bias, entry)
         release(call.barriers.mask_empty.index(consumer))
     return s
@@ -199,10 +201,12 @@ def pass_over_listed_blocks(use, tile, call, C: gl.constexpr):
 @gluon.jit
 def load_mask_tiles(call, b, h, m0, n, use, C: gl.constexpr):
     """The producer's part: copy a block of the bias to each consumer's buffer."""
-    for c in gl.static_range(C.consumers):
+    CONSUMERS: gl.constexpr = C.consumers
+    BYTES: gl.constexpr = 64 * C.block_n * (call.buffers.mask.dtype.primitive_bitwidth // 8)
+    for c in gl.static_range(CONSUMERS):
         mbarrier.wait(call.barriers.mask_empty.index(c), (use & 1) ^ 1)
         full = call.barriers.mask_full.index(c)
-        mbarrier.expect(full, 64 * C.block_n * (call.buffers.mask.dtype.primitive_bitwidth // 8))
+        mbarrier.expect(full, BYTES)
         at = [b * call.mask.bias_b, h * call.mask.bias_h, m0 + c * 64, n]
         tma_load(call.descriptors.mask, at, full, call.buffers.mask.index(c))
 
