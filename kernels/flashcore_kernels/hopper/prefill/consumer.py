@@ -123,7 +123,7 @@ def _probabilities(p, m, l, alpha, to_log2, C: gl.constexpr):
 
 @gluon.jit
 def _to_log2(factors, C: gl.constexpr):
-    """The factor that leaves scores in units of log2: Q K^T, or with softcap its tanh; a bias has them in it already."""
+    """The factor that leaves scores in units of log2: Q K^T, or with softcap its tanh. Beside a bias they are so."""
     if C.mask >= BIAS:
         return 1.0
     else:

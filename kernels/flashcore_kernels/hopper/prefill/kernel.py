@@ -204,8 +204,9 @@ def flashcore_hopper(
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]` come as descriptors of
     the first and of the second tile that a row is cut into. Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`;
     Counter an int32 that is 0, and 0 again at the end. With `C.one_copy` there are no descriptors of Out but its
-    address, its strides and value_dim, these in units of 8 elements. The mask is what `C.mask` says: the descriptor of a
-    bias, or the address of one that all queries share; and of either or of a bool mask the map, see DenseMask.
+    address, its strides and value_dim, these in units of 8 elements. Of a mask, by `C.mask`: a bias's descriptor, or
+    its address where all queries share it; Lines and Bits, its map (or that of a bool mask), and numbers as in
+    DenseMask.
     Grid: as many programs as run at once, or as there are tiles. The launch's warps are those of the first partition of
     consumers; the other partitions add theirs.
     """

@@ -5,8 +5,8 @@ at key 0. What a KeyRange, a window or causal attention leave of them is between
 
 A bool mask comes as bits: 16 bytes hold a row's bits of a block, so a thread loads two vectors of them, and they are on
 their way while the block's scores are computed. A bias comes in tiles of 64 queries by the copy engine, to each
-consumer's own buffer, which is free again as soon as the bias is in the scores; or, where all queries share it, by loads
-of one row.
+consumer's own buffer, which is free again as soon as the bias is in the scores. One that all queries share is loaded
+straight to registers.
 """
 
 from triton.experimental import gluon
@@ -146,13 +146,24 @@ def _hide_by_bits(s, words):
 @gluon.jit
 def _add(s, bias, entry):
     """s + bias, in units of log2, `[rows, N]`; a bias of -inf hides its key, whatever the key holds."""
-    bias = bias.to(gl.float32)
     if (entry & (HIDES | FAR_BIAS)) != 0:
-        low = gl.maximum(bias * LOG2_E, LEAST_BIAS)
-        s = gl.where(bias > float("-inf"), s + low, float("-inf"))
+        seen = bias > float("-inf")
+        s = gl.where(seen, s + gl.maximum(bias.to(gl.float32) * LOG2_E, LEAST_BIAS), float("-inf"))
     else:
-        s = gl.fma(bias, gl.full_like(bias, 0.0) + LOG2_E, s)
+        s = gl.fma(bias.to(gl.float32), gl.full_like(s, 0.0) + LOG2_E, s)
     return s
+
+
+@gluon.jit
+def _add_by_halves(s, bias, entry):
+    """`_add` of a bias in shared memory, one half of the columns after the other: a thread has few registers left."""
+    ROWS: gl.constexpr = s.shape[0]
+    HALF: gl.constexpr = s.shape[1] // 2
+    LAYOUT: gl.constexpr = s.type.layout
+    left, right = gl.split(s.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
+    left = _add(left, bias.slice(0, HALF, dim=1).load(left.type.layout), entry)
+    right = _add(right, bias.slice(HALF, HALF, dim=1).load(right.type.layout), entry)
+    return gl.convert_layout(gl.join(left, right).permute((0, 2, 1)).reshape([ROWS, 2 * HALF]), LAYOUT)
 
 
 @gluon.jit
@@ -175,8 +186,7 @@ def masked(s, ahead, entry, use, tile, call, C: gl.constexpr):
         consumer = tile.r0 // C.rows % C.consumers
         mbarrier.wait(call.barriers.mask_full.index(consumer), use & 1)
         if (entry & READ) != 0:
-            bias = call.buffers.mask.index(consumer).reshape([ROWS, BN]).load(s.type.layout)
-            s = _add(s, bias, entry)
+            s = _add_by_halves(s, call.buffers.mask.index(consumer).reshape([ROWS, BN]), entry)
         release(call.barriers.mask_empty.index(consumer))
     return s
 

@@ -132,9 +132,7 @@ def produce(call, C: gl.constexpr):
                 if C.mask != NO_MASK:
                     by_range = any_key & (gaps == 0)
                     if gaps:
-                        write_left_keys(
-                            buffers.keep, entry, b, h, m0, clean_lo, clean_hi, any_key, bounds, call, BM, C
-                        )
+                        write_left_keys(buffers.keep, entry, b, h, m0, clean_lo, clean_hi, any_key, bounds, call, BM, C)
                 if RANGE > 0:
                     if by_range:
                         write_seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, BM, BN, RANGE)

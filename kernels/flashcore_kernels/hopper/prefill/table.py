@@ -103,6 +103,11 @@ ROWS = (
         "329, 1083",
     ),
     PrefillRow(
+        head_dim=(128, 0), value_dim=(128, 0), consumers=2, block_n=64, stages=3, query_buffers=2,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True, bias_bits=32, masked=True,
+        why="never timed; a bias of 128 queries and 128 keys in fp32 has no room beside K and V",
+    ),
+    PrefillRow(
         head_dim=(128, 64), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=1,
         scores_ahead=True, consumer_registers=240, producer_registers=24, plain=True,
         why="4 % more than not ahead, with short masks 4 % less; 686 TFLOP/s not ahead, 656 where the output took "
