@@ -5,7 +5,7 @@ Checkpointing that selects operators by name looks for "flash_attn", and tells s
 
 import torch
 
-from .choose import fallback_reason
+from .choose import backward_fallback_reason
 from .device import device_of
 from .fallback import note_fallback
 from .problem import Inputs, Problem, check_problem
@@ -53,7 +53,7 @@ def _backward(grad_output, grad_lse, query, key, value, key_range, mask, sinks, 
     problem = check_problem(inputs, scale=scale, softcap=softcap)
     problem = problem._replace(left=window_size_left, right=window_size_right)
     tensors = (inputs, output, lse, grad_output, grad_lse)
-    reason = fallback_reason(problem, device_of(query.device))
+    reason = backward_fallback_reason(problem, device_of(query.device))
     if reason is not None:
         grads = _backward_by_torch(reason, problem, tensors, dropout, sinks_grad, mask_grad)
     elif query.is_cuda and query.device.index != torch.cuda.current_device():

@@ -17,7 +17,9 @@ from .problem import Problem
 FAMILIES = (choose_hopper_decode, choose_hopper_prefill, choose_decode, choose_forward)
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+# Of the backward kernels, and beside keys in fp8.
+MAX_OTHER_HEAD_DIM = 256
 
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
@@ -30,9 +32,25 @@ def fallback_reason(problem: Problem, device: Device) -> str | None:
         return f"the kernels take float16, bfloat16 and float32, not {problem.dtype}"
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.value_dim)}"
+    if problem.fp8 and max(problem.head_dim, problem.value_dim) > MAX_OTHER_HEAD_DIM:
+        return (
+            f"beside keys in fp8 the kernels take head_dim up to {MAX_OTHER_HEAD_DIM}, not "
+            f"{max(problem.head_dim, problem.value_dim)}"
+        )
     if problem.fp8 and device.kind == "cuda" and device.arch < 89:
         return f"keys in fp8 need compute capability 8.9 or newer, this GPU has {device.arch // 10}.{device.arch % 10}"
     return None
+
+
+def backward_fallback_reason(problem: Problem, device: Device) -> str | None:
+    """Why no kernel can serve the backward of this call, or None where one can."""
+    reason = fallback_reason(problem, device)
+    if reason is None and max(problem.head_dim, problem.value_dim) > MAX_OTHER_HEAD_DIM:
+        return (
+            f"the backward kernels take head_dim up to {MAX_OTHER_HEAD_DIM}, not "
+            f"{max(problem.head_dim, problem.value_dim)}"
+        )
+    return reason
 
 
 def choose(problem: Problem, device: Device) -> Plan:
