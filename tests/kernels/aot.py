@@ -39,6 +39,7 @@ FEATURES = {
     "bool-mask-rows": {"range": "rows", "mask": "bool", "lse": True},
     "bias-fp32": {"mask": "float", "mask-dtype": "fp32"},
     "bias-row": {"mask": "float", "shared-by-queries": True},  # one row for all queries
+    "padding-all": {"range": "sequence", "mask": "float", "shared-by-queries": True, "softcap": True, "sinks": True},
 }
 BITS = {"fp16": 16, "bf16": 16, "fp32": 32}
 
@@ -97,6 +98,7 @@ def chosen_plan(variant: Variant):
 
 def source(variant: Variant, config):
     """The ASTSource of the variant, specialised as a launch on aligned tensors would be."""
+    from flashcore_kernels.portable.blocks import mask_number
     from flashcore_kernels.portable.decode import flashcore_decode
     from flashcore_kernels.portable.forward import flashcore_forward
     from triton.compiler import ASTSource
@@ -113,7 +115,7 @@ def source(variant: Variant, config):
         "EXACT": variant.dtype == "fp32",
         "RANGE": (None, "sequence", "rows").index(features.get("range")),
         "HAS_RANGE": "range" in features,
-        "MASK": (None, "bool", "float").index(features.get("mask")),
+        "MASK": mask_number(features.get("mask"), bool(features.get("shared-by-queries"))),
         "HAS_SINKS": bool(features.get("sinks")),
         "SOFTCAP": bool(features.get("softcap")),
         "HAS_LSE": bool(features.get("lse")),
@@ -285,6 +287,8 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
     ):
         head_dim, _, value_dim = size.partition("/")
         if kernel in DECODE and features.startswith("rows") or kernel == "flashcore_decode" and features == "fp8":
+            continue
+        if features == "fp8" and max(map(int, size.split("/"))) > 256:
             continue
         if kernel == "flashcore_hopper_decode" and "mask" in FEATURES[features] or arch < 89 and features == "fp8":
             continue
