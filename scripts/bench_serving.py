@@ -4,8 +4,8 @@ usage: python scripts/bench_serving.py [--json FILE] [--only TEXT ...] [--fa3 FO
 
 Models have random weights, made on the GPU. A backend's first run of a case compiles and records CUDA graphs; it is not
 counted but named ("seconds" is flashcore's). The second has other prompts of the same lengths. sdpa, which is many
-times slower, runs once, on every fourth request. FOLDER holds a module `fa3_interface`, whose `install()` makes Transformers
-find FlashAttention-3, and `peers`, which loads its binaries with `setup(FOLDER)`.
+times slower, runs once, on every fourth request. FOLDER holds a module `fa3_interface`, whose `install()` makes
+Transformers find FlashAttention-3, and `peers`, which loads its binaries with `setup(FOLDER)`.
 
 Kernel rows are microseconds in CUDA graphs: "flashcore" on pages of 256 keys, "without pages" this library's own on
 contiguous keys. Cases that the budget leaves no time for are left out, and say so.

@@ -20,7 +20,9 @@ FAMILIES = (choose_hopper_decode, choose_hopper_prefill, choose_decode, choose_f
 BACKWARD_FAMILIES = (choose_hopper_backward, choose_portable_backward)
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+# Beside keys in fp8.
+MAX_FP8_HEAD_DIM = 256
 
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
@@ -31,6 +33,11 @@ def fallback_reason(problem: Problem, device: Device) -> str | None:
         return f"the kernels take float16, bfloat16 and float32, not {problem.dtype}"
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.value_dim)}"
+    if problem.fp8 and max(problem.head_dim, problem.value_dim) > MAX_FP8_HEAD_DIM:
+        return (
+            f"beside keys in fp8 the kernels take head_dim up to {MAX_FP8_HEAD_DIM}, not "
+            f"{max(problem.head_dim, problem.value_dim)}"
+        )
     if problem.fp8 and device.kind == "cuda" and device.arch < 89:
         return f"keys in fp8 need compute capability 8.9 or newer, this GPU has {device.arch // 10}.{device.arch % 10}"
     return None

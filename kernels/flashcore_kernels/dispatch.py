@@ -37,6 +37,9 @@ def serve(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tensor, ls
     """Launch on the current stream of the current device: write output `[B, H, Q, Dv]` and, where given, lse."""
     from .runtime.launch import run
 
+    fitted = getattr(import_module(LAUNCHES[plan.kernel], __package__), "fitted", None)
+    if inputs.mask is not None and fitted is not None:
+        inputs = fitted(problem, inputs)
     run(make_launch(plan, problem, inputs, output, lse is not None), inputs, output, lse)
 
 

@@ -61,6 +61,8 @@ class Problem(NamedTuple):
         fp8: whether key and value are float8_e4m3fn, with a scale for each sequence and KV head.
         dropout: the probability with which a weight is dropped after the softmax; those that stay are divided by
             1 - dropout.
+        mask_bits: of an element of the mask, 0 without one.
+        mask_rows: whether the mask differs from query to query.
     """
 
     batch_size: int
@@ -83,6 +85,8 @@ class Problem(NamedTuple):
     aligned: bool = False
     fp8: bool = False
     dropout: float = 0.0
+    mask_bits: int = 0
+    mask_rows: bool = False
 
     @property
     def group(self) -> int:
@@ -166,6 +170,8 @@ def check_problem(
         sinks is not None,
         fp8=fp8,
         dropout=_check_dropout(dropout),
+        mask_bits=0 if mask is None else 8 * mask.element_size(),
+        mask_rows=mask is not None and _has_rows(mask),
     )
 
 
@@ -178,6 +184,11 @@ def check_options(
         ValueError: names the argument, what it was, and what is accepted.
     """
     return *_check_window(window, is_causal), _check_scale(scale, head_dim), _check_softcap(softcap)
+
+
+def _has_rows(mask: torch.Tensor) -> bool:
+    """Whether a mask differs from query to query: not where it is broadcast or expanded over them."""
+    return mask.shape[2] > 1 and mask.stride(2) != 0
 
 
 def with_alignment(problem: Problem, inputs: Inputs) -> Problem:

@@ -116,14 +116,24 @@ class TestFallback:
     def test_dtype(self, dtype):
         assert "not torch.float64" in fallback_reason(problem(dtype=dtype), H200)
 
-    @pytest.mark.parametrize("sizes", [(257, 64), (64, 257), (512, 512)], ids=str)
+    @pytest.mark.parametrize("sizes", [(513, 64), (64, 513), (576, 512)], ids=str)
     def test_head_dim(self, sizes):
         assert f"up to {MAX_HEAD_DIM}" in fallback_reason(problem(head_dim=sizes[0], value_dim=sizes[1]), H200)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("head_dim", [1, 16, 40, 256])
+    @pytest.mark.parametrize("head_dim", [1, 16, 40, 256, 257, 512])
     def test_not_otherwise(self, head_dim, dtype):
         assert fallback_reason(problem(head_dim=head_dim, dtype=dtype), H200) is None
+
+    def test_the_backward_and_fp8_have_a_limit_of_their_own(self):
+        for size in (256, 257):
+            sizes = {"head_dim": size, "value_dim": size}
+            backward = backward_fallback_reason(problem(**sizes), H200)
+            fp8 = fallback_reason(problem(**sizes, fp8=True), H200)
+            assert (backward is None, fp8 is None) == (size == 256, size == 256)
+        assert "backward kernels take head_dim up to 256, not 257" in backward
+        assert "up to 256, not 257" in fp8
+        assert "float64" in backward_fallback_reason(problem(dtype=torch.float64), H200)
 
 
 class TestSameForEveryBatch:
@@ -157,5 +167,5 @@ class TestExplain:
         assert "no multiple of 16 bytes" in explain(off, off, off, device=new)
 
     def test_fallback(self):
-        query = torch.zeros(1, 4, 1, 300)
-        assert explain(query, query, query, device=H200).startswith("torch: the kernels take head_dim up to 256")
+        query = torch.zeros(1, 4, 1, 600)
+        assert explain(query, query, query, device=H200).startswith("torch: the kernels take head_dim up to 512")

@@ -75,6 +75,7 @@ PARAMETERS = {
     "query": "Q", "key": "K", "value": "V", "output": "Out", "lse": "Lse", "key_range": "Range", "mask": "Mask",
     "sinks": "Sinks", "key_scale": "KeyScale", "value_scale": "ValueScale", "partials": "Partial", "counters": "Count",
     "philox": "Philox",
+    "mask_lines": "Lines", "mask_bits": "Bits",
 }  # fmt: skip
 
 
@@ -104,7 +105,8 @@ def test_a_launch_has_the_kernels_parameters(kernel):
         elif operand != "absent":
             assert name.startswith(PARAMETERS[operand])
         else:
-            assert name in ("q1_desc", "k1_desc", "v1_desc", "o1_desc", "Out"), "of one tile, written by its descriptor"
+            lacking = ("q1_desc", "k1_desc", "v1_desc", "o1_desc", "Out", "mask_desc", "Bias", "Lines", "Bits")
+            assert name in lacking, "of one tile, written by its descriptor, without a mask"
 
 
 @pytest.mark.parametrize("kernel", ["flashcore_backward", "torch", ""])

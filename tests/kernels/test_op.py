@@ -193,13 +193,13 @@ class TestFallback:
 
     def test_warns_once_for_each_reason(self, device):
         double = build({"causal"}, 5, 9, dtype=torch.float64, device=device)
-        wide = build({"causal"}, 5, 9, head_dim=300, device=device)
+        wide = build({"causal"}, 5, 9, head_dim=600, device=device)
         with pytest.warns(FlashcoreFallbackWarning, match="not torch.float64"):
             double.run()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             double.run()
-        with pytest.warns(FlashcoreFallbackWarning, match="head_dim up to 256, not 300"):
+        with pytest.warns(FlashcoreFallbackWarning, match="head_dim up to 512, not 600"):
             wide.run()
         assert dict(path_counts) == {"torch": 3}
 

@@ -6,7 +6,16 @@ import triton.language as tl
 
 from ..problem import Inputs, Problem
 from ..runtime.launch import Launch
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, mask_strides, normalised, sequence_bounds
+from .blocks import (
+    BITMAP,
+    attend_block,
+    finish_rows,
+    load_tile,
+    mask_number,
+    mask_strides,
+    normalised,
+    sequence_bounds,
+)
 from .choose import ForwardConfig
 from .dropout import drop_threshold, dropout_keys
 
@@ -64,7 +73,7 @@ def flashcore_forward(
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,  # fp32
     RANGE: tl.constexpr,  # 0 none, 1 a line a sequence, 2 a line a query
-    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float; 3 and 4: bool and float, one row for all queries
     HAS_SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -152,7 +161,9 @@ def flashcore_forward(
     k_head = K + b * stride_kb + kv_head * stride_kh
     v_head = V + b * stride_vb + kv_head * stride_vh
     bitmap = Range + b * stride_rb + BITMAP if RANGE == 1 else Range
-    if MASK != 0:
+    if MASK >= 3:
+        bias_rows = Mask + b * stride_mb + h.to(tl.int64) * stride_mh
+    elif MASK != 0:
         bias_rows = Mask + b * stride_mb + h.to(tl.int64) * stride_mh + offs_m.to(tl.int64) * stride_mq  # [M]
     else:
         bias_rows = offs_m
@@ -175,7 +186,7 @@ def flashcore_forward(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
                 bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, drop_0, drop_1, first,
                 drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
-                1, RANGE == 1, MASK, MASK != 0 or RANGE == 2,
+                1, RANGE == 1, MASK, MASK == 1 or MASK == 2 or RANGE == 2,
                 SOFTCAP,
             )  # fmt: skip
     if MASK == 0:
@@ -239,8 +250,8 @@ def make_launch(problem: Problem, config: ForwardConfig, inputs: Inputs, output:
             problem.head_dim, problem.value_dim, config.block_d, config.block_dv, config.block_d1, config.block_dv1,
             config.block_m, config.block_n,
             problem.dtype == torch.float32,
-            (None, "sequence", "rows").index(problem.range_layout), (None, "bool", "float").index(problem.mask_kind),
-            problem.has_sinks, problem.softcap > 0.0, has_lse,
+            (None, "sequence", "rows").index(problem.range_layout),
+            mask_number(problem.mask_kind, not problem.mask_rows), problem.has_sinks, problem.softcap > 0.0, has_lse,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
