@@ -131,7 +131,7 @@ class TestFallback:
             backward = backward_fallback_reason(problem(**sizes), H200)
             fp8 = fallback_reason(problem(**sizes, fp8=True), H200)
             assert (backward is None, fp8 is None) == (size == 256, size == 256)
-        assert "backward kernels take head_dim up to 256, not 257" in backward
+        assert "kernels make those up to head_dim 256, not 257" in backward
         assert "up to 256, not 257" in fp8
         assert "float64" in backward_fallback_reason(problem(dtype=torch.float64), H200)
 

@@ -91,7 +91,7 @@ def attend_pages(
         value_step = 0
     acc, acc1, m, l = attend_block(
         q, q, acc, 0.0, m, l, keys, values, key_step, value_step, n, lo, hi, row_lo, row_hi, table, 0, row_lo,
-        row_valid, 0, score_scale, cap_scale, one, edge, None, None, 0, 0, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N,
-        EXACT, CHECK, False, 0, False, SOFTCAP,
+        row_valid, 0, score_scale, cap_scale, one, edge, None, None, 0, 0, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, 0, 0,
+        BLOCK_N, EXACT, CHECK, False, 0, False, SOFTCAP,
     )  # fmt: skip
     return acc, m, l
