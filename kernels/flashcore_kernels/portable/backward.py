@@ -11,6 +11,7 @@ import triton
 
 from ..problem import LOG2_E, Inputs, Problem
 from ..runtime.launch import launch
+from ..runtime.recording import fresh
 from .backward_key import flashcore_backward_dkdv, flashcore_query_blocks
 from .backward_mask import flashcore_backward_mask
 from .backward_query import flashcore_backward_dq
@@ -86,10 +87,10 @@ def run_backward(
         # Products have to be 0 for the right probabilities, and a factor that can be divided by.
         query, problem = query * 0.0, problem._replace(scale=1.0)
     call = BackwardCall(problem, config, key_range, mask, philox, drop_threshold(dropout), 1.0 / (1.0 - dropout))
-    delta, weight, shift = torch.empty_like(lse), None, lse
+    dq, dk, dv = (fresh(empty_like_heads(t)) for t in (query, key, value))
+    delta, weight, shift = fresh(torch.empty_like(lse)), None, lse
     if problem.mask_kind == "float":
         shift, weight = call.launch_shift(query, key, sinks, lse)
-    dq, dk, dv = (empty_like_heads(t) for t in (query, key, value))
     call.launch_dq(query, key, value, output, grad_output, grad_lse, shift, weight, delta, dq, scale)
     call.launch_dkdv(query, key, value, grad_output, shift, weight, delta, dk, dv, scale)
     dmask = call.launch_mask(query, key, value, grad_output, shift, weight, delta) if mask_grad else None
@@ -194,7 +195,7 @@ class BackwardCall:
         blocks = None
         if problem.range_layout == "rows":
             num_blocks = triton.cdiv(problem.num_queries, row.block_m)
-            blocks = torch.empty(problem.batch_size, num_blocks, 4, dtype=torch.int32, device=query.device)
+            blocks = fresh(torch.empty(problem.batch_size, num_blocks, 4, dtype=torch.int32, device=query.device))
             launch(
                 flashcore_query_blocks, (num_blocks, problem.batch_size), (self.key_range, blocks, *self.range_strides),
                 (problem.num_queries, problem.num_keys), (row.block_m,), num_warps=row.num_warps,

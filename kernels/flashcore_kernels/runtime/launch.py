@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import Inputs
+from .recording import descriptor_on, watcher
 from .workspace import forget, workspace
 
 _compiled: dict[tuple, object] = {}
@@ -44,14 +45,8 @@ class Tile(NamedTuple):
         return cls(operand, type(descriptor), {**vars(descriptor), "base": None})
 
     def on(self, tensor: torch.Tensor):
-        """The descriptor on another tensor of the same shape, strides, dtype and alignment.
-
-        It was validated when it was made, which costs more than all the rest of a launch. Always a new object: another
-        thread may be launching with its own.
-        """
-        descriptor = object.__new__(self.kind)
-        descriptor.__dict__ = {**self.fields, "base": tensor}
-        return descriptor
+        """The descriptor on another tensor of the same shape, strides, dtype and alignment."""
+        return descriptor_on(self.kind, self.fields, tensor)
 
 
 class Launch(NamedTuple):
@@ -209,8 +204,16 @@ def launch(
                     compiled.run  # noqa: B018 - loads it, and has its launcher compiled
                     _compiled[key] = compiled
                 else:
-                    _compiled[key] = kernel[grid](*parameters, **options)
+                    _compiled[key] = compiled = kernel[grid](*parameters, **options)
+                    _tell_watcher(compiled, grid, arguments, (*scalars, *constants))
                 return
     if device.type == "cuda":
         # All parameters, constexprs too: Triton before 3.7 raises without them, 3.8 aborts the process.
         compiled[grid](*parameters)
+        _tell_watcher(compiled, grid, arguments, (*scalars, *constants))
+
+
+def _tell_watcher(compiled, grid: tuple[int, int, int], arguments: tuple, rest: tuple) -> None:
+    watched = watcher()
+    if watched is not None:
+        watched.add_launch(*launcher(compiled), grid, arguments, rest)

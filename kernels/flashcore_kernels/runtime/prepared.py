@@ -27,21 +27,31 @@ def find(inputs: Inputs, options: tuple) -> tuple[tuple | None, tuple[str, Calla
     The signature is what decides how a call is served; None where it has to go through torch's dispatcher or needs
     gradients. There is no mask and no dropout.
     """
-    query, key, value, key_range, _, sinks, key_scale, value_scale, _ = inputs
     try:
-        if not goes_past_dispatcher(query) or (_is_grad_enabled() and any_requires_grad(*inputs)):
+        if not goes_past_dispatcher(inputs.query) or (_is_grad_enabled() and any_requires_grad(*inputs)):
             return None, None
-        signature = (
-            query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
-            query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
-            (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16,
-            None if key_range is None else _looks(key_range), None if sinks is None else _looks(sinks),
-            None if key_scale is None else _looks(key_scale), None if value_scale is None else _looks(value_scale),
-            options,
-        )  # fmt: skip
+        signature = signature_of(inputs, options)
         return signature, _calls.get(signature)
     except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
         return None, None
+
+
+def find_by(signature: tuple) -> tuple[str, Callable] | None:
+    """The kernel's name and the function for calls of this signature, if one like it was made before."""
+    return _calls.get(signature)
+
+
+def signature_of(inputs: Inputs, options: tuple) -> tuple:
+    """All that checks and choices look at; there is no mask."""
+    query, key, value, key_range, _, sinks, key_scale, value_scale, _ = inputs
+    return (
+        query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
+        query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+        (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16,
+        None if key_range is None else _looks(key_range), None if sinks is None else _looks(sinks),
+        None if key_scale is None else _looks(key_scale), None if value_scale is None else _looks(value_scale),
+        options,
+    )  # fmt: skip
 
 
 def _looks(tensor: torch.Tensor) -> tuple:

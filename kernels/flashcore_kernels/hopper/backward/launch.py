@@ -4,6 +4,7 @@ import torch
 
 from ...problem import LOG2_E, Inputs, Problem
 from ...runtime.launch import launch
+from ...runtime.recording import fresh
 from ...runtime.workspace import forget, workspace
 from ..descriptors import descriptor
 from ..schedule import heads_in_section
@@ -57,9 +58,9 @@ def run_backward(
     lse = lse.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.float().contiguous()
-    grad_query, grad_key, grad_value = map(empty_like_heads, (query, key, value))
+    grad_query, grad_key, grad_value = (fresh(empty_like_heads(t)) for t in (query, key, value))
     heads = problem.batch_size * problem.num_heads
-    rows = query.new_empty(2, heads, places_of(problem, config.row), dtype=torch.float32)
+    rows = fresh(query.new_empty(2, heads, places_of(problem, config.row), dtype=torch.float32))
     try:
         _, counter = workspace(0, 1, query.device)
         launch_rows(problem, config, inputs, output, lse, grad_output, grad_lse, rows)

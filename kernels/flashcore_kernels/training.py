@@ -1,0 +1,128 @@
+"""Training in plain eager code: forward and backward by launches alone.
+
+Through torch's dispatcher an operator and its backward cost Python most of a millisecond, more than the attention of a
+layer of BERT takes the GPU. Wherever somebody listens (torch.compile, modes such as selective checkpointing's, function
+transforms) the operators of `autograd` are called instead; the kernels, and so the bits, are the same.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .autograd import draw_philox
+from .choose import backward_fallback_reason, choose, choose_backward
+from .counting import count_path
+from .device import device_of, goes_past_dispatcher
+from .dispatch import serve_backward
+from .problem import Inputs, Window, any_requires_grad, check_problem, with_alignment
+from .run import first_of_its_kind
+from .runtime.prepared import MOST, find_by, signature_of
+from .runtime.recording import recording
+
+# Signatures of calls that were served here -> (left, right, scale, softcap, dropout).
+_numbers: dict[tuple, tuple] = {}
+# Signatures of backwards -> the kernel's name, and the function that makes its launches again.
+_backwards: dict[tuple, tuple[str, Callable]] = {}
+
+
+def attend_in_training(
+    inputs: Inputs,
+    is_causal: bool,
+    window: Window,
+    scale: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`op.attend` of a call without a mask that wants gradients: (output `[B, Q, H, Dv]`, lse `[B, H, Q]`).
+
+    None where it has to go through the dispatcher, or to PyTorch, or wants no gradient.
+    """
+    query = inputs.query
+    try:
+        if not (torch.is_grad_enabled() and any_requires_grad(*inputs) and goes_past_dispatcher(query)):
+            return None
+        signature = signature_of(inputs, (is_causal, window, scale, softcap, True, dropout))
+    except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
+        return None
+    numbers, problem = _numbers.get(signature), None
+    if numbers is None:
+        problem = with_alignment(check_problem(inputs, is_causal, window, scale, softcap, dropout), inputs)
+        served = backward_fallback_reason(problem, device_of(query.device)) is None
+        if not served or problem.scale <= 0.0 or any(t.stride(3) != 1 for t in inputs[:3]):
+            return None
+        numbers = problem.left, problem.right, problem.scale, problem.softcap, problem.dropout
+        if len(_numbers) >= MOST:
+            _numbers.clear()
+        _numbers[signature] = numbers
+    philox = draw_philox(query.device) if dropout else None
+    return _Attention.apply(*inputs[:4], inputs.sinks, philox, signature, numbers, problem)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, key_range, sinks, philox, signature, numbers, problem):
+        inputs = Inputs(query, key, value, key_range, None, sinks, philox=philox)
+        known = find_by(signature)
+        if known is None:
+            left, right, scale, softcap, dropout = numbers
+            if problem is None:  # another call of its kind was checked, and its kernel forgotten
+                problem = with_alignment(check_problem(inputs, scale=scale, softcap=softcap, dropout=dropout), inputs)
+                problem = problem._replace(left=left, right=right)
+            plan = choose(problem, device_of(query.device))
+            count_path(plan.kernel)
+            output, lse = first_of_its_kind(signature, plan, problem, inputs, True)
+        else:
+            count_path(known[0])
+            output, lse = known[1](inputs)
+        ctx.save_for_backward(query, key, value, key_range, sinks, output, lse, philox)
+        ctx.signature, ctx.numbers = signature, numbers
+        # A gradient that nobody has stays None: delta then needs no pass over zeros.
+        ctx.set_materialize_grads(False)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_lse):
+        query, key, value, key_range, sinks, output, lse, philox = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        sinks_grad = ctx.needs_input_grad[4]
+        # Whoever kept tensors elsewhere meanwhile (on the CPU, say) may bring them back in another layout.
+        given = (
+            query, key, value, key_range, sinks, output.transpose(1, 2), lse, grad_output.transpose(1, 2), grad_lse,
+            philox,
+        )  # fmt: skip
+        if torch.is_grad_enabled() or not goes_past_dispatcher(grad_output):
+            dq, dk, dv, dsinks, _ = torch.ops.flashcore.flash_attn_bwd(
+                given[7], grad_lse, query, key, value, key_range, None, sinks, given[5], lse, *ctx.numbers, philox,
+                sinks_grad, False,
+            )  # fmt: skip
+        else:
+            dq, dk, dv, dsinks = _backward(ctx.signature, ctx.numbers, given, sinks_grad)
+        return dq, dk, dv, None, dsinks if sinks_grad else None, None, None, None, None
+
+
+def _backward(signature: tuple, numbers: tuple, given: tuple, sinks_grad: bool) -> tuple:
+    """(dq, dk, dv, dsinks) of what a call was given, by launches that were made before where that can be."""
+    layout = tuple(
+        None if t is None else (t.stride(), t.data_ptr() % 16 if position != 3 else 0, t.dtype)
+        for position, t in enumerate(given)
+    )
+    known = None if sinks_grad else _backwards.get((signature, layout))
+    if known is not None:
+        count_path(known[0])
+        return (*known[1](given)[:3], None)
+    query, key, value, key_range, sinks, output, lse, grad_output, grad_lse, philox = given
+    inputs = Inputs(query, key, value, key_range, None, sinks, philox=philox)
+    left, right, scale, softcap, dropout = numbers
+    problem = check_problem(inputs, scale=scale, softcap=softcap, dropout=dropout)._replace(left=left, right=right)
+    plan = choose_backward(problem, device_of(query.device))
+    count_path(plan.kernel)
+    with recording(given) as watched:
+        dq, dk, dv, dsinks, _ = serve_backward(
+            plan, problem, inputs, output, lse, grad_output, grad_lse, sinks_grad=sinks_grad, mask_grad=False
+        )
+    if watched.complete and not sinks_grad:
+        if len(_backwards) >= MOST:
+            _backwards.clear()
+        _backwards[signature, layout] = plan.kernel, watched.repeat()
+    return dq, dk, dv, dsinks
