@@ -98,9 +98,13 @@ def can_be_made() -> bool:
 
     Those get the dense mask: what they record must hold the operators that make it, or gradients.
     """
+    return not torch.is_grad_enabled() and nobody_traces()
+
+
+def nobody_traces() -> bool:
+    """Whether operators run at once: no tracer, mode or transform."""
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()
