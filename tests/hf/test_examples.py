@@ -9,6 +9,7 @@ from packaging.version import Version
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+TRAIN = {"finetune_lora"}  # PyTorch may serve what wants gradients
 
 
 def example(name: str):
@@ -32,6 +33,12 @@ def example(name: str):
             marks=pytest.mark.skipif(Version(transformers.__version__) < Version("4.57"), reason="needs 4.57"),
         ),
         ("kernel_alone", ["--steps", "3"], "flashcore_decode"),
+        pytest.param(
+            "finetune_lora",
+            ["--epochs", "2", "--checkpointing"],
+            "learned: True",
+            marks=pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs PEFT"),
+        ),
     ],
 )
 def test_example(name, argv, says, capsys, paths, monkeypatch):
@@ -42,7 +49,8 @@ def test_example(name, argv, says, capsys, paths, monkeypatch):
     assert not logged
     said = capsys.readouterr().out
     assert says in said and "False" not in said
-    assert paths and set(paths) <= {"flashcore_forward", "flashcore_decode"}
+    served = {"flashcore_forward", "flashcore_decode"} | ({"torch"} if name in TRAIN else set())
+    assert paths and set(paths) <= served
 
 
 def test_every_example_is_run():
