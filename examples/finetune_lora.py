@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(0)
     model, tokenizer = load(arguments.model)
+    model.config.use_cache = False  # nothing is generated
     if arguments.checkpointing:
         # The newer name of it is Transformers 5.24's.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
