@@ -125,7 +125,7 @@ def trl(session: nox.Session) -> None:
     """TRL's trainers on tiny models, beside `sdpa`; elsewhere these tests are skipped."""
     install(session)
     session.install("trl==1.16.0", "peft==0.21.2")
-    session.run("python", "-m", "pytest", "tests/hf/trl", "-q", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/hf/trl", "tests/hf/test_examples.py", "-q", *session.posargs)
 
 
 @nox.session

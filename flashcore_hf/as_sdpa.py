@@ -12,7 +12,7 @@ from flashcore_kernels import count_path, device_of, nobody_listens, note_fallba
 
 from .compat import attention_registry
 from .layer_masks import add_bias, fit_mask
-from .masks import what_sdpa_gets
+from .masks import is_left_out
 from .range_mask import RangeMask
 
 
@@ -58,15 +58,12 @@ def attend_as_sdpa(
     elif not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return None
     else:
-        found = what_sdpa_gets(mask, num_queries, num_keys)
-        if found is not None and found[0] is None and found[1] and not causal:
+        left_out, left_out_causal = is_left_out(mask, num_queries, num_keys)
+        if left_out and left_out_causal and not causal:
             return None  # a layer that is not causal under a causal mask: what it sees depends on its model
-        if found is not None:
-            mask, causal = found
-        elif mask.dtype == torch.int32:
+        if not left_out and (mask.dtype == torch.int32 or isinstance(mask, RangeMask)):
             return None
-        else:
-            mask, causal = mask.dense() if isinstance(mask, RangeMask) else mask, False
+        mask, causal = (None, left_out_causal) if left_out else (mask, False)
     if position_bias is not None:
         if causal and num_queries > 1:
             return None

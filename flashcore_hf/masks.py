@@ -62,25 +62,17 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
     mask = _answer(kwargs, call)
     # The last token sees all tokens, causal or not.
     causal_may_be_left_out = call.num_queries > 1 and kwargs.get("allow_is_causal_skip", True)
-    by_torch = call.num_queries > 1 and _torch_computes(call)
-    if mask is not None and (causal_may_be_left_out or by_torch) and not torch.compiler.is_compiling():
+    if mask is not None and causal_may_be_left_out and not torch.compiler.is_compiling():
         _keep_request(mask, kwargs)
     return mask
 
 
-def _torch_computes(call: MaskCall) -> bool:
-    """Whether these masks are for a CPU that no kernel runs on: their values cost no wait."""
-    return call.device.type == "cpu" and device_of(call.device).kind == "torch" and not torch.compiler.is_compiling()
-
-
 def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
     handed_on = takes_key_range(kwargs.get("config"))
-    pattern = recognise(kwargs) if handed_on or _range_mask_may_serve(kwargs) else None
-    if pattern is not None and call.num_queries == 1 and _torch_computes(call):
-        # What `sdpa` gets is a row a sequence, or for all keys nothing.
-        if handed_on and _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
-            return None
-        pattern = None
+    by_torch = _torch_computes(call) and _range_mask_may_serve(kwargs)
+    pattern = recognise(kwargs) if handed_on or by_torch or _range_mask_may_serve(kwargs) and can_be_made() else None
+    if by_torch and pattern is not None:
+        return _answer_as_sdpa(kwargs, call, pattern, handed_on)
     if pattern is not None:
         every_slot_filled = kwargs.get("allow_is_causal_skip", True)
         if handed_on and _sees_every_key(call, pattern, every_slot_filled):
@@ -100,10 +92,54 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
     return masking_utils.sdpa_mask(**whole)
 
 
+def _torch_computes(call: MaskCall) -> bool:
+    """Whether these masks are for a CPU that no kernel runs on, operator by operator: their values cost no wait."""
+    return call.device.type == "cpu" and can_be_made() and device_of(call.device).kind == "torch"
+
+
+# How many queries and keys a mask was for that `sdpa` leaves out, and whether what it leaves out is causal.
+_LEFT_OUT_FOR = "_flashcore_left_out_for"
+
+
+def _answer_as_sdpa(kwargs: dict, call: MaskCall, pattern: Pattern, handed_on: bool) -> torch.Tensor | None:
+    """The dense mask that `sdpa` gets; where it gets none, the same mask as ever, with a note that says so.
+
+    None alone would not do: layers would take it for causal or for everything, as they are themselves.
+    """
+    mask = masking_utils.sdpa_mask(**kwargs)
+    if mask is not None:
+        return mask
+    if handed_on and _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
+        return None
+    mask = _key_range(call, pattern) if handed_on else None
+    if mask is None:
+        mask = masking_utils.sdpa_mask(
+            **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        )
+    setattr(mask, _LEFT_OUT_FOR, (call.num_queries, call.num_keys, pattern.right == 0, _writes(mask)))
+    return mask
+
+
+def is_left_out(mask: torch.Tensor, num_queries: int, num_keys: int) -> tuple[bool, bool]:
+    """(whether `sdpa` gets no mask in place of this one, whether query i then sees the first i + 1 keys, or all).
+
+    Never where it was made for others than Q queries and K keys, or was written in since.
+    """
+    *made_for, causal, writes = getattr(mask, _LEFT_OUT_FOR, (0, 0, False, 0))
+    return made_for == [num_queries, num_keys] and writes == _writes(mask) >= 0, causal
+
+
+def _writes(mask: torch.Tensor) -> int:
+    """How often a mask was written in place; -1 where nobody counts. Nobody writes in a KeyRange."""
+    if mask.dtype == torch.int32:
+        return 0
+    return -1 if mask.is_inference() else mask._version
+
+
 def _range_mask_may_serve(kwargs: dict) -> bool:
     """Whether a model that may read its mask can do so: not one that wants another length or dtype (see models)."""
     config = kwargs.get("config")
-    return can_be_made() and not (takes_no_mask(config) or wants_additive_mask(config))
+    return not (takes_no_mask(config) or wants_additive_mask(config))
 
 
 def _key_range(call: MaskCall, pattern: Pattern) -> torch.Tensor | None:
@@ -117,9 +153,8 @@ def _key_range(call: MaskCall, pattern: Pattern) -> torch.Tensor | None:
     )  # fmt: skip
 
 
-# Where a mask keeps what was asked for, until a layer wants to know what `sdpa` would have made.
+# Where a mask keeps what was asked for, until a layer that is not causal wants to know what `sdpa` would have made.
 _REQUEST = "_flashcore_request"
-_ANSWER = "_flashcore_answer"
 _LEFT_OUT = "_flashcore_left_out"
 
 
@@ -128,38 +163,6 @@ def _keep_request(mask: torch.Tensor, kwargs: dict) -> None:
         # The cache's own counter, perhaps, which this forward advances.
         kwargs = {**kwargs, "q_offset": kwargs["q_offset"].clone()}
     setattr(mask, _REQUEST, kwargs)
-
-
-def what_sdpa_gets(mask: torch.Tensor, num_queries: int, num_keys: int) -> tuple[torch.Tensor | None, bool] | None:
-    """(bool `[B, 1, Q, K]` or None, causal): what `sdpa` would be told in place of this mask; made once a mask.
-
-    Where there is no dense mask, `causal` says whether query i sees the first i + 1 keys, or all. None where this is
-    not the mask function's answer for Q queries and K keys, as it was.
-    """
-    if isinstance(mask, RangeMask):
-        unread = not mask.is_read()
-    else:
-        unread = mask.dtype == torch.int32 or (mask.dtype == torch.bool and _version(mask) == 0)
-    if not unread or not hasattr(mask, _REQUEST):
-        return None
-    if not hasattr(mask, _ANSWER):
-        setattr(mask, _ANSWER, _asked_of_sdpa(getattr(mask, _REQUEST)))
-    sizes, answer = getattr(mask, _ANSWER)
-    return answer if sizes == (num_queries, num_keys) else None
-
-
-def _asked_of_sdpa(kwargs: dict) -> tuple[tuple[int, int], tuple[torch.Tensor | None, bool] | None]:
-    call, pattern = mask_call(kwargs), recognise(kwargs)
-    sizes = call.num_queries, call.num_keys
-    if pattern is None:
-        return sizes, None
-    mask = masking_utils.sdpa_mask(**kwargs)
-    return sizes, (mask, mask is None and pattern.right == 0)
-
-
-def _version(mask: torch.Tensor) -> int:
-    """How often a tensor was written in place; -1 where nobody counts."""
-    return -1 if mask.is_inference() else mask._version
 
 
 def sdpa_would_leave_out(mask: torch.Tensor) -> bool:

@@ -99,7 +99,7 @@ class RangeMask(torch.Tensor):
 def can_be_made() -> bool:
     """Whether a RangeMask made now meets operators that run at once, and not a tracer, a mode or a transform.
 
-    Those get the dense mask: what they record must hold the operators that make it, or gradients.
+    Those get the dense mask: what they record must hold the operators that make it.
     """
     return not (
         torch.compiler.is_compiling()

@@ -60,7 +60,8 @@ def make(case: Case, device: str, dtype: torch.dtype, tiny: bool) -> tuple[torch
     with torch.device(device):
         model = model_class._from_config(config, dtype=dtype, attn_implementation="eager")
     if case.checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # 5.24's name
+        enable({"use_reentrant": False})
     batch = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in case.batch(config, batch_size, length).items()

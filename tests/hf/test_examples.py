@@ -1,6 +1,7 @@
 """Each example runs as it stands, with its small default model, and says what it promises."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from packaging.version import Version
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+TRAIN = {"finetune_lora"}
 
 
 def example(name: str):
@@ -38,17 +40,27 @@ def example(name: str):
             "the same alone: True",
             marks=pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="needs 5.17"),
         ),
+        pytest.param(
+            "finetune_lora",
+            ["--epochs", "2", "--checkpointing"],
+            "learned: True",
+            marks=pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs PEFT"),
+        ),
     ],
 )
 def test_example(name, argv, says, capsys, paths, monkeypatch):
     """Without asking Transformers for anything that it calls deprecated, in a warning or in its log."""
+    if name in TRAIN:  # it is PEFT that asks
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     logged = []
     monkeypatch.setattr(transformers.logging.get_logger("transformers.utils.generic"), "warning_once", logged.append)
     example(name).main(argv)
     assert not logged
     said = capsys.readouterr().out
     assert says in said and "False" not in said
-    assert paths and set(paths) <= {"flashcore_forward", "flashcore_decode", "flashcore_paged"}
+    served = {"flashcore_forward", "flashcore_decode", "flashcore_paged"}
+    served |= {"flashcore_backward"} if name in TRAIN else set()
+    assert paths and set(paths) <= served
 
 
 def test_every_example_is_run():
