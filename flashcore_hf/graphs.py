@@ -91,6 +91,17 @@ def unsupported_device(model) -> str | None:
     return None
 
 
+def unsupported_weights(model) -> str | None:
+    """Why no graph can be recorded with the weights that `model` has, or None."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt" and module.state.threshold > 0:
+            return (
+                "bitsandbytes looks for outliers on the host in each of its 8-bit layers; without that, with "
+                "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), graphs can be recorded, as with 4 bits"
+            )
+    return None
+
+
 def decoder_config(model):
     """The config of the part of a model that generates."""
     return model.config.get_text_config(decoder=True) if getattr(model.config, "sub_configs", None) else model.config
@@ -119,7 +130,7 @@ class GraphedSteps:
         self.model = model
         self.instance_forward = vars(model).get("forward")  # accelerate puts one there, for instance
         self.original = original = model.forward
-        self.device_reason = unsupported_device(model)
+        self.refusal = unsupported_device(model) or unsupported_weights(model)
         self.config = decoder_config(model)
         self.names = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER
         self.pads_source = masks_its_source(model)
@@ -139,7 +150,7 @@ class GraphedSteps:
 
         forward.graphed_steps = self
         model.forward = forward
-        if self.device_reason is None:
+        if self.refusal is None:
             begin_compiling(next(model.parameters()).device, prompt_of(model))
         on_new_cache(model, "graphs", self.new_cache)
 
@@ -196,8 +207,8 @@ class GraphedSteps:
 
     def reason_against(self, kwargs: dict) -> str | None:
         """Why no decode step of this model can be recorded now, or None."""
-        if self.device_reason is not None:
-            return self.device_reason
+        if self.refusal is not None:
+            return self.refusal
         if self.model.training:
             return "the model is in training mode"
         if self.config._attn_implementation != NAME:
@@ -257,7 +268,7 @@ class GraphedSteps:
         """
         cache = converted(cache)
         own, source = parts = halves(cache)
-        if not isinstance(own, FlashCoreCache) or self.device_reason:
+        if not isinstance(own, FlashCoreCache) or self.refusal:
             return cache
         parts = [part for part in parts if part is not None]
         if not all(part.layers and part.ours for part in parts):
