@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         from .environment import main as env
 
         return env()
-    _interpret_without_gpu(arguments.device, argv)
+    if arguments.command == "parity" or arguments.device is not None:
+        _interpret_without_gpu(arguments.device, argv)
     try:
         if arguments.command == "warm":
             from .warm import main as command

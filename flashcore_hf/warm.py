@@ -51,7 +51,10 @@ FP8_WAYS = (Way("graphed, an fp8 cache", 2, True, True), Way("an fp8 cache", 2, 
 
 def main(arguments) -> int:
     """Run the command; returns its exit status."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.device is None and not torch.cuda.is_available():
+        print("There is no GPU here, so nothing would be compiled; --device cpu runs the ways all the same.")
+        return 1
+    device = arguments.device or "cuda"
     ways = WAYS + (FP8_WAYS if arguments.fp8 else ())
     before, began = kernels_on_disk(), time.perf_counter()
     print(f"{arguments.model}: {len(ways)} ways to generate, {min(arguments.jobs, len(ways))} at once", flush=True)

@@ -44,8 +44,7 @@ def test_command(tmp_path, capfd, monkeypatch):
     """In a process of its own, which tells what went wrong in it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(warm, "WAYS", warm.WAYS[:1])
-    _, model = model_pair("llama")
-    model.config.save_pretrained(tmp_path)
+    tiny_config("llama", num_hidden_layers=1).save_pretrained(tmp_path)
     arguments = parser().parse_args(["warm", "--model", str(tmp_path), "--device", "cpu", "--jobs", "2"])
     assert warm.main(arguments) == 0
     printed = capfd.readouterr().out
@@ -56,6 +55,9 @@ def test_command(tmp_path, capfd, monkeypatch):
     assert "[1/1]" in (printed := capfd.readouterr().out) and "failed: ValueError" in printed
 
 
-def test_a_model_must_be_named():
+def test_what_cannot_be_warmed(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["warm"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["warm", "--model", "some"]) == 1
+    assert "no GPU" in capsys.readouterr().out
