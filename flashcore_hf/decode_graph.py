@@ -55,6 +55,8 @@ class DecodeGraph:
 
     def __init__(self, forward: Callable, step: Step, pads_source: bool):
         self.buffers = _buffers(step)
+        self.slots = step.layers[0].capacity if len({layer.capacity for layer in step.layers}) == 1 else 0
+        self.slides = any(layer.is_sliding for layer in step.layers)
         self.pads_source = pads_source
         self.masks = {step.names.mask, "attention_mask"} if pads_source else {step.names.mask}
         tokens, cache = step.inputs[step.names.tokens], step.cache
@@ -100,7 +102,7 @@ class DecodeGraph:
             return fill(tokens.shape[0], width, dtype=torch.bool, device=tokens.device)
 
         self.mask_widths = dict.fromkeys(self.masks, 0)
-        slots, mask = max(layer.capacity for layer in step.cache.filled_layers), step.names.mask
+        slots, mask = max(layer.capacity for layer in step.layers), step.names.mask
         if mask in self.inputs:
             self.inputs[mask] = new(torch.zeros, max(2 * step.inputs[mask].shape[1], slots))
         elif step.encoder is not None:
@@ -123,7 +125,14 @@ class DecodeGraph:
     def current(self, step: Step) -> bool:
         """Whether the caches' buffers are still those of the recording."""
         buffers = _buffers(step)
-        return len(buffers) == len(self.buffers) and all(a is b for a, b in zip(buffers, self.buffers))
+        return len(buffers) == len(self.buffers) and all([a is b for a, b in zip(buffers, self.buffers)])
+
+    def ready(self, step: Step) -> bool:
+        """Whether this step can be replayed as things are; no, where more must be looked at. Asked at every step."""
+        first = step.layers[0]
+        if self.slides or first.length >= self.slots or first.max_length is not None:
+            return False
+        return self.current(step) and not any([layer._assigned for layer in step.layers]) and self.holds(step)
 
     def holds(self, step: Step) -> bool:
         """Whether the masks fit; a model of sliding layers alone goes on when its buffers no longer grow."""
@@ -134,7 +143,7 @@ class DecodeGraph:
         self._set(step)
         self.replay()
         self.host_length += 1
-        for layer in step.cache.filled_layers:
+        for layer in step.layers:
             layer.length += 1
         parts = {name: _copy(part) for name, part in self.outputs.items()}
         if step.encoder is not None:
@@ -158,11 +167,11 @@ class DecodeGraph:
                 self.states.copy_(states)
                 self.host_states = weakref.ref(states), version
         # The device counts along by itself; only what the host did in between has to be told.
-        layers = step.cache.filled_layers
-        if layers[0].length != self.host_length:
-            self.host_length = layers[0].length
-            self.length.fill_(self.host_length)
-        for layer in layers:
+        length = step.layers[0].length
+        if length != self.host_length:
+            self.host_length = length
+            self.length.fill_(length)
+        for layer in step.layers if self.slides else ():
             if layer.base != self.host_bases[layer.sliding_window]:
                 self.host_bases[layer.sliding_window] = layer.base
                 self.positions[layer.sliding_window].base.fill_(layer.base)
@@ -173,7 +182,7 @@ _OF_THE_ENCODER = ("last_hidden_state", "hidden_states", "attentions")
 
 def _buffers(step: Step) -> list[torch.Tensor]:
     """The key buffers that a graph reads: values' lie beside them."""
-    layers = step.cache.filled_layers + ([] if step.source is None else step.source.filled_layers)
+    layers = step.layers + ([] if step.source is None else step.source.filled_layers)
     return [layer.key_buffer for layer in layers]
 
 

@@ -219,9 +219,7 @@ class GraphedSteps:
 
     def graph_for(self, step: Step) -> DecodeGraph | str:
         """The graph that serves this call, recorded if need be; or why there is none."""
-        cache, graphs = step.cache, step.cache.graphs
-        for layer in cache.filled_layers:
-            layer.reserve(1)
+        graphs = step.cache.graphs
         tokens = step.inputs[step.names.tokens]
         if self.pads_source and "attention_mask" not in step.inputs:
             whole = torch.ones(tokens.shape[0], step.source_length, dtype=torch.bool, device=tokens.device)
@@ -231,6 +229,10 @@ class GraphedSteps:
         source_length = 0 if self.pads_source else step.source_length
         key = (shapes, source_length, tuple(step.constants.items()), _modes(tokens.device), self.state.current())
         graph = graphs.get(key)
+        if isinstance(graph, DecodeGraph) and graph.ready(step):
+            return graph
+        for layer in step.layers:
+            layer.reserve(1)
         if isinstance(graph, DecodeGraph) and not (graph.current(step) and graph.holds(step)):
             # All that know the old buffers, and keep them: their memory is free before the next is recorded.
             graph = None
