@@ -60,6 +60,7 @@ class DecodeGraph:
         self.pads_source = pads_source
         self.masks = {step.names.mask, "attention_mask"} if pads_source else {step.names.mask}
         tokens, cache = step.inputs[step.names.tokens], step.cache
+        self.count = tokens.shape[1]
         # Not inference tensors, even under inference_mode: later calls may write to them outside of it.
         with torch.inference_mode(False):
             self.inputs = {name: torch.zeros_like(tensor) for name, tensor in step.inputs.items()}
@@ -78,7 +79,7 @@ class DecodeGraph:
                 torch.sub(self.length, position.base, out=position.slot[0])
             with cache.on_device(self.positions), step.source.showing_all() if pads_source else nullcontext():
                 output = forward(**self.inputs, **constants)
-            self.length += 1
+            self.length += self.count
             return output
 
         self._set(step)
@@ -130,7 +131,7 @@ class DecodeGraph:
     def ready(self, step: Step) -> bool:
         """Whether this step can be replayed as things are; no, where more must be looked at. Asked at every step."""
         first = step.layers[0]
-        if self.slides or first.length >= self.slots or first.max_length is not None:
+        if self.slides or first.length + self.count > self.slots or first.max_length is not None:
             return False
         return self.current(step) and not any([layer._assigned for layer in step.layers]) and self.holds(step)
 
@@ -139,12 +140,12 @@ class DecodeGraph:
         return all(step.inputs[name].shape[1] <= self.inputs[name].shape[1] for name in self.masks & step.inputs.keys())
 
     def run(self, step: Step) -> ModelOutput:
-        """One token: copy the inputs, replay, and answer in tensors that no later step overwrites."""
+        """One step: copy the inputs, replay, and answer in tensors that no later step overwrites."""
         self._set(step)
         self.replay()
-        self.host_length += 1
+        self.host_length += self.count
         for layer in step.layers:
-            layer.length += 1
+            layer.length += self.count
         parts = {name: _copy(part) for name, part in self.outputs.items()}
         if step.encoder is not None:
             parts |= {f"encoder_{name}": part for name, part in step.encoder.items() if name in _OF_THE_ENCODER}

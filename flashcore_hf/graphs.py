@@ -33,8 +33,13 @@ from .step import DECODER, ENCODER_DECODER, Step, cache_name_in, read_step, unkn
 
 # Caches of finished texts that are kept with their graphs, each for one batch size.
 MOST_KEPT = 4
-# Graphs of one cache. Only calls of other shapes need others: sources of another length, in some encoder-decoders.
-MOST_GRAPHS = 8
+# Tokens of a call that may be one step's candidates, of assisted or prompt-lookup decoding.
+MOST_TOKENS = 32
+# Calls of several tokens that run before their number is worth a graph.
+BEFORE_RECORDING = 2
+# Graphs of one cache. Only calls of other shapes need others: so many candidates, or in some encoder-decoders a source
+# of another length.
+MOST_GRAPHS = 24
 
 
 class FlashcoreGraphWarning(UserWarning):
@@ -46,11 +51,11 @@ def graphed(model, enabled: bool = True):
 
     `generate()` then makes a FlashCoreCache wherever it would have made a DynamicCache (a loop of your own passes one),
     greedily, sampling or with beams. The cache and its graph are used again for the next text of the same batch size;
-    the memory stays taken until `graphed(model, False)`. On Hopper the prompt's kernel begins to be compiled here, in
-    the background, where it is not on disk: call it early. Calls with several tokens (prefill, the candidates of
-    assisted decoding) run as they always do. So does a one-token step that a graph cannot serve, and one
-    FlashcoreGraphWarning says why (FLASHCORE_STRICT=1 makes it an error): weights of attention asked for, another
-    cache, layers that are not plain attention, a model spread over devices, a CPU.
+    the memory stays taken until `graphed(model, False)`. Candidates of assisted and prompt-lookup decoding are replayed
+    too, with a graph for each number of them that comes again. On Hopper the prompt's kernel begins to be compiled
+    here, in the background, where it is not on disk: call it early. Prompts run as they always do. So does a one-token step
+    that a graph cannot serve, and one FlashcoreGraphWarning says why (FLASHCORE_STRICT=1 makes it an error): weights of
+    attention asked for, another cache, layers that are not plain attention, a model spread over devices, a CPU.
 
     Args:
         model: loaded with `attn_implementation="flashcore"`. Only this object is changed.
@@ -186,15 +191,10 @@ class GraphedSteps:
         tokens, cache = kwargs.get(self.names.tokens), halves(kwargs[name])[0]
         if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():
             return self.original(**kwargs)
-        if tokens.shape[1] != 1:
-            self.state.look()
-            if self.reason_against(kwargs) is not None or not isinstance(cache, FlashCoreCache) or not cache.ours:
-                return self.original(**kwargs)
-            # Steps are what a prompt is for: their kernels are compiled while its own are.
-            with steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
-                return self.original(**kwargs)
-        if isinstance(cache, FlashCoreCache) and cache.get_seq_length() == 0:  # a prompt of one token
-            self.state.look()
+        count, ours = tokens.shape[1], isinstance(cache, FlashCoreCache) and cache.ours
+        if ours and cache.get_seq_length() == 0 or count > MOST_TOKENS:
+            return self.prompt(kwargs, cache if ours and count > 1 else None)
+        if count > 1 and not (ours and self.often(cache, count)):
             return self.original(**kwargs)
         step = self.reason_against(kwargs) or read_step(kwargs, name, self.names, self.config.model_type)
         if isinstance(step, Step):
@@ -202,8 +202,24 @@ class GraphedSteps:
             if not isinstance(graph, str):
                 return graph.run(step)
             step = graph
-        self.tell(step)
+        if count == 1:
+            self.tell(step)
         return self.original(**kwargs)
+
+    def prompt(self, kwargs: dict, cache: FlashCoreCache | None):
+        """A forward that begins a text, or reads a long part of one; `cache` is one whose steps follow."""
+        self.state.look()
+        if cache is None or self.reason_against(kwargs) is not None:
+            return self.original(**kwargs)
+        # Steps are what a prompt is for: their kernels are compiled while its own are.
+        with steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
+            return self.original(**kwargs)
+
+    def often(self, cache: FlashCoreCache, count: int) -> bool:
+        """Whether calls of `count` tokens come again and again, as candidates do and a chat's next turn does not."""
+        name = f"calls of {count} tokens"
+        cache.graphs[name] = 1 + cache.graphs.get(name, 0)
+        return cache.graphs[name] > BEFORE_RECORDING
 
     def reason_against(self, kwargs: dict) -> str | None:
         """Why no decode step of this model can be recorded now, or None."""
@@ -232,7 +248,7 @@ class GraphedSteps:
         if isinstance(graph, DecodeGraph) and graph.ready(step):
             return graph
         for layer in step.layers:
-            layer.reserve(1)
+            layer.reserve(tokens.shape[1])
         if isinstance(graph, DecodeGraph) and not (graph.current(step) and graph.holds(step)):
             # All that know the old buffers, and keep them: their memory is free before the next is recorded.
             graph = None

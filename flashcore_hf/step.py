@@ -1,4 +1,4 @@
-"""What a forward of one token is called with: what changes from step to step, and what is always the same."""
+"""What a decode step's forward is called with: what changes from step to step, and what is always the same."""
 
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ ENCODER_DECODER = Names(
 
 
 class Step(NamedTuple):
-    """A call of one token that a graph can serve.
+    """A call of one token, or of a few, that a graph can serve.
 
     Attributes:
         names: of its inputs.
@@ -70,7 +70,7 @@ def unknown_cache_in(kwargs: dict) -> str | None:
 
 
 def read_step(kwargs: dict, cache_name: str, names: Names, model_type: str) -> Step | str:
-    """The step that a call of one token is, or why it cannot be recorded."""
+    """The step that a call is, or why it cannot be recorded."""
     whole_cache = kwargs[cache_name]
     cache, source = halves(whole_cache)
     is_pair = names is ENCODER_DECODER
