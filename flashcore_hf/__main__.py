@@ -1,4 +1,4 @@
-"""python -m flashcore_hf env | parity | serve"""
+"""python -m flashcore_hf env | parity | serve | warm"""
 
 import argparse
 import os
@@ -50,6 +50,19 @@ def parser() -> argparse.ArgumentParser:
         description="`transformers serve ...`, which refuses the name, with --attn-implementation flashcore.",
         add_help=False,
     )
+
+    warm = commands.add_parser(
+        "warm",
+        help="compile what a model will need, so that the first text of a process need not wait for it",
+        description="Generate with a few layers of a model's shape and random weights, in the ways that a model is "
+        "used, in several processes at once. Triton keeps on disk what each of them compiles, and every later process "
+        "on this machine finds it there. Exit status 1 where a way fails.",
+    )
+    warm.add_argument("--model", metavar="PATH_OR_ID", required=True, help="a checkpoint; its configuration is enough")
+    warm.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    warm.add_argument("--device", help="default: cuda where there is one, else cpu")
+    warm.add_argument("--fp8", action="store_true", help="also a FlashCoreCache in float8_e4m3fn")
+    warm.add_argument("--jobs", type=_positive, default=4, metavar="N", help="processes at once (4)")
     return root
 
 
@@ -65,13 +78,17 @@ def main(argv: list[str] | None = None) -> int:
         from .environment import main as env
 
         return env()
-    _interpret_without_gpu(arguments.device, argv)
+    if arguments.command == "parity" or arguments.device is not None:
+        _interpret_without_gpu(arguments.device, argv)
     try:
-        from .parity.command import main as parity
+        if arguments.command == "warm":
+            from .warm import main as command
+        else:
+            from .parity.command import main as command
     except ImportError as error:
-        print(f"parity cannot run: {error}\n`python -m flashcore_hf env` says more.", file=sys.stderr)
+        print(f"{arguments.command} cannot run: {error}\n`python -m flashcore_hf env` says more.", file=sys.stderr)
         return 1
-    return parity(arguments)
+    return command(arguments)
 
 
 def _interpret_without_gpu(device: str | None, argv: list[str]) -> None:

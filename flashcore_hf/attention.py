@@ -14,7 +14,7 @@ from . import as_sdpa
 from .arguments import describe, refuse_unknown
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
-from .models import is_never_causal, offers_sdpa
+from .models import bias_is_zero, is_never_causal, offers_sdpa
 from .pages import READ_FOR_PAGES, PagedCall, attend_pages, call_on_pages
 from .range_mask import RangeMask
 from .stored_fp8 import StoredFp8
@@ -140,7 +140,8 @@ def flashcore_attention(
         key_range, mask = _read_range_mask(attention_mask, query, key)
     else:
         mask = fit_mask(attention_mask, query, key)
-    if position_bias is not None:
+    # Where gradients are on, even zeros may be there to have one.
+    if position_bias is not None and (torch.is_grad_enabled() or not bias_is_zero(module)):
         mask = add_bias(position_bias, mask)
     if indices is not None:
         mask = keep(chosen_keys(indices, key.shape[2]), mask)

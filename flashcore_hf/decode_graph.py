@@ -55,9 +55,12 @@ class DecodeGraph:
 
     def __init__(self, forward: Callable, step: Step, pads_source: bool):
         self.buffers = _buffers(step)
+        self.slots = step.layers[0].capacity if len({layer.capacity for layer in step.layers}) == 1 else 0
+        self.slides = any(layer.is_sliding for layer in step.layers)
         self.pads_source = pads_source
         self.masks = {step.names.mask, "attention_mask"} if pads_source else {step.names.mask}
         tokens, cache = step.inputs[step.names.tokens], step.cache
+        self.count = tokens.shape[1]
         # Not inference tensors, even under inference_mode: later calls may write to them outside of it.
         with torch.inference_mode(False):
             self.inputs = {name: torch.zeros_like(tensor) for name, tensor in step.inputs.items()}
@@ -76,7 +79,7 @@ class DecodeGraph:
                 torch.sub(self.length, position.base, out=position.slot[0])
             with cache.on_device(self.positions), step.source.showing_all() if pads_source else nullcontext():
                 output = forward(**self.inputs, **constants)
-            self.length += 1
+            self.length += self.count
             return output
 
         self._set(step)
@@ -100,7 +103,7 @@ class DecodeGraph:
             return fill(tokens.shape[0], width, dtype=torch.bool, device=tokens.device)
 
         self.mask_widths = dict.fromkeys(self.masks, 0)
-        slots, mask = max(layer.capacity for layer in step.cache.filled_layers), step.names.mask
+        slots, mask = max(layer.capacity for layer in step.layers), step.names.mask
         if mask in self.inputs:
             self.inputs[mask] = new(torch.zeros, max(2 * step.inputs[mask].shape[1], slots))
         elif step.encoder is not None:
@@ -123,19 +126,26 @@ class DecodeGraph:
     def current(self, step: Step) -> bool:
         """Whether the caches' buffers are still those of the recording."""
         buffers = _buffers(step)
-        return len(buffers) == len(self.buffers) and all(a is b for a, b in zip(buffers, self.buffers))
+        return len(buffers) == len(self.buffers) and all([a is b for a, b in zip(buffers, self.buffers)])
+
+    def ready(self, step: Step) -> bool:
+        """Whether this step can be replayed as things are; no, where more must be looked at. Asked at every step."""
+        first = step.layers[0]
+        if self.slides or first.length + self.count > self.slots or first.max_length is not None:
+            return False
+        return self.current(step) and not any([layer._assigned for layer in step.layers]) and self.holds(step)
 
     def holds(self, step: Step) -> bool:
         """Whether the masks fit; a model of sliding layers alone goes on when its buffers no longer grow."""
         return all(step.inputs[name].shape[1] <= self.inputs[name].shape[1] for name in self.masks & step.inputs.keys())
 
     def run(self, step: Step) -> ModelOutput:
-        """One token: copy the inputs, replay, and answer in tensors that no later step overwrites."""
+        """One step: copy the inputs, replay, and answer in tensors that no later step overwrites."""
         self._set(step)
         self.replay()
-        self.host_length += 1
-        for layer in step.cache.filled_layers:
-            layer.length += 1
+        self.host_length += self.count
+        for layer in step.layers:
+            layer.length += self.count
         parts = {name: _copy(part) for name, part in self.outputs.items()}
         if step.encoder is not None:
             parts |= {f"encoder_{name}": part for name, part in step.encoder.items() if name in _OF_THE_ENCODER}
@@ -158,11 +168,11 @@ class DecodeGraph:
                 self.states.copy_(states)
                 self.host_states = weakref.ref(states), version
         # The device counts along by itself; only what the host did in between has to be told.
-        layers = step.cache.filled_layers
-        if layers[0].length != self.host_length:
-            self.host_length = layers[0].length
-            self.length.fill_(self.host_length)
-        for layer in layers:
+        length = step.layers[0].length
+        if length != self.host_length:
+            self.host_length = length
+            self.length.fill_(length)
+        for layer in step.layers if self.slides else ():
             if layer.base != self.host_bases[layer.sliding_window]:
                 self.host_bases[layer.sliding_window] = layer.base
                 self.positions[layer.sliding_window].base.fill_(layer.base)
@@ -173,7 +183,7 @@ _OF_THE_ENCODER = ("last_hidden_state", "hidden_states", "attentions")
 
 def _buffers(step: Step) -> list[torch.Tensor]:
     """The key buffers that a graph reads: values' lie beside them."""
-    layers = step.cache.filled_layers + ([] if step.source is None else step.source.filled_layers)
+    layers = step.layers + ([] if step.source is None else step.source.filled_layers)
     return [layer.key_buffer for layer in layers]
 
 

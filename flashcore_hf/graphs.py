@@ -33,8 +33,13 @@ from .step import DECODER, ENCODER_DECODER, Step, cache_name_in, read_step, unkn
 
 # Caches of finished texts that are kept with their graphs, each for one batch size.
 MOST_KEPT = 4
-# Graphs of one cache. Only calls of other shapes need others: sources of another length, in some encoder-decoders.
-MOST_GRAPHS = 8
+# Tokens of a call that may be one step's candidates, of assisted or prompt-lookup decoding.
+MOST_TOKENS = 32
+# Calls of several tokens that run before their number is worth a graph.
+BEFORE_RECORDING = 2
+# Graphs of one cache. Only calls of other shapes need others: so many candidates, or in some encoder-decoders a source
+# of another length.
+MOST_GRAPHS = 24
 
 
 class FlashcoreGraphWarning(UserWarning):
@@ -46,11 +51,11 @@ def graphed(model, enabled: bool = True):
 
     `generate()` then makes a FlashCoreCache wherever it would have made a DynamicCache (a loop of your own passes one),
     greedily, sampling or with beams. The cache and its graph are used again for the next text of the same batch size;
-    the memory stays taken until `graphed(model, False)`. On Hopper the prompt's kernel begins to be compiled here, in
-    the background, where it is not on disk: call it early. Calls with several tokens (prefill, the candidates of
-    assisted decoding) run as they always do. So does a one-token step that a graph cannot serve, and one
-    FlashcoreGraphWarning says why (FLASHCORE_STRICT=1 makes it an error): weights of attention asked for, another
-    cache, layers that are not plain attention, a model spread over devices, a CPU.
+    the memory stays taken until `graphed(model, False)`. Candidates of assisted and prompt-lookup decoding are replayed
+    too, with a graph for each number of them that comes again. On Hopper the prompt's kernel begins to be compiled
+    here, in the background, where it is not on disk: call it early. Prompts run as they always do. So does a one-token step
+    that a graph cannot serve, and one FlashcoreGraphWarning says why (FLASHCORE_STRICT=1 makes it an error): weights of
+    attention asked for, another cache, layers that are not plain attention, a model spread over devices, a CPU.
 
     Args:
         model: loaded with `attn_implementation="flashcore"`. Only this object is changed.
@@ -91,6 +96,17 @@ def unsupported_device(model) -> str | None:
     return None
 
 
+def unsupported_weights(model) -> str | None:
+    """Why no graph can be recorded with the weights that `model` has, or None."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt" and module.state.threshold > 0:
+            return (
+                "bitsandbytes looks for outliers on the host in each of its 8-bit layers; without that, with "
+                "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), graphs can be recorded, as with 4 bits"
+            )
+    return None
+
+
 def decoder_config(model):
     """The config of the part of a model that generates."""
     return model.config.get_text_config(decoder=True) if getattr(model.config, "sub_configs", None) else model.config
@@ -119,7 +135,7 @@ class GraphedSteps:
         self.model = model
         self.instance_forward = vars(model).get("forward")  # accelerate puts one there, for instance
         self.original = original = model.forward
-        self.device_reason = unsupported_device(model)
+        self.refusal = unsupported_device(model) or unsupported_weights(model)
         self.config = decoder_config(model)
         self.names = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER
         self.pads_source = masks_its_source(model)
@@ -139,7 +155,7 @@ class GraphedSteps:
 
         forward.graphed_steps = self
         model.forward = forward
-        if self.device_reason is None:
+        if self.refusal is None:
             begin_compiling(next(model.parameters()).device, prompt_of(model))
         on_new_cache(model, "graphs", self.new_cache)
 
@@ -175,15 +191,10 @@ class GraphedSteps:
         tokens, cache = kwargs.get(self.names.tokens), halves(kwargs[name])[0]
         if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():
             return self.original(**kwargs)
-        if tokens.shape[1] != 1:
-            self.state.look()
-            if self.reason_against(kwargs) is not None or not isinstance(cache, FlashCoreCache) or not cache.ours:
-                return self.original(**kwargs)
-            # Steps are what a prompt is for: their kernels are compiled while its own are.
-            with steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
-                return self.original(**kwargs)
-        if isinstance(cache, FlashCoreCache) and cache.get_seq_length() == 0:  # a prompt of one token
-            self.state.look()
+        count, ours = tokens.shape[1], isinstance(cache, FlashCoreCache) and cache.ours
+        if ours and cache.get_seq_length() == 0 or count > MOST_TOKENS:
+            return self.prompt(kwargs, cache if ours and count > 1 else None)
+        if count > 1 and not (ours and self.often(cache, count)):
             return self.original(**kwargs)
         step = self.reason_against(kwargs) or read_step(kwargs, name, self.names, self.config.model_type)
         if isinstance(step, Step):
@@ -191,13 +202,29 @@ class GraphedSteps:
             if not isinstance(graph, str):
                 return graph.run(step)
             step = graph
-        self.tell(step)
+        if count == 1:
+            self.tell(step)
         return self.original(**kwargs)
+
+    def prompt(self, kwargs: dict, cache: FlashCoreCache | None):
+        """A forward that begins a text, or reads a long part of one; `cache` is one whose steps follow."""
+        self.state.look()
+        if cache is None or self.reason_against(kwargs) is not None:
+            return self.original(**kwargs)
+        # Steps are what a prompt is for: their kernels are compiled while its own are.
+        with steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
+            return self.original(**kwargs)
+
+    def often(self, cache: FlashCoreCache, count: int) -> bool:
+        """Whether calls of `count` tokens come again and again, as candidates do and a chat's next turn does not."""
+        name = f"calls of {count} tokens"
+        cache.graphs[name] = 1 + cache.graphs.get(name, 0)
+        return cache.graphs[name] > BEFORE_RECORDING
 
     def reason_against(self, kwargs: dict) -> str | None:
         """Why no decode step of this model can be recorded now, or None."""
-        if self.device_reason is not None:
-            return self.device_reason
+        if self.refusal is not None:
+            return self.refusal
         if self.model.training:
             return "the model is in training mode"
         if self.config._attn_implementation != NAME:
@@ -208,9 +235,7 @@ class GraphedSteps:
 
     def graph_for(self, step: Step) -> DecodeGraph | str:
         """The graph that serves this call, recorded if need be; or why there is none."""
-        cache, graphs = step.cache, step.cache.graphs
-        for layer in cache.filled_layers:
-            layer.reserve(1)
+        graphs = step.cache.graphs
         tokens = step.inputs[step.names.tokens]
         if self.pads_source and "attention_mask" not in step.inputs:
             whole = torch.ones(tokens.shape[0], step.source_length, dtype=torch.bool, device=tokens.device)
@@ -220,6 +245,10 @@ class GraphedSteps:
         source_length = 0 if self.pads_source else step.source_length
         key = (shapes, source_length, tuple(step.constants.items()), _modes(tokens.device), self.state.current())
         graph = graphs.get(key)
+        if isinstance(graph, DecodeGraph) and graph.ready(step):
+            return graph
+        for layer in step.layers:
+            layer.reserve(tokens.shape[1])
         if isinstance(graph, DecodeGraph) and not (graph.current(step) and graph.holds(step)):
             # All that know the old buffers, and keep them: their memory is free before the next is recorded.
             graph = None
@@ -257,7 +286,7 @@ class GraphedSteps:
         """
         cache = converted(cache)
         own, source = parts = halves(cache)
-        if not isinstance(own, FlashCoreCache) or self.device_reason:
+        if not isinstance(own, FlashCoreCache) or self.refusal:
             return cache
         parts = [part for part in parts if part is not None]
         if not all(part.layers and part.ours for part in parts):

@@ -25,12 +25,19 @@ class ModelState:
         self.adapters = [module for module in self.model.modules() if hasattr(module, "_disable_adapters")]
         self.switches = self._switches()
         weights = (*self.model.parameters(), *self.model.buffers())
+        self.ends = [weights[0], weights[-1]] if weights else []
+        self.addresses = list(map(_address, self.ends))
         state = tuple(map(_address, weights)), tuple(self.switches)
         self.number = self.numbers.setdefault(state, len(self.numbers))
 
     def current(self) -> int:
-        """The number of the state that the model is in; for a step, so it looks only at what switches adapters."""
-        if self.adapters and self._switches() != self.switches:
+        """The number of the state that the model is in.
+
+        For a step, so it looks only at what switches adapters, and at the first and the last weight: what moves one of
+        them moves all.
+        """
+        moved = list(map(_address, self.ends)) != self.addresses
+        if moved or (self.adapters and self._switches() != self.switches):
             self.look()
         return self.number
 

@@ -11,6 +11,8 @@ import sys
 import torch
 from transformers import PreTrainedModel
 
+from .compat import VERSION
+
 NAME = "flashcore"
 
 # Models that hand the mask from the mask function to the attention function as it is, and so get a KeyRange wherever
@@ -95,6 +97,24 @@ def _gemma4_audio_adds() -> bool:
 def is_never_causal(module: torch.nn.Module) -> bool:
     """Whether a layer sees everything where there is no mask, whatever it says of itself."""
     return type(module).__module__.rpartition(".")[2] in NEVER_CAUSAL_FILES
+
+
+# Files of encoder-decoders that add a bias for the distance of two tokens, and zeros where a token reads the source.
+_BIASED_FILES = frozenset(f"transformers.models.{name}.modeling_{name}" for name in ("t5", "mt5", "umt5"))
+
+
+def bias_is_zero(module: torch.nn.Module) -> bool:
+    """Whether the position bias of this layer's call is all zeros: in T5's attention to the source, from 5.17 on.
+
+    As a dense mask it would cost a kernel that reads it, in place of one that knows which positions exist.
+    """
+    return (
+        type(module).__module__ in _BIASED_FILES
+        and VERSION >= (5, 17)
+        and module.is_decoder
+        and not module.is_causal
+        and not module.has_relative_attention_bias
+    )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What a forward of one token is called with: what changes from step to step, and what is always the same."""
+"""What a decode step's forward is called with: what changes from step to step, and what is always the same."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .cache.encoder_decoder import halves
 from .cache.flashcore_cache import FlashCoreCache
+from .cache.layer import FlashCoreLayer
 from .compat import CACHE_NAMES
 from .hooks import caches
 from .models import unread_in_steps
@@ -30,12 +31,12 @@ ENCODER_DECODER = Names(
 
 
 class Step(NamedTuple):
-    """A call of one token that a graph can serve.
+    """A call of one token, or of a few, that a graph can serve.
 
     Attributes:
         names: of its inputs.
         cache_name, whole_cache: the cache as the call has it.
-        cache: of the tokens so far.
+        cache, layers: of the tokens so far, and those of its layers that hold any.
         source: an encoder-decoder's cache of the source, or None.
         encoder: what its encoder returned, or None.
         inputs: the changing inputs, by name; the mask is `[B, about length + 1]`.
@@ -46,6 +47,7 @@ class Step(NamedTuple):
     cache_name: str
     whole_cache: object
     cache: FlashCoreCache
+    layers: list[FlashCoreLayer]
     source: FlashCoreCache | None
     encoder: BaseModelOutput | None
     inputs: dict[str, torch.Tensor]
@@ -68,7 +70,7 @@ def unknown_cache_in(kwargs: dict) -> str | None:
 
 
 def read_step(kwargs: dict, cache_name: str, names: Names, model_type: str) -> Step | str:
-    """The step that a call of one token is, or why it cannot be recorded."""
+    """The step that a call is, or why it cannot be recorded."""
     whole_cache = kwargs[cache_name]
     cache, source = halves(whole_cache)
     is_pair = names is ENCODER_DECODER
@@ -79,8 +81,9 @@ def read_step(kwargs: dict, cache_name: str, names: Names, model_type: str) -> S
         )  # fmt: skip
     if not cache.ours or (is_pair and not source.ours):
         return "the model has layers that are not plain attention"
-    filled = cache.filled_layers
-    if any(layer.length != filled[0].length for layer in filled):
+    layers = cache.filled_layers
+    length = layers[0].length
+    if not all([layer.length == length for layer in layers]):
         return "the cache's layers hold different numbers of tokens"
     mask = kwargs.get(names.mask)
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
@@ -101,7 +104,7 @@ def read_step(kwargs: dict, cache_name: str, names: Names, model_type: str) -> S
             return f"the argument {name} is a {type(value).__name__}, which may change from step to step"
     if is_pair and (encoder is None or not source.filled_layers):
         return "the call has no encoder_outputs of a source that its cache knows, and would run the encoder anew"
-    return Step(names, cache_name, whole_cache, cache, source, encoder, inputs, constants)
+    return Step(names, cache_name, whole_cache, cache, layers, source, encoder, inputs, constants)
 
 
 def _encoder_of(outputs) -> BaseModelOutput | None:

@@ -108,7 +108,7 @@ class FlashCoreCache(Cache):
     @property
     def ours(self) -> bool:
         """Whether every layer is a FlashCoreLayer."""
-        return all(isinstance(layer, FlashCoreLayer) for layer in self.layers)
+        return all([isinstance(layer, FlashCoreLayer) for layer in self.layers])
 
     @property
     def filled_layers(self) -> list[FlashCoreLayer]:

@@ -231,7 +231,7 @@ class FlashCoreLayer(CacheLayerMixin):
         return [quantize(key_states, self.key_scale), quantize(value_states, self.value_scale)]
 
     def _update_in_graph(self, key_states: torch.Tensor, value_states: torch.Tensor):
-        """Write one token at the slot that the device knows; return the whole buffers: a mask knows what is filled."""
+        """Write from the slot on that the device knows; return the whole buffers: a mask knows what is filled."""
         self._write(key_states, value_states, self.device_position.slot)
         end = self.base + self.capacity
         return self._handed_on(

@@ -150,3 +150,16 @@ def test_restore_and_first_tokens():
     assert "forward" not in vars(model) and "_prepare_cache_for_generation" not in vars(model)
     got = greedy(model, ids, mask, 8, return_dict_in_generate=True)
     assert torch.equal(got.sequences, expected) and type(cache_of(got)) is DynamicCache
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
+def test_prompt_lookup(model_type, recordings, monkeypatch):
+    """Candidates of several numbers, each replayed on one cache beside the others, while buffers double."""
+    monkeypatch.setattr("flashcore_hf.cache.layer.FIRST_CAPACITY", 32)
+    plain, model = graphed_pair(model_type)
+    ids = torch.arange(3, 9, device="cuda").repeat(3)[None]
+    mask = torch.ones_like(ids)
+    options = {"prompt_lookup_num_tokens": 3, "eos_token_id": 96}
+    expected = greedy(plain, ids, mask, 100, **named(DynamicCache()), **options)
+    assert torch.equal(greedy(model, ids, mask, 100, **options), expected)
+    assert len(recordings) >= 1

@@ -11,7 +11,7 @@ FAMILIES = {
     "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
     "gemma3_text": "gemma3_text", "gpt_oss": "gpt_oss",
 }  # fmt: skip
-# The loss alone: generate() has none, and a forward of Liger's own does not know what 5.24 calls a cache.
+# For training alone: it brings a forward of its own, in place of whatever forward the model has by then.
 WITHOUT_LOSS = {"fused_linear_cross_entropy": False}
 
 

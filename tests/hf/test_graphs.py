@@ -20,6 +20,7 @@ if Version(transformers.__version__) < Version("4.57"):
 import flashcore_hf
 from flashcore_hf import graphs
 from flashcore_hf.cache.flashcore_cache import FlashCoreCache
+from flashcore_hf.cache.layer import CROP_TAKES_LENGTH
 
 from . import tape
 
@@ -135,13 +136,55 @@ def test_ways_of_decoding(pair, options, recorded):
 
 
 def test_prompt_lookup_takes_tokens_back(pair, recorded):
+    """The candidates are replayed too, as many as often come, and buffers that double in between are noticed."""
     plain, model = pair
     ids = torch.arange(3, 9).repeat(3)[None]
     options = {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCABULARY - 1}
     mask = torch.ones_like(ids)
     # Up to 5.4, sliding layers of a DynamicCache cannot be cropped.
-    expected = greedy(plain, ids, mask, 20, **named(DynamicCache()), **options)
-    assert torch.equal(greedy(model, ids, mask, 20, **options), expected)
+    expected = greedy(plain, ids, mask, 60, **named(DynamicCache()), **options)
+    assert torch.equal(greedy(model, ids, mask, 60, **options), expected)
+    several = [key for _, graphs in model.forward.graphed_steps.stock.values() for key in graphs if "calls of" in key]
+    assert several and recorded["replayed"] > 10
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_several_tokens_at_once(model_type, recorded, monkeypatch):
+    """Candidates that are half taken back, over and over: logits of each, past growing buffers and a window."""
+    monkeypatch.setattr("flashcore_hf.cache.layer.FIRST_CAPACITY", 16)
+    plain, model = graphed_pair(model_type)
+    ids, _ = prompts(1, 80)
+    answers = []
+    for each in (plain, model):
+        cache, logits = FlashCoreCache(each.config), []
+        with torch.no_grad():
+            each(input_ids=ids[:, :5], **named(cache), use_cache=True)
+            length = 5
+            while length < 70:
+                out = each(
+                    input_ids=ids[:, length : length + 4], **named(cache), use_cache=True,
+                    attention_mask=torch.ones(1, length + 4, dtype=torch.long),
+                    position_ids=torch.arange(length, length + 4)[None],
+                )  # fmt: skip
+                logits.append(out.logits)
+                cache.crop(length + 2 if CROP_TAKES_LENGTH else -2)
+                length += 2
+        answers.append(torch.stack(logits))
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+    assert recorded["replayed"] > 25
+    assert 2 <= recorded["recorded"] <= 4
+
+
+def test_a_turn_of_few_tokens_is_not_recorded(recorded):
+    plain, model = graphed_pair("llama")
+    ids, mask = prompts(1, 12)
+    answers = []
+    for each in (plain, model):
+        cache = FlashCoreCache(each.config)
+        with torch.no_grad():
+            each(input_ids=ids[:, :5], **named(cache))
+            answers.append(each(input_ids=ids[:, 5:], attention_mask=mask, **named(cache)).logits)
+    assert torch.equal(*answers) and not recorded
 
 
 def test_logits_and_hidden_states_are_not_overwritten(recorded):

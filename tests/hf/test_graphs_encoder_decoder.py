@@ -9,12 +9,14 @@ if Version(transformers.__version__) < Version("5.17"):
     pytest.skip("their caches cannot be changed", allow_module_level=True)
 
 import flashcore_hf
+from flashcore_hf import attention, layer_masks
 from flashcore_hf.cache.encoder_decoder import FlashCoreEncoderDecoderCache
 from flashcore_hf.cache.flashcore_cache import FlashCoreCache
 from flashcore_hf.models import MASKED_SOURCE_MODELS
 
 from .compare import cache_of, named
 from .encoder_decoders import FAMILIES, pair, source
+from .models import VOCABULARY
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::flashcore_kernels.FlashcoreFallbackWarning", "error::flashcore_hf.graphs.FlashcoreGraphWarning"
@@ -83,6 +85,15 @@ def test_what_is_returned(model_type, recorded):
         for name in ("self_attention_cache", "cross_attention_cache"):
             for ours, theirs in zip(getattr(cache, name).layers, getattr(cache_of(expected), name).layers):
                 torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_prompt_lookup_takes_tokens_back(model_type, recorded):
+    eager, model = pair(model_type)
+    flashcore_hf.graphed(model)
+    inputs = source(model, 1, 9)
+    options = {"prompt_lookup_num_tokens": 2, "no_repeat_ngram_size": 0, "eos_token_id": VOCABULARY - 1}
+    assert torch.equal(write(model, inputs, 20, **options), write(eager, inputs, 20, **options))
 
 
 def test_a_streamer(recorded):
@@ -213,3 +224,36 @@ def test_the_cache_alone():
     assert [half.layers[0].key_buffer.dtype for half in halves] == [torch.float8_e4m3fn, torch.float32]
     flashcore_hf.use_flashcore_cache(model, False)
     assert type(cache_of(write(model, inputs, return_dict_in_generate=True))) is not FlashCoreEncoderDecoderCache
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5"])
+def test_zeros_are_not_added_to_what_is_seen_of_the_source(model_type, monkeypatch, recorded):
+    """T5 has a bias for distances in a text; for a source it is zeros, which as a dense mask take a slower kernel."""
+    added = []
+
+    def noted(bias, mask):
+        added.append(bias)
+        return layer_masks.add_bias(bias, mask)
+
+    monkeypatch.setattr(attention, "add_bias", noted)
+    eager, model = pair(model_type)
+    inputs = source(model, 2, 9)
+    expected = write(eager, inputs, 2)
+    assert torch.equal(write(model, inputs, 2), expected)
+    assert len(added) == 3 + 2 * 2 and all(bias.any() for bias in added)  # the encoder's layers, and two steps'
+    monkeypatch.setattr(attention, "bias_is_zero", lambda module: False)
+    added.clear()
+    assert torch.equal(write(model, inputs, 2), expected)
+    assert len(added) == 3 + 2 * 4 and not all(bias.any() for bias in added)
+
+
+def test_a_compiled_step(recorded):
+    """What is asked of a T5 layer can be traced."""
+    eager, model = pair("t5")
+    torch.compiler.reset()
+    ids = torch.tensor([[2, 7, 9]])
+    encoder = eager.get_encoder()(**source(eager, 1, 9)).last_hidden_state.detach()
+    given = {"encoder_outputs": (encoder,), "decoder_input_ids": ids, "use_cache": False}
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
+        torch.testing.assert_close(compiled, eager(**given).logits, rtol=1e-4, atol=1e-4)

@@ -86,7 +86,17 @@ def _write(key_buffer, value_buffer, key, value, slot, first, key_scale, value_s
         if slot is None:
             buffer[:, :, first : first + states.shape[2]] = states
         else:
-            buffer.index_copy_(2, slot + torch.arange(states.shape[2], device=slot.device), states)
+            _write_inside(buffer, states, slot)
+
+
+def _write_inside(buffer: torch.Tensor, states: torch.Tensor, slot: torch.Tensor) -> None:
+    """`states` into the slots from `slot` on that the buffer has, without reading `slot` on the host."""
+    index = slot + torch.arange(states.shape[2], device=slot.device)
+    inside = index < buffer.shape[2]
+    # What would lie outside does once more what the first token does; or nothing, where that is outside too.
+    index = torch.where(inside, index, slot.clamp(max=buffer.shape[2] - 1))
+    first = torch.where(inside[:1, None], states[:, :, :1], buffer.index_select(2, index[:1]))
+    buffer.index_copy_(2, index, torch.where(inside[:, None], states, first))
 
 
 for _key in ("CPU", "CUDA"):

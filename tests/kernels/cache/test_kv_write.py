@@ -3,6 +3,7 @@
 import pytest
 import torch
 from flashcore_kernels import write_kv
+from flashcore_kernels.cache.kv_write import _write_inside
 from flashcore_kernels.portable.kv_write_kernel import run_write
 
 E4M3 = torch.float8_e4m3fn
@@ -90,11 +91,19 @@ def test_e4m3_saturates_and_keeps_nan(write, device):
         assert row[0] == 448 and row[1] == -448 and row[2].isnan() and row[3] == 448
 
 
-def test_kernel_writes_nothing_outside(device):
+@pytest.mark.parametrize("write", ["kernel", "torch"])
+def test_nothing_is_written_outside(write, device):
     """A slot that a graph has advanced too far."""
-    held, new = buffers(device, torch.float32), tokens(5, device)
-    run_write(*held, *new, torch.tensor([48], device=device), 0, None, None)
-    assert torch.equal(held[0][:, :, 48:], new[0][:, :, :2]) and (held[0][:, :, :48] == 7).all()
+    for first, inside in ((48, 2), (50, 0), (60, 0)):
+        held, new, slot = buffers(device, torch.float32), tokens(5, device), torch.tensor([first], device=device)
+        if write == "kernel":
+            run_write(*held, *new, slot, 0, None, None)
+        else:
+            _write_inside(held[0], new[0], slot)
+            _write_inside(held[1], new[1], slot)
+        for buffer, states in zip(held, new):
+            assert torch.equal(buffer[:, :, 50 - inside :], states[:, :, :inside])
+            assert (buffer[:, :, : 50 - inside] == 7).all()
 
 
 def test_bad_input():

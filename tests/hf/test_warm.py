@@ -1,0 +1,63 @@
+"""`warm`: every kind of layer and every way to generate is run, and a failure is told."""
+
+import pytest
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__) < Version("4.57"):
+    pytest.skip("FlashCoreCache needs 4.57", allow_module_level=True)
+
+from flashcore_hf import warm
+from flashcore_hf.__main__ import main, parser
+
+from .encoder_decoders import pair
+from .models import model_pair, tiny_config
+
+
+def test_layers_of_each_kind_stay():
+    kinds = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention", "full_attention"]
+    config = tiny_config("gemma3_text", num_hidden_layers=6, layer_types=kinds, vocab_size=5000)
+    model = warm.small_model(config, "float16")
+    assert model.config.layer_types == kinds[:4] and len(model.model.layers) == 4
+    assert model.config.vocab_size == warm.VOCABULARY and model.dtype.itemsize == 2
+    assert model.config._attn_implementation == "flashcore"
+    assert len(config.layer_types) == 6 and config.vocab_size == 5000  # the caller's is as it was
+    assert len(warm.small_model(tiny_config("llama", num_hidden_layers=5), None).model.layers) == 2
+
+
+@pytest.mark.parametrize("way", warm.WAYS + warm.FP8_WAYS, ids=lambda way: way.name)
+def test_ways(way, tmp_path, through_torch):
+    _, model = model_pair("llama")
+    model.save_pretrained(tmp_path)
+    assert warm.run(way, str(tmp_path), "float32", "cpu") > 0
+
+
+@pytest.mark.parametrize("model_type", ["t5", "whisper"])
+def test_encoder_decoders(model_type, tmp_path, through_torch):
+    if Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("their caches cannot be changed")
+    pair(model_type)[1].save_pretrained(tmp_path)
+    assert warm.run(warm.WAYS[1], str(tmp_path), "float32", "cpu") > 0
+
+
+def test_command(tmp_path, capfd, monkeypatch):
+    """In a process of its own, which tells what went wrong in it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(warm, "WAYS", warm.WAYS[:1])
+    tiny_config("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    arguments = parser().parse_args(["warm", "--model", str(tmp_path), "--device", "cpu", "--jobs", "2"])
+    assert warm.main(arguments) == 0
+    printed = capfd.readouterr().out
+    assert "[1/1] graphed, a prompt: " in printed and "failed: " not in printed
+    assert "\n0 kernels are new on disk" in printed
+    (tmp_path / "config.json").write_text("{}")
+    assert warm.main(arguments) == 1
+    assert "[1/1]" in (printed := capfd.readouterr().out) and "failed: ValueError" in printed
+
+
+def test_what_cannot_be_warmed(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        main(["warm"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["warm", "--model", "some"]) == 1
+    assert "no GPU" in capsys.readouterr().out
