@@ -221,7 +221,7 @@ def test_gradients(pattern, monkeypatch):
     weights = torch.randn_like(q)
 
     def gradients(call, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
         (call(*leaves) * weights.to(dtype)).sum().backward()
         return [leaf.grad for leaf in leaves]
 
