@@ -148,6 +148,11 @@ def test_sinks():
     out, lse, _ = flash_attn_func(q, k, v, s_aux=sinks, causal=True, return_attn_probs=True)
     want, want_lse = definition.batch(q, k, v, sinks=sinks, causal=True)
     assert off(out, want) < ROUNDING and off(lse, want_lse) < ROUNDING
+    # Queries without a key have them alone, whether there are keys or none.
+    for num_keys in (0, 3):
+        q, k, v = tensors(5, num_keys)
+        out, lse, _ = flash_attn_func(q, k, v, s_aux=sinks, causal=True, return_attn_probs=True)
+        assert torch.equal(lse[:, :, 0], sinks.expand(2, 4)) and (out[:, 0] == 0).all()
 
 
 def test_fp8():
