@@ -33,7 +33,7 @@ except Exception as error:  # noqa: BLE001 - `env` must be able to report whatev
 _LAZY = {
     "allow_argument": "arguments",
     "FlashCoreCache": "cache.flashcore_cache",
-    "use_flashcore_cache": "cache.flashcore_cache",
+    "use_flashcore_cache": "cache.switch",
     "graphed": "graphs",
     "replace_attention_with_flashcore": "legacy",
     "restore_attention": "legacy",

@@ -1,4 +1,4 @@
-"""python -m flashcore_hf env | parity"""
+"""python -m flashcore_hf env | parity | serve"""
 
 import argparse
 import os
@@ -43,12 +43,23 @@ def parser() -> argparse.ArgumentParser:
     parity.add_argument("--fp8", action="store_true", help="also report what a FlashCoreCache in float8_e4m3fn changes")
     parity.add_argument("--workdir", metavar="DIR", help="keep the tiny checkpoints here, and use them again")
     parity.add_argument("--json", metavar="FILE", help="also write the rows here")
+
+    commands.add_parser(
+        "serve",
+        help="`transformers serve` with flashcore; takes its arguments",
+        description="`transformers serve ...`, which refuses the name, with --attn-implementation flashcore.",
+        add_help=False,
+    )
     return root
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["serve"]:
+        from . import serve
+
+        return serve.main(argv[1:])
     arguments = parser().parse_args(argv)
     if arguments.command == "env":
         from .environment import main as env

@@ -32,7 +32,8 @@ _FOR_OTHERS = frozenset(
     "video_second_per_grid input_features feature_attention_mask audio_feature_lengths use_audio_in_video".split()
 )
 
-# Continuous batching's: they say where keys and values are kept. The call as a whole is refused in backend.py.
+# Continuous batching's: they say where keys and values are kept. Attention reads them where `serving` has taken a cache
+# over, and refuses them else.
 PAGED = frozenset("read_index write_index block_table page_table k_cache v_cache cache_seqlens".split())
 
 # What other backends' functions take and what changes the answer.
@@ -46,7 +47,7 @@ _OF_ATTENTION = PAGED | frozenset(
 # What attention reads itself: the parameters of `attention.flashcore_attention`.
 READ = frozenset(
     "module query key value attention_mask scaling dropout is_causal sliding_window softcap s_aux sinks position_bias "
-    "indices block_indices cu_seq_lens_q cu_seq_lens_k head_mask output_attentions".split()
+    "indices block_indices cu_seq_lens_q cu_seq_lens_k head_mask output_attentions flashcore_pages".split()
 )
 
 _passing = set(_FOR_OTHERS)
@@ -104,8 +105,9 @@ def _refusal(name: str, argument) -> str:
     what = f"flashcore got the attention argument '{name}' ({describe(argument)})"
     if name in PAGED or name == "cache":
         return (
-            f"{what}, which is one of continuous batching's: keys and values in pages are not supported. "
-            "Call model.set_attn_implementation('sdpa') before model.generate_batch()."
+            f"{what}, which is one of continuous batching's, from a cache that flashcore has not taken over: it knows "
+            "the one of model.generate_batch() and model.init_continuous_batching() alone. Call "
+            "model.set_attn_implementation('sdpa') before."
         )
     if name in _OF_ATTENTION:
         return (

@@ -4,18 +4,18 @@ import torch
 from flashcore_kernels import (
     Inputs,
     attend,
-    check_problem,
     count_path,
     device_of,
     naive_attention,
     note_fallback,
-    torch_attention,
 )
 
+from . import as_sdpa
 from .arguments import describe, refuse_unknown
 from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, fit_mask, keep, padding_range
 from .masks import sdpa_would_leave_out
 from .models import is_never_causal, offers_sdpa
+from .pages import READ_FOR_PAGES, PagedCall, attend_pages, call_on_pages
 from .range_mask import RangeMask
 from .stored_fp8 import StoredFp8
 
@@ -41,6 +41,7 @@ def flashcore_attention(
     cu_seq_lens_k: torch.Tensor | None = None,
     head_mask: torch.Tensor | None = None,
     output_attentions: bool | None = None,
+    flashcore_pages: PagedCall | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention for one layer of a Transformers model.
@@ -54,7 +55,7 @@ def flashcore_attention(
             everything. A layer whose own `is_causal` is False sees everything where `sdpa` would, although its mask is
             causal: where nothing is padded.
         scaling: factor on the scores, D ** -0.5 where None.
-        dropout: probability of dropping an attention weight, after the softmax; above 0 PyTorch serves the call.
+        dropout: probability of dropping an attention weight, after the softmax.
         sliding_window: tokens that a query sees, itself included. Heeded only without a mask: masks have it in them.
         softcap, position_bias: softcap and an additive mask of `flashcore_kernels.attention`.
         s_aux or sinks: sink logits, `[H]`, or `[B, H, Q, 1]` where each query makes its own.
@@ -65,6 +66,8 @@ def flashcore_attention(
         cu_seq_lens_q, cu_seq_lens_k: int `[documents + 1]`, bounds of packed documents in one row.
         head_mask: what each head's weights are multiplied with after the softmax, `[H]`, or `[B or 1, H, Q or 1, 1]`.
         output_attentions: also return the weights, computed exactly by PyTorch for this call.
+        flashcore_pages: where continuous batching keeps this layer's keys and values, if our stand-in for its cache's
+            `update` was called. Transformers before 5.24 leaves that call to attention and hands on `cache`.
 
     Returns:
         output `[B, Q, H, Dv]`, and the weights `[B, H, Q, K]` in query's dtype (after dropout), or None.
@@ -72,9 +75,36 @@ def flashcore_attention(
     Raises:
         ValueError, NotImplementedError: the call asks for something that is not supported; the message says what.
     """
+    if flashcore_pages is None and "cache" in kwargs:
+        layer_idx = getattr(module, "layer_idx", None)
+        flashcore_pages = call_on_pages(
+            kwargs["cache"], layer_idx, {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, **kwargs}
+        )
+    if flashcore_pages is not None:
+        kwargs = {name: argument for name, argument in kwargs.items() if name not in READ_FOR_PAGES}
     refuse_unknown(kwargs)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _in_model_dtype(module, query, key, value)
     sinks = sinks if s_aux is None else s_aux
+    if flashcore_pages is not None:
+        others = {
+            "attention_mask": attention_mask, "position_bias": position_bias, "indices": indices,
+            "block_indices": block_indices, "head_mask": head_mask, "output_attentions": output_attentions,
+            "dropout": dropout,
+        }  # fmt: skip
+        _refuse_on_pages(others, sinks)
+        output = attend_pages(
+            query, key, value, flashcore_pages, causal=_is_causal(module, is_causal), sliding_window=sliding_window,
+            scaling=scaling, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+        return output, None
+    special = sinks, softcap, indices, block_indices, cu_seq_lens_q, head_mask, output_attentions or None
+    if as_sdpa.serves(query, key, value, special):
+        causal = _is_causal(module, is_causal)
+        output = as_sdpa.attend_as_sdpa(
+            module, query, key, value, attention_mask, position_bias, causal, sliding_window, scaling, dropout
+        )
+        if output is not None:
+            return output, None
     own_sinks = None
     if sinks is not None and sinks.dim() == 4:
         own_sinks, sinks = sinks, None
@@ -119,24 +149,17 @@ def flashcore_attention(
         mask = keep(chosen, mask)
 
     inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
-    if output_attentions or dropout:
+    if output_attentions:
         count_path("torch")
-        each_sinks = sinks if own_sinks is None else own_sinks
-        if output_attentions:
-            note_fallback("output_attentions=True asks for the weights, which the kernels never form")
-            output, weights = naive_attention(
-                query, key, value, key_range=key_range, mask=mask, is_causal=causal, window=window, scale=scaling,
-                softcap=softcap, sinks=each_sinks, key_scale=key_scale, value_scale=value_scale, return_weights=True,
-                dropout=dropout,
-            )  # fmt: skip
-            weights = weights.to(query.dtype)
-        else:
-            note_fallback("dropout is asked for, which the kernels do not have")
-            problem = check_problem(inputs, causal, window, scaling, softcap)
-            output, weights = torch_attention(problem, inputs._replace(sinks=each_sinks), False, dropout)
-        output = output.transpose(1, 2)
+        note_fallback("output_attentions=True asks for the weights, which the kernels never form")
+        output, weights = naive_attention(
+            query, key, value, key_range=key_range, mask=mask, is_causal=causal, window=window, scale=scaling,
+            softcap=softcap, sinks=sinks if own_sinks is None else own_sinks, key_scale=key_scale,
+            value_scale=value_scale, return_weights=True, dropout=dropout,
+        )  # fmt: skip
+        output, weights = output.transpose(1, 2), weights.to(query.dtype)
     else:
-        output, lse = attend(inputs, causal, window, scaling, softcap, own_sinks is not None)
+        output, lse = attend(inputs, causal, window, scaling, softcap, own_sinks is not None, dropout)
         weights = None
         if own_sinks is not None:
             # A sink adds exp(sink) to the denominator: the share that stays is exp(lse) / (exp(lse) + exp(sink)).
@@ -152,15 +175,15 @@ def flashcore_attention(
 def _read_range_mask(
     range_mask: RangeMask, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(KeyRange, None), or (None, the dense mask) where a model may have written into that.
+    """(KeyRange, None), or (None, None) where nothing is hidden, or (None, the dense mask).
 
-    Or where PyTorch computes: it would write one down in each layer.
+    The last where a model may have written into that, or where PyTorch computes: it would make one in each layer.
     """
     fits = tuple(range_mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
     # What torch.compile is given nobody has read: __tensor_flatten__ raises else.
     unread = torch.compiler.is_compiling() or not range_mask.is_read()
     if fits and unread and (torch.compiler.is_compiling() or device_of(query.device).kind != "torch"):
-        return range_mask.key_range, None
+        return (None if range_mask.hides_nothing else range_mask.key_range), None
     return None, fit_mask(range_mask.dense(), query, key)
 
 
@@ -178,6 +201,20 @@ def _not_a_mask(mask) -> str:
     )
 
 
+def _refuse_on_pages(others: dict, sinks: torch.Tensor | None) -> None:
+    """Raise for what a layer asks beside pages."""
+    asked = [name for name, argument in others.items() if argument is not None and argument is not False]
+    asked = [name for name in asked if name != "dropout" or others[name]]
+    if sinks is not None and sinks.dim() != 1:
+        asked.append("sinks that each query makes")
+    if asked:
+        raise NotImplementedError(
+            f"flashcore got {', '.join(asked)} in continuous batching, where it supports causal attention with "
+            "windows, softcap and a sink a head. Call "
+            "model.set_attn_implementation('sdpa') before model.generate_batch()."
+        )
+
+
 def _head_factor(head_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """A head mask as a factor that broadcasts to `[B, H, Q, 1]`: one that differs among keys would need the weights."""
     factor = head_mask[:, None, None] if head_mask.dim() == 1 else head_mask
@@ -190,6 +227,25 @@ def _head_factor(head_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
             "attn_implementation='eager'."
         )
     return factor if factor.dim() == 4 else factor[None]
+
+
+def _in_model_dtype(module: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What torch.autocast does to SDPA's inputs; and where a 16-bit model is left fp32 ones, its own dtype.
+
+    PEFT keeps norms and adapters in fp32, so that queries and keys come in fp32 beside projections in 16 bits. The
+    flash function of Transformers asks the same of a layer (`get_target_dtype`).
+    """
+    tensors = _autocast(*tensors)
+    if tensors[0].dtype != torch.float32 or tensors[1].dtype == torch.float8_e4m3fn:
+        return tensors
+    config = getattr(module, "config", None)
+    if hasattr(config, "_is_quantized"):
+        dtype = config.dtype
+    else:
+        layers = (each.weight.dtype for each in module.modules() if isinstance(each, torch.nn.Linear))
+        dtype = next(layers, torch.float32)
+    # Weights in fewer bits still are quantised ones.
+    return tuple(t.to(dtype) for t in tensors) if dtype in (torch.float16, torch.bfloat16) else tensors
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

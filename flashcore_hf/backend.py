@@ -7,7 +7,7 @@ something on top of ours since, theirs stays, and ours below it does nothing but
 import functools
 import warnings
 
-from . import compat
+from . import compat, serving
 from .attention import flashcore_attention
 from .masks import flashcore_mask
 from .models import NAME, refuse_model
@@ -43,8 +43,14 @@ def enable() -> None:
         _patch(model_class, "_autoset_attn_implementation", _refuse_in_autoset)
     if compat.continuous_batching() is not None:
         mixin, manager = compat.continuous_batching()
-        _patch(mixin, "init_continuous_batching", _refuse_batching)
-        _patch(manager, "start", _refuse_started)
+        _patch(mixin, "init_continuous_batching", _served_batching)
+        _patch(manager, "start", _checked_start)
+        if serving.why_not() is None:
+            _patch(mixin, "generate_batch", _raising_generate_batch)
+            _patch(manager, "_create_batch_processor", _taken_over)
+            if compat.VERSION < (5, 22):
+                # Continuous batching puts this before the name there.
+                _register(compat.attention_registry(), f"paged|{NAME}", flashcore_attention)
 
 
 def _warn_of_untested_version() -> None:
@@ -117,8 +123,10 @@ def _accept_name(original):
 
     @functools.wraps(original)
     def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, *args, **kwargs):
-        if _enabled and attn_implementation == NAME:
+        if _enabled and attn_implementation in (NAME, f"paged|{NAME}"):
             refuse_model(type(self))
+            if attn_implementation not in compat.attention_registry():
+                attn_implementation = NAME  # from 5.22 on the prefix means nothing
             return self.get_correct_attn_implementation(attn_implementation, is_init_check)
         return original(self, attn_implementation, is_init_check, *args, **kwargs)
 
@@ -170,36 +178,57 @@ def _refuse_in_autoset(original):
     return classmethod(_autoset_attn_implementation)
 
 
-def _refuse_batching(original):
-    """Continuous batching calls the model in a thread of its own, whose errors reach a log and nobody else."""
+def _served_batching(original):
+    """What cannot work is said here, to the caller: the model runs in a thread of its own, whose errors reach a log."""
 
     @functools.wraps(original)
     def init_continuous_batching(self, *args, **kwargs):
-        _refuse_paged(self)
-        return original(self, *args, **kwargs)
+        ours = _enabled and serving.is_ours(self)
+        if ours:
+            serving.check(self)
+        manager = original(self, *args, **kwargs)
+        if ours:
+            serving.made(manager)
+        return manager
 
     return init_continuous_batching
 
 
-def _refuse_started(original):
-    """A manager from before the model was switched to ours."""
+def _checked_start(original):
+    """A manager from before the model was switched to ours, or before this was enabled."""
 
     @functools.wraps(original)
     def start(self, *args, **kwargs):
-        _refuse_paged(self.model)
+        if _enabled and serving.is_ours(self.model):
+            serving.check(self.model)
         return original(self, *args, **kwargs)
 
     return start
 
 
-def _refuse_paged(model) -> None:
-    config = model.config
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    names = (getattr(part, "_attn_implementation", None) or "" for part in parts)
-    if _enabled and any(isinstance(name, str) and name.rpartition("|")[2] == NAME for name in names):
-        other = "sdpa_paged" if "sdpa_paged" in compat.attention_registry() else "sdpa"
-        raise NotImplementedError(
-            f"continuous batching (generate_batch) was asked of {type(model).__name__} with "
-            f'attn_implementation="{NAME}", which cannot read keys and values that are kept in pages. Supported is '
-            f'model.generate(). For continuous batching call model.set_attn_implementation("{other}") first.'
-        )
+def _raising_generate_batch(original):
+    """It logs what the serving thread ran into, and answers what there is."""
+
+    @functools.wraps(original)
+    def generate_batch(self, inputs, *args, **kwargs):
+        if not (_enabled and serving.is_ours(self)):
+            return original(self, inputs, *args, **kwargs)
+        with serving.watched() as managers:
+            answers = original(self, inputs, *args, **kwargs)
+        serving.raise_what_failed(self, managers, answers, len(inputs))
+        return answers
+
+    return generate_batch
+
+
+def _taken_over(original):
+    """The batch processor of a model of ours reads pages."""
+
+    @functools.wraps(original)
+    def _create_batch_processor(self, *args, **kwargs):
+        processor = original(self, *args, **kwargs)
+        if _enabled and serving.is_ours(self.model):
+            serving.take_over(self, processor)
+        return processor
+
+    return _create_batch_processor

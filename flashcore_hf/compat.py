@@ -15,12 +15,14 @@ except ImportError:
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
+    "CHANGES_ENCODER_DECODERS",
     "FORWARD_MAKES_CACHE",
     "HAS_INTERFACE",
     "VERSION",
     "MaskCall",
     "PreTrainedModel",
     "attention_registry",
+    "batching_module",
     "continuous_batching",
     "crop_takes_length",
     "initialize_cache_layer",
@@ -42,6 +44,8 @@ CACHE_NAME = "cache" if _renamed else "past_key_values"
 CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, "past_key_values", "cache_params")))
 # Whether generate() leaves it to the first forward to make a DynamicCache: 5.0 does, 5.4 no longer.
 FORWARD_MAKES_CACHE = (5, 0) <= VERSION < (5, 4)
+# Whether an encoder-decoder can be given another cache: older ones read its length on the host, or make it in forward.
+CHANGES_ENCODER_DECODERS = VERSION >= (5, 17)
 
 if VERSION < (4, 40):
     raise ImportError(f"flashcore needs Transformers 4.40 or newer, and this is {transformers.__version__}")
@@ -82,6 +86,14 @@ def continuous_batching() -> tuple[type, type] | None:
 
     mixins = [base for base in GenerationMixin.__mro__ if "init_continuous_batching" in vars(base)]
     return (mixins[0], module.ContinuousBatchingManager) if mixins else None
+
+
+def batching_module():
+    """Transformers' package for continuous batching (5.17 and newer), its modules imported."""
+    from transformers.generation import continuous_batching as package
+    from transformers.generation.continuous_batching import input_outputs, model_runner  # noqa: F401
+
+    return package
 
 
 class MaskCall(NamedTuple):

@@ -16,23 +16,25 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial, wraps
 
 import torch
 from flashcore_kernels import Prompt, begin_compiling, steps_follow
-from transformers.utils import ModelOutput
 
-from .cache.flashcore_cache import FlashCoreCache, converted
-from .cache.layer import DevicePosition
-from .compat import CACHE_NAME, CACHE_NAMES
-from .hooks import caches, did_not_hold, on_new_cache, owner, reached
-from .models import NAME, takes_key_range
+from .cache.encoder_decoder import halves
+from .cache.flashcore_cache import FlashCoreCache
+from .cache.switch import converted
+from .compat import CACHE_NAME
+from .decode_graph import DecodeGraph
+from .hooks import did_not_hold, on_new_cache, owner, reached
+from .model_state import ModelState
+from .models import NAME, masks_its_source, takes_key_range
+from .step import DECODER, ENCODER_DECODER, Step, cache_name_in, read_step, unknown_cache_in
 
-# Inputs that change from step to step. Other tensors of a call may change too, so such calls are not recorded.
-CHANGING = ("input_ids", "attention_mask", "position_ids", "cache_position")
 # Caches of finished texts that are kept with their graphs, each for one batch size.
 MOST_KEPT = 4
+# Graphs of one cache. Only calls of other shapes need others: sources of another length, in some encoder-decoders.
+MOST_GRAPHS = 8
 
 
 class FlashcoreGraphWarning(UserWarning):
@@ -59,7 +61,7 @@ def graphed(model, enabled: bool = True):
 
     Raises:
         ImportError: Transformers before 4.57.
-        ValueError: the model is not under "flashcore", or is an encoder-decoder.
+        ValueError: the model is not under "flashcore"; or it is an encoder-decoder, in Transformers before 5.17.
         RuntimeError: Transformers has nothing of the name that this hooks into. `generate()` raises it where
             Transformers no longer comes by.
     """
@@ -69,42 +71,14 @@ def graphed(model, enabled: bool = True):
         if steps is not None:
             steps.restore()
     elif steps is None:
-        if model.config._attn_implementation != NAME or model.config.is_encoder_decoder:
+        implementation = decoder_config(model)._attn_implementation
+        if implementation != NAME:
             raise ValueError(
-                f"graphed needs a decoder loaded with attn_implementation='{NAME}'; this {type(model).__name__} has "
-                f"'{model.config._attn_implementation}'"
-                + (", and is an encoder-decoder" if model.config.is_encoder_decoder else "")
+                f"graphed needs a model loaded with attn_implementation='{NAME}'; this {type(model).__name__} has "
+                f"'{implementation}'"
             )
         GraphedSteps(model)
     return whole
-
-
-def record(step: Callable[[], object], device: torch.device, graphs: dict) -> tuple[Callable[[], None], object]:
-    """Run `step` once, then record it into a CUDA graph.
-
-    Args:
-        graphs: of the cache; keeps the stream that its graphs are recorded on. cuBLAS has one workspace for each
-            stream, also within graphs, so two caches that are replayed at once must not share it.
-
-    Returns:
-        what replays the graph on the current stream, and what `step` returned while it was recorded: a replay writes
-        into the same tensors.
-
-    Raises:
-        RuntimeError: `step` does what cannot be recorded, such as reading a value on the host.
-    """
-    with torch.cuda.device(device):
-        # Once outside: kernels are compiled and libraries initialised by their first call.
-        stream = graphs.setdefault("stream", torch.cuda.Stream())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            output = step()
-    return graph.replay, output
 
 
 def unsupported_device(model) -> str | None:
@@ -117,13 +91,18 @@ def unsupported_device(model) -> str | None:
     return None
 
 
+def decoder_config(model):
+    """The config of the part of a model that generates."""
+    return model.config.get_text_config(decoder=True) if getattr(model.config, "sub_configs", None) else model.config
+
+
 def prompt_of(model) -> Prompt | None:
     """What the kernel for a prompt depends on, as the first decoder layer tells.
 
     None where that is not enough: for a model without KeyRanges, and for DeepSeek's heads of two sizes, which some
     versions pad. A layer that is unlike the first compiles its own kernel when it is called, as ever.
     """
-    if not takes_key_range(model.config.get_text_config(decoder=True)):
+    if not takes_key_range(decoder_config(model)):
         return None
     for module in model.modules():
         if getattr(module, "is_causal", False) and hasattr(module, "head_dim") and not hasattr(module, "v_head_dim"):
@@ -131,104 +110,6 @@ def prompt_of(model) -> Prompt | None:
             sinks = getattr(getattr(module, "sinks", None), "dtype", None)
             return Prompt(module.head_dim, module.head_dim, model.dtype, softcap, sinks)
     return None
-
-
-class DecodeGraph:
-    """One recorded decode step on the buffers of one cache.
-
-    Args:
-        forward: the model's own forward.
-        cache: its buffers are read and written by every replay.
-        cache_name: what the call calls it.
-        inputs: the changing inputs of a call, by name; `attention_mask` is `[B, about length + 1]`.
-        constants: all other arguments.
-
-    Raises:
-        RuntimeError, or whatever `forward` raises: it cannot be recorded.
-    """
-
-    def __init__(
-        self, forward: Callable, cache: FlashCoreCache, cache_name: str, inputs: dict[str, torch.Tensor],
-        constants: dict,
-    ):  # fmt: skip
-        self.buffers = [layer.key_buffer for layer in cache.layers]
-        device = inputs["input_ids"].device
-        # Not inference tensors, even under inference_mode: later calls may write to them outside of it.
-        with torch.inference_mode(False):
-            self.inputs = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
-            if "attention_mask" in inputs:
-                batch_size, width = inputs["attention_mask"].shape
-                width = max(2 * width, *(layer.capacity for layer in cache.layers))
-                self.inputs["attention_mask"] = torch.zeros(batch_size, width, dtype=torch.bool, device=device)
-            self.length = torch.zeros((), dtype=torch.int64, device=device)
-            self.positions = {layer.sliding_window: DevicePosition(self.length) for layer in cache.layers}
-        self.host_length, self.mask_width = -1, 0
-        self.host_bases: dict[int | None, int] = dict.fromkeys(self.positions, 0)
-
-        def step():
-            for position in self.positions.values():
-                torch.sub(self.length, position.base, out=position.slot[0])
-            with cache.on_device(self.positions):
-                output = forward(**self.inputs, **constants, **{cache_name: cache})
-            self.length += 1
-            return output
-
-        self._set(cache, inputs)
-        self.replay, output = record(step, device, cache.graphs)
-        if not isinstance(output, ModelOutput):
-            raise RuntimeError(f"forward returned a {type(output).__name__}, not a ModelOutput")
-        self.output_type = type(output)
-        self.outputs = {name: part for name, part in output.items() if part is not cache}
-        self.holds_cache = [name for name, part in output.items() if part is cache]
-        self.host_length = -1  # recording has run the step
-
-    def current(self, cache: FlashCoreCache) -> bool:
-        """Whether the cache's buffers are still those of the recording."""
-        return all(layer.key_buffer is buffer for layer, buffer in zip(cache.layers, self.buffers))
-
-    def holds(self, inputs: dict[str, torch.Tensor]) -> bool:
-        """Whether the mask fits; a model of sliding layers alone goes on when its buffers no longer grow."""
-        mask = inputs.get("attention_mask")
-        return mask is None or mask.shape[1] <= self.inputs["attention_mask"].shape[1]
-
-    def run(self, cache: FlashCoreCache, inputs: dict[str, torch.Tensor]) -> ModelOutput:
-        """One token: copy the inputs, replay, and answer in tensors that no later step overwrites."""
-        self._set(cache, inputs)
-        self.replay()
-        self.host_length += 1
-        for layer in cache.layers:
-            layer.length += 1
-        parts = {name: _copy(part) for name, part in self.outputs.items()}
-        return self.output_type(**parts, **dict.fromkeys(self.holds_cache, cache))
-
-    def _set(self, cache: FlashCoreCache, inputs: dict[str, torch.Tensor]) -> None:
-        for name, tensor in inputs.items():
-            target = self.inputs[name]
-            if name == "attention_mask":
-                width = tensor.shape[1]
-                if width < self.mask_width:
-                    target[:, width:].zero_()
-                self.mask_width = width
-                target = target[:, :width]
-            target.copy_(tensor)
-        # The device counts along by itself; only what the host did in between has to be told.
-        length = cache.layers[0].length
-        if length != self.host_length:
-            self.host_length = length
-            self.length.fill_(length)
-        for layer in cache.layers:
-            if layer.base != self.host_bases[layer.sliding_window]:
-                self.host_bases[layer.sliding_window] = layer.base
-                self.positions[layer.sliding_window].base.fill_(layer.base)
-
-
-def _copy(part):
-    """Tensors of a model's output, cloned, in whatever tuples they are."""
-    if isinstance(part, torch.Tensor):
-        return part.clone()
-    if isinstance(part, (tuple, list)):
-        return type(part)(_copy(each) for each in part)
-    return part
 
 
 class GraphedSteps:
@@ -239,6 +120,10 @@ class GraphedSteps:
         self.instance_forward = vars(model).get("forward")  # accelerate puts one there, for instance
         self.original = original = model.forward
         self.device_reason = unsupported_device(model)
+        self.config = decoder_config(model)
+        self.names = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER
+        self.pads_source = masks_its_source(model)
+        self.state = ModelState(model)
         self.told: set[str] = set()
         self.stock: OrderedDict[tuple, tuple[list, dict]] = OrderedDict()
         self.lock = threading.Lock()
@@ -272,6 +157,7 @@ class GraphedSteps:
         if self.instance_forward is not None:
             model.forward = self.instance_forward
         self.stock.clear()
+        self.state = None
         self.model = None  # caches that are still out do not come back
 
     def step(self, kwargs: dict):
@@ -280,83 +166,75 @@ class GraphedSteps:
         Raises:
             RuntimeError: it has a cache under a name that we do not know.
         """
-        name = next((name for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        name = cache_name_in(kwargs)
         if name is None:
-            unknown = caches(kwargs)
+            unknown = unknown_cache_in(kwargs)
             if unknown:
-                raise did_not_hold(
-                    self.model, ["graphs"], f"forward() got a cache as {unknown[0]!r}, not {CACHE_NAME!r}"
-                )
+                raise did_not_hold(self.model, ["graphs"], f"forward() got a cache as {unknown!r}, not {CACHE_NAME!r}")
             return self.original(**kwargs)
-        tokens, cache = kwargs.get("input_ids"), kwargs[name]
+        tokens, cache = kwargs.get(self.names.tokens), halves(kwargs[name])[0]
         if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():
             return self.original(**kwargs)
         if tokens.shape[1] != 1:
-            if self.reason_against(cache, kwargs) is not None:
+            self.state.look()
+            if self.reason_against(kwargs) is not None or not isinstance(cache, FlashCoreCache) or not cache.ours:
                 return self.original(**kwargs)
             # Steps are what a prompt is for: their kernels are compiled while its own are.
             with steps_follow(fp8=any(layer.fp8 for layer in cache.layers)):
                 return self.original(**kwargs)
-        reason = self.reason_against(cache, kwargs)
-        if reason is None:
-            if cache.get_seq_length() == 0:  # a prompt of one token
-                return self.original(**kwargs)
-            inputs = {name: kwargs[name] for name in CHANGING if kwargs.get(name) is not None}
-            constants = {name: value for name, value in kwargs.items() if name not in inputs}
-            del constants[name]
-            graph = self.graph_for(cache, name, inputs, constants)
+        if isinstance(cache, FlashCoreCache) and cache.get_seq_length() == 0:  # a prompt of one token
+            self.state.look()
+            return self.original(**kwargs)
+        step = self.reason_against(kwargs) or read_step(kwargs, name, self.names, self.config.model_type)
+        if isinstance(step, Step):
+            graph = self.graph_for(step)
             if not isinstance(graph, str):
-                return graph.run(cache, inputs)
-            reason = graph
-        self.tell(reason)
+                return graph.run(step)
+            step = graph
+        self.tell(step)
         return self.original(**kwargs)
 
-    def reason_against(self, cache, kwargs: dict) -> str | None:
-        """Why this decode step cannot be recorded, or None."""
-        model = self.model
+    def reason_against(self, kwargs: dict) -> str | None:
+        """Why no decode step of this model can be recorded now, or None."""
         if self.device_reason is not None:
             return self.device_reason
-        if not isinstance(cache, FlashCoreCache):
-            return f"the cache is a {type(cache).__name__}; graphs need a FlashCoreCache"
-        if not cache.ours:
-            return "the model has layers that are not plain attention"
-        if any(layer.length != cache.layers[0].length for layer in cache.layers):
-            return "the cache's layers hold different numbers of tokens"
-        if model.training:
+        if self.model.training:
             return "the model is in training mode"
-        if model.config._attn_implementation != NAME:
-            return f"the model runs '{model.config._attn_implementation}', not '{NAME}'"
-        if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
+        if self.config._attn_implementation != NAME:
+            return f"the model runs '{self.config._attn_implementation}', not '{NAME}'"
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             return "output_attentions asks for weights, which PyTorch computes"
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-            return "attention_mask is not a 2-D mask of the tokens so far"
-        for name, value in kwargs.items():
-            if name not in CHANGING and not isinstance(value, (bool, int, float, str, type(None), FlashCoreCache)):
-                return f"the argument {name} is a {type(value).__name__}, which may change from step to step"
         return None
 
-    def graph_for(self, cache: FlashCoreCache, cache_name: str, inputs: dict, constants: dict) -> DecodeGraph | str:
+    def graph_for(self, step: Step) -> DecodeGraph | str:
         """The graph that serves this call, recorded if need be; or why there is none."""
-        for layer in cache.layers:
+        cache, graphs = step.cache, step.cache.graphs
+        for layer in cache.filled_layers:
             layer.reserve(1)
-        shapes = tuple(
-            (name, t.dtype, t.shape if name != "attention_mask" else t.shape[:1]) for name, t in inputs.items()
-        )
-        key = (shapes, tuple(constants.items()), _modes(inputs["input_ids"].device))
-        graph = cache.graphs.get(key)
-        if isinstance(graph, DecodeGraph) and not (graph.current(cache) and graph.holds(inputs)):
+        tokens = step.inputs[step.names.tokens]
+        if self.pads_source and "attention_mask" not in step.inputs:
+            whole = torch.ones(tokens.shape[0], step.source_length, dtype=torch.bool, device=tokens.device)
+            step.inputs["attention_mask"] = whole
+        masks = (step.names.mask, "attention_mask" if self.pads_source else None)
+        shapes = tuple((name, t.dtype, t.shape[:1] if name in masks else t.shape) for name, t in step.inputs.items())
+        source_length = 0 if self.pads_source else step.source_length
+        key = (shapes, source_length, tuple(step.constants.items()), _modes(tokens.device), self.state.current())
+        graph = graphs.get(key)
+        if isinstance(graph, DecodeGraph) and not (graph.current(step) and graph.holds(step)):
             # All that know the old buffers, and keep them: their memory is free before the next is recorded.
             graph = None
-            for old in [old for old, each in cache.graphs.items() if isinstance(each, DecodeGraph)]:
-                if old == key or not cache.graphs[old].current(cache):
-                    del cache.graphs[old]
+            for old in [old for old, each in graphs.items() if isinstance(each, DecodeGraph)]:
+                if old == key or not graphs[old].current(step):
+                    del graphs[old]
         if graph is None:
+            recorded = [old for old in graphs if isinstance(old, tuple)]
+            for old in recorded[: len(recorded) + 1 - MOST_GRAPHS]:
+                del graphs[old]  # the oldest
             try:
-                graph = DecodeGraph(self.original, cache, cache_name, inputs, constants)
+                graph = DecodeGraph(self.original, step, self.pads_source)
             except Exception as error:  # noqa: BLE001 - whatever it is, the step runs without a graph
                 graph = f"recording failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            cache.graphs[key] = graph
+            graphs[key] = graph
         return graph
 
     def tell(self, reason: str) -> None:
@@ -378,22 +256,31 @@ class GraphedSteps:
         When the cache is garbage, and not before (a caller may keep it), its buffers go back into the stock.
         """
         cache = converted(cache)
-        if not isinstance(cache, FlashCoreCache) or not cache.layers or not cache.ours or self.device_reason:
+        own, source = parts = halves(cache)
+        if not isinstance(own, FlashCoreCache) or self.device_reason:
             return cache
-        kind = (batch_size, *((layer.sliding_window, layer.max_length, layer.fp8) for layer in cache.layers))
+        parts = [part for part in parts if part is not None]
+        if not all(part.layers and part.ours for part in parts):
+            return cache
+        kind = (batch_size, *((layer.sliding_window, layer.max_length, layer.fp8) for layer in own.layers))
         with self.lock:
             kept = self.stock.pop(kind, None)
         if kept is not None:
-            for old, new in zip(kept[0], cache.layers):
-                old.reset()
-                old.record_past = new.record_past
-            cache.layers, cache.graphs = kept
+            for part, layers in zip(parts, kept[0]):
+                for old, new in zip(layers, part.layers):
+                    old.reset()
+                    old.record_past = new.record_past
+                part.layers = layers
+            own.graphs = kept[1]
+        layers = [part.layers for part in parts]
+        if source is not None:
+            source.kept_with = own  # whoever keeps that of the source alone
         # A cache that lives on does not keep the model.
-        weakref.finalize(cache, partial(_give_back, weakref.ref(self), kind, cache.layers, cache.graphs)).atexit = False
+        weakref.finalize(own, partial(_give_back, weakref.ref(self), kind, layers, own.graphs)).atexit = False
         return cache
 
 
-def _give_back(steps: weakref.ref, kind: tuple, layers: list, graphs: dict) -> None:
+def _give_back(steps: weakref.ref, kind: tuple, layers: list[list], graphs: dict) -> None:
     steps = steps()
     if steps is None or steps.model is None:
         return

@@ -10,10 +10,11 @@ the parts that we know amount to; anything else becomes the dense bool mask that
 from typing import NamedTuple
 
 import torch
-from flashcore_kernels import make_key_range, make_row_ranges, make_step_key_range
+from flashcore_kernels import device_of, make_key_range, make_row_ranges, make_step_key_range
 
 from .compat import MaskCall, mask_call, masking_utils
 from .models import takes_key_range, takes_no_mask, wants_additive_mask
+from .pages import in_batch
 from .range_mask import RangeMask, can_be_made
 
 
@@ -55,18 +56,31 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
         an int32 KeyRange (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]` (a RangeMask, or dense), or for a
         few models the same in floating point, 0 and the lowest number; or None.
     """
+    if in_batch.get():
+        return None  # pages are read by lengths (Transformers 5.24 no longer asks)
     call = mask_call(kwargs)
     mask = _answer(kwargs, call)
     # The last token sees all tokens, causal or not.
     causal_may_be_left_out = call.num_queries > 1 and kwargs.get("allow_is_causal_skip", True)
-    if mask is not None and causal_may_be_left_out and not torch.compiler.is_compiling():
+    by_torch = call.num_queries > 1 and _torch_computes(call)
+    if mask is not None and (causal_may_be_left_out or by_torch) and not torch.compiler.is_compiling():
         _keep_request(mask, kwargs)
     return mask
+
+
+def _torch_computes(call: MaskCall) -> bool:
+    """Whether these masks are for a CPU that no kernel runs on: their values cost no wait."""
+    return call.device.type == "cpu" and device_of(call.device).kind == "torch" and not torch.compiler.is_compiling()
 
 
 def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
     handed_on = takes_key_range(kwargs.get("config"))
     pattern = recognise(kwargs) if handed_on or _range_mask_may_serve(kwargs) else None
+    if pattern is not None and call.num_queries == 1 and _torch_computes(call):
+        # What `sdpa` gets is a row a sequence, or for all keys nothing.
+        if handed_on and _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
+            return None
+        pattern = None
     if pattern is not None:
         every_slot_filled = kwargs.get("allow_is_causal_skip", True)
         if handed_on and _sees_every_key(call, pattern, every_slot_filled):
@@ -76,7 +90,8 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
         made_ahead = pattern.right == 0 and not every_slot_filled
         key_range = _key_range(call, pattern) if handed_on or not made_ahead else None
         if key_range is not None:
-            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
+            hides_nothing = pattern == EVERYTHING and call.key_mask is None
+            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys, hides_nothing)
     whole = {**kwargs, "allow_is_causal_skip": False}
     if not takes_no_mask(kwargs.get("config")):
         whole["allow_is_bidirectional_skip"] = False
@@ -102,8 +117,10 @@ def _key_range(call: MaskCall, pattern: Pattern) -> torch.Tensor | None:
     )  # fmt: skip
 
 
-# Where a mask keeps what was asked for, until a layer that is not causal wants to know what `sdpa` would have made.
+# Where a mask keeps what was asked for, until a layer wants to know what `sdpa` would have made.
 _REQUEST = "_flashcore_request"
+_ANSWER = "_flashcore_answer"
+_LEFT_OUT = "_flashcore_left_out"
 
 
 def _keep_request(mask: torch.Tensor, kwargs: dict) -> None:
@@ -113,17 +130,49 @@ def _keep_request(mask: torch.Tensor, kwargs: dict) -> None:
     setattr(mask, _REQUEST, kwargs)
 
 
+def what_sdpa_gets(mask: torch.Tensor, num_queries: int, num_keys: int) -> tuple[torch.Tensor | None, bool] | None:
+    """(bool `[B, 1, Q, K]` or None, causal): what `sdpa` would be told in place of this mask; made once a mask.
+
+    Where there is no dense mask, `causal` says whether query i sees the first i + 1 keys, or all. None where this is
+    not the mask function's answer for Q queries and K keys, as it was.
+    """
+    if isinstance(mask, RangeMask):
+        unread = not mask.is_read()
+    else:
+        unread = mask.dtype == torch.int32 or (mask.dtype == torch.bool and _version(mask) == 0)
+    if not unread or not hasattr(mask, _REQUEST):
+        return None
+    if not hasattr(mask, _ANSWER):
+        setattr(mask, _ANSWER, _asked_of_sdpa(getattr(mask, _REQUEST)))
+    sizes, answer = getattr(mask, _ANSWER)
+    return answer if sizes == (num_queries, num_keys) else None
+
+
+def _asked_of_sdpa(kwargs: dict) -> tuple[tuple[int, int], tuple[torch.Tensor | None, bool] | None]:
+    call, pattern = mask_call(kwargs), recognise(kwargs)
+    sizes = call.num_queries, call.num_keys
+    if pattern is None:
+        return sizes, None
+    mask = masking_utils.sdpa_mask(**kwargs)
+    return sizes, (mask, mask is None and pattern.right == 0)
+
+
+def _version(mask: torch.Tensor) -> int:
+    """How often a tensor was written in place; -1 where nobody counts."""
+    return -1 if mask.is_inference() else mask._version
+
+
 def sdpa_would_leave_out(mask: torch.Tensor) -> bool:
     """Whether `sdpa` had been given no mask in place of this one, and would ask the layer whether it is causal.
 
     It leaves a causal mask out where nothing is padded, which it looks for in the padding mask's values: on a GPU this
     waits for them, as `sdpa` does. Here that is only for layers which are not causal under a causal mask.
     """
-    asked = getattr(mask, _REQUEST, None)
-    if isinstance(asked, dict):
-        asked = masking_utils.sdpa_mask(**asked) is None
-        setattr(mask, _REQUEST, asked)
-    return bool(asked)
+    if not hasattr(mask, _REQUEST):
+        return False
+    if not hasattr(mask, _LEFT_OUT):
+        setattr(mask, _LEFT_OUT, masking_utils.sdpa_mask(**getattr(mask, _REQUEST)) is None)
+    return getattr(mask, _LEFT_OUT)
 
 
 def _sees_every_key(call: MaskCall, pattern: Pattern, every_slot_filled: bool) -> bool:
@@ -132,7 +181,9 @@ def _sees_every_key(call: MaskCall, pattern: Pattern, every_slot_filled: bool) -
     Args:
         every_slot_filled: what Transformers knows of the cache: False for a static one, say.
     """
-    if call.num_queries != 1 or call.key_mask is not None or not every_slot_filled:
+    if call.num_queries != 1 or not every_slot_filled:
+        return False
+    if call.key_mask is not None and not (_torch_computes(call) and call.key_mask.all()):
         return False
     # A cache that counts on the device (a static one, one in a CUDA graph) may have slots that are not filled.
     if isinstance(call.query_start, torch.Tensor) or call.query_start != call.num_keys - 1:

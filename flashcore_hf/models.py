@@ -42,6 +42,34 @@ MAYBE_NO_MASK_MODELS = frozenset({"bridgetower", "bridgetower_text_model", "info
 NEVER_CAUSAL_FILES = frozenset({"modeling_bridgetower", "modeling_chinese_clip", "modeling_kosmos2"})
 
 
+# Encoder-decoders whose decoder takes the source's keys and values from its cache after the first token, and knows by
+# the 2-D attention_mask which of them exist, so that the cache may have more slots than the source positions. Every
+# entry generates beside eager in tests/hf/test_graphs_encoder_decoder.py.
+MASKED_SOURCE_MODELS = frozenset("bart blenderbot blenderbot-small marian mbart mt5 pegasus plbart t5 umt5".split())
+
+
+def masks_its_source(model) -> bool:
+    """Whether an encoder-decoder is one of Transformers' own in MASKED_SOURCE_MODELS."""
+    config = model.config
+    return type(model).__module__.startswith("transformers.") and config.model_type in MASKED_SOURCE_MODELS
+
+
+# Arguments about images that Transformers hands on to every step of some models, which read them with the prompt alone:
+# later steps have their positions already.
+_OF_THE_PROMPT = frozenset({"image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids"})
+_POSITIONS_FROM_PROMPT = frozenset({"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"})
+
+
+def unread_in_steps(model_type: str, kwargs: dict) -> frozenset[str]:
+    """Arguments of a one-token step that this model's forward does not read, whatever they hold.
+
+    Args:
+        model_type: of the text decoder.
+    """
+    known = model_type in _POSITIONS_FROM_PROMPT and kwargs.get("position_ids") is not None
+    return _OF_THE_PROMPT if known else frozenset()
+
+
 def takes_key_range(config) -> bool:
     """Whether this model hands masks on unread: it is one of Transformers' own, and of a type that we know."""
     return type(config).__module__.startswith("transformers.") and config.model_type in KEY_RANGE_MODELS

@@ -18,18 +18,21 @@ class RangeMask(torch.Tensor):
 
     Attributes:
         key_range: int32, the KeyRange (see flashcore_kernels.key_range).
+        hides_nothing: every query sees every key, as whoever made this knew without looking at values. Attention then
+            needs no KeyRange either, and its kernels are quicker without.
     """
 
     key_range: torch.Tensor
+    hides_nothing: bool
     _dense: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, key_range: torch.Tensor, num_queries: int, num_keys: int):
+    def __new__(cls, key_range: torch.Tensor, num_queries: int, num_keys: int, hides_nothing: bool = False):
         shape = (key_range.shape[0], 1, num_queries, num_keys)
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=key_range.device)
-        mask.key_range, mask._dense = key_range, None
+        mask.key_range, mask._dense, mask.hides_nothing = key_range, None, hides_nothing
         return mask
 
     def dense(self) -> torch.Tensor:
@@ -47,13 +50,13 @@ class RangeMask(torch.Tensor):
         mask = args[0] if args else None
         unread = isinstance(mask, RangeMask) and not mask.is_read()
         if unread and function in _HANDED_ON:
-            return cls(mask.key_range, *mask.shape[2:])  # a tensor of its own, as PyTorch wants of a view
+            # A tensor of its own, as PyTorch wants of a view.
+            return cls(mask.key_range, *mask.shape[2:], mask.hides_nothing)
         if unread and function is _aten._to_copy.default and (kwargs or {}).get("dtype") in (None, torch.bool):
             # A device_map's hooks move masks to where their layer is.
             device = kwargs.get("device")
-            return cls(
-                mask.key_range.to(device, copy=True, non_blocking=kwargs.get("non_blocking", False)), *mask.shape[2:]
-            )
+            key_range = mask.key_range.to(device, copy=True, non_blocking=kwargs.get("non_blocking", False))
+            return cls(key_range, *mask.shape[2:], mask.hides_nothing)
         args, kwargs = tree_map_only(RangeMask, RangeMask.dense, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -86,11 +89,11 @@ class RangeMask(torch.Tensor):
                 "Supported are a mask that only attention reads, and compiling the whole model: compile that, or load "
                 "this model with attn_implementation='sdpa'."
             )
-        return ["key_range"], None
+        return ["key_range"], self.hides_nothing
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict, context, outer_size, outer_stride) -> "RangeMask":
-        return RangeMask(inner["key_range"], *outer_size[2:])
+    def __tensor_unflatten__(inner: dict, hides_nothing: bool, outer_size, outer_stride) -> "RangeMask":
+        return RangeMask(inner["key_range"], *outer_size[2:], hides_nothing)
 
 
 def can_be_made() -> bool:
@@ -99,8 +102,7 @@ def can_be_made() -> bool:
     Those get the dense mask: what they record must hold the operators that make it, or gradients.
     """
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack()

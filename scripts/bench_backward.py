@@ -35,7 +35,7 @@ from bench_prefill import Case, Inputs, cases, padded_lengths
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_RATIO, RMS_RATIO = 3.0, 2.0
-PEERS = ("fa3", "fa3_deterministic", "cudnn", "flash")
+PEERS = ("fa3", "fa3_deterministic", "cudnn", "flash", "portable")
 # (block_m, block_n, num_warps, num_stages) by kernel and the largest head_dim they are tried for.
 CANDIDATES = {
     ("dq", 64): [
@@ -91,16 +91,39 @@ def make(case: Case, dtype: torch.dtype, device: str) -> Step:
 # Each contender: a function from a case and its step to a call that answers (dq, dk, dv), or None where it cannot.
 
 
+def arguments_of(case: Case, step: Step) -> dict:
+    """Keywords of our `attention` for a case."""
+    from flashcore_kernels import make_key_range
+
+    if not case.lengths:
+        return {"is_causal": case.causal, "window": case.window}
+    first = torch.tensor([case.keys - length for length in case.lengths], device=step.grad.device)
+    return {"key_range": make_key_range(case.batch, case.keys, first=first, right=0)}
+
+
+def flashcore(case: Case, step: Step) -> Callable:
+    """Autograd through `attention`, as a model has it: whichever kernel is chosen."""
+    from flashcore_kernels import attention, path_counts
+
+    output = attention(*step.x, **arguments_of(case, step))
+
+    def call():
+        return torch.autograd.grad(output, step.x, step.grad, retain_graph=True)
+
+    path_counts.clear()
+    call()
+    if path_counts["torch"]:
+        raise RuntimeError("PyTorch served the backward")
+    return call
+
+
 def forward_of(case: Case, step: Step):
     """(problem, inputs, output, lse) of our own forward."""
-    from flashcore_kernels import attention, make_key_range
+    from flashcore_kernels import attention
     from flashcore_kernels.problem import check_problem, split_arguments
 
     x = Inputs(*(t.detach() for t in step.x))
-    arguments = {"is_causal": case.causal, "window": case.window}
-    if case.lengths:
-        first = torch.tensor([case.keys - length for length in case.lengths], device=step.grad.device)
-        arguments = {"key_range": make_key_range(case.batch, case.keys, first=first, right=0)}
+    arguments = arguments_of(case, step)
     output, lse = attention(*x, **arguments, return_lse=True)
     inputs, options = split_arguments(*x, **arguments)
     return check_problem(inputs, **options), inputs, output, lse
@@ -151,8 +174,8 @@ def fused(case: Case, step: Step, backend: SDPBackend) -> Callable | None:
 
 
 def contender(name: str, case: Case, step: Step, forward) -> Callable | None:
-    if name == "portable":
-        return portable(case, step)
+    if name in ("flashcore", "portable"):
+        return {"flashcore": flashcore, "portable": portable}[name](case, step)
     if name in ("fa3", "fa3_deterministic"):
         return fa3(case, step, forward, name == "fa3_deterministic")
     return fused(case, step, {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name])
@@ -400,7 +423,7 @@ def main() -> int:
         if arguments.tune:
             rows += tune(case, dtype, device, arguments.rounds, arguments.tiny)
         else:
-            rows.append(measure(case, ["portable", *peers], forward, dtype, device, arguments.rounds))
+            rows.append(measure(case, ["flashcore", *peers], forward, dtype, device, arguments.rounds))
             print(rows[-1], flush=True)
         if arguments.json:
             benchmarking.write(arguments.json, rows)

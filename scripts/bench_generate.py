@@ -1,14 +1,18 @@
-"""Milliseconds a token of generate()'s decode, a whole model of random weights: flashcore beside sdpa in one run.
+"""Milliseconds a token of generate()'s decode, whole models of random weights: flashcore beside sdpa in one run.
 
-usage: python scripts/bench_generate.py [--json FILE] [--only TEXT ...] [--model Llama-3.1-8B] [--layers N] [--tokens N]
+usage: python scripts/bench_generate.py [--json FILE] [--only TEXT ...] [--list] [--tiny --device cpu]
+       [--model Llama-3.1-8B] [--layers N] [--tokens N] [--minutes M]
 
 A time is that of a whole generate() less that of one that stops after its first token, the median of several, after one
-that compiles or records. "graphed" is after `flashcore_hf.graphed(model)`; "seconds" is how long its very first call
-took until two tokens were there, prefill, recording and compiled kernels included.
+that compiles or records. "graphed" is after `flashcore_hf.graphed(model)`, "liger" after Liger's kernels were put into
+the model before that; "seconds" is how long its very first call took until two tokens were there, prefill, recording
+and compiled kernels included. Rows come in the order of their weight, and those that would begin after --minutes say
+that they were left out.
 """
 
 import argparse
 import contextlib
+import importlib
 import statistics
 import sys
 import time
@@ -17,68 +21,113 @@ from typing import NamedTuple
 
 import benchmarking
 import torch
+import transformers
 from transformers import StaticCache
 
 import flashcore_hf
 from flashcore_hf.compat import CACHE_NAME
+from tests.gpu import large_encoder_decoders
 from tests.gpu.large_models import SHAPES, make_model, random_prompts
+
+WHISPER, T5 = large_encoder_decoders.SHAPES
+LIGER = "graphed liger"
 
 
 class Case(NamedTuple):
     """One way to generate.
 
     Attributes:
-        batch_size, prompt: sequences, and tokens of the longest prompt; with several, shorter ones are padded left.
-        cache: "default", "default graphed" or "static".
+        batch_size, prompt: sequences, and tokens of the longest prompt or source; with several, others are padded.
+        cache: "default graphed", "graphed liger", "default" or "static".
         slots: of a static cache made by hand, where it is larger than what is generated.
+        model: of an encoder-decoder, its name; else "".
+        backends: those that are worth a row.
     """
 
     batch_size: int
     prompt: int
     cache: str
     slots: int = 0
+    model: str = ""
+    backends: tuple[str, ...] = ("flashcore", "sdpa")
 
     @property
     def name(self) -> str:
-        padded = " left-padded" if self.batch_size > 1 else ""
+        padded = " left-padded" if self.batch_size > 1 and not self.model else ""
         slots = f" {self.slots // 1024}K slots" if self.slots else ""
-        return f"generate B{self.batch_size} P{self.prompt}{padded} {self.cache}{slots}"
+        prompt = {"": f"P{self.prompt}", WHISPER: "30s", T5: f"S{self.prompt}"}[self.model]
+        model = f"{self.model} " if self.model else ""
+        return f"generate {model}B{self.batch_size} {prompt}{padded} {self.cache}{slots}"
+
+    @property
+    def graphed(self) -> bool:
+        return "graphed" in self.cache
+
+    def beside(self, cache: str) -> str:
+        """The name of the row with another cache."""
+        return self._replace(cache=cache).name
 
 
+PAIRS = [(model, length, batch) for model, length in ((WHISPER, 1500), (T5, 512)) for batch in (1, 16)]
 CASES = [
-    *(Case(b, 2048, cache) for cache in ("default graphed", "default") for b in (1, 16)),
+    *(Case(b, 2048, cache) for cache in ("default graphed", LIGER, "default") for b in (1, 16)),
+    *(Case(b, length, cache, model=m) for cache in ("default graphed", "default") for m, length, b in PAIRS),
     Case(1, 2048, "static"), Case(16, 2048, "static"), Case(1, 16384, "static"), Case(1, 2048, "static", 32768),
+    *(Case(b, length, "static", model=m, backends=("sdpa",)) for m, length, b in PAIRS),
 ]  # fmt: skip
 
 
-class Benchmark:
-    """The model, and how one case is timed."""
+class Models:
+    """The models, each made when it is first asked for."""
 
-    def __init__(self, model, tokens: int, repeats: int):
-        self.model, self.tokens, self.repeats = model, tokens, repeats
-        self.cuda = model.device.type == "cuda"
+    def __init__(self, arguments):
+        self.arguments, self.made = arguments, {}
+
+    def __getitem__(self, name: str):
+        if name not in self.made:
+            device, tiny = self.arguments.device, self.arguments.tiny
+            if name:
+                model = large_encoder_decoders.make_model(name, device=device, tiny=tiny)
+            else:
+                layers = 1 if tiny else self.arguments.layers
+                model = make_model(self.arguments.model, device=device, layers=layers, tiny=tiny)
+            self.made[name] = model
+        return self.made[name]
+
+
+class Benchmark:
+    """How one case is timed."""
+
+    def __init__(self, models: Models, tokens: int, repeats: int):
+        self.models, self.tokens, self.repeats = models, tokens, repeats
+        self.cuda = models.arguments.device != "cpu"
+        self.static = None
 
     def inputs(self, case: Case) -> dict[str, torch.Tensor]:
-        rows = random_prompts(case.batch_size, case.prompt, self.model.config.vocab_size)
+        model = self.models[case.model]
+        if case.model:
+            return large_encoder_decoders.source(model, case.batch_size, case.prompt)
+        rows = random_prompts(case.batch_size, case.prompt, model.config.vocab_size)
         ids = [[0] * (case.prompt - len(row)) + row for row in rows]
         mask = [[0] * (case.prompt - len(row)) + [1] * len(row) for row in rows]
         return {
-            "input_ids": torch.tensor(ids, device=self.model.device),
-            "attention_mask": torch.tensor(mask, device=self.model.device),
+            "input_ids": torch.tensor(ids, device=model.device),
+            "attention_mask": torch.tensor(mask, device=model.device),
         }
 
     def seconds(self, inputs: dict, case: Case, tokens: int) -> float:
+        model = self.models[case.model]
         options = {"cache_implementation": "static"} if case.cache == "static" else {}
         if case.slots:
             # One cache for all calls: a new one would be compiled for anew.
-            if getattr(self, "static", None) is None:
-                self.static = StaticCache(config=self.model.config, max_batch_size=1, max_cache_len=case.slots)
+            if self.static is None:
+                self.static = StaticCache(config=model.config, max_batch_size=1, max_cache_len=case.slots)
             self.static.reset()
             options = {CACHE_NAME: self.static}
         if self.cuda:
             torch.cuda.synchronize()
         began = time.perf_counter()
-        self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **options)
+        model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **options)
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -96,7 +145,7 @@ class Benchmark:
         with self.graphed(case):
             for turn in range(-1, self.repeats):
                 for backend, each in times.items():
-                    self.model.set_attn_implementation(backend)
+                    self.models[case.model].set_attn_implementation(backend)
                     if turn < 0:
                         first[backend] = self.seconds(inputs, case, 2)
                         self.seconds(inputs, case, self.tokens)
@@ -111,83 +160,120 @@ class Benchmark:
 
     @contextlib.contextmanager
     def graphed(self, case: Case):
-        """With graphs, where the case asks for them."""
-        if case.cache != "default graphed":
+        """With graphs and Liger's kernels, where the case asks for them."""
+        model = self.models[case.model]
+        if not case.graphed:
             yield
             return
-        self.model.set_attn_implementation("flashcore")
-        flashcore_hf.graphed(self.model)
-        try:
-            yield
-        finally:
-            flashcore_hf.graphed(self.model, False)
+        model.set_attn_implementation("flashcore")
+        with liger(model) if case.cache == LIGER else contextlib.nullcontext():
+            flashcore_hf.graphed(model)
+            try:
+                yield
+            finally:
+                flashcore_hf.graphed(model, False)
 
     def memory_of_steps(self, steps: int) -> dict:
         """Bytes that `steps` graphed steps allocate: none, where the cache need not grow."""
         case = Case(1, 2048, "default graphed")
-        flashcore_hf.graphed(self.model)
+        model = self.models[""]
+        model.set_attn_implementation("flashcore")
+        flashcore_hf.graphed(model)
         try:
             inputs, allocated = self.inputs(case), []
-            cache = flashcore_hf.FlashCoreCache(self.model.config, max_length=case.prompt + steps + 8)
+            cache = flashcore_hf.FlashCoreCache(model.config, max_length=case.prompt + steps + 8)
             with torch.no_grad():
-                out = self.model(**inputs, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-                seen = torch.ones(1, case.prompt + steps + 8, dtype=torch.long, device=self.model.device)
+                out = model(**inputs, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+                seen = torch.ones(1, case.prompt + steps + 8, dtype=torch.long, device=model.device)
                 for step in range(steps + 3):
                     length = case.prompt + step
-                    position = torch.tensor([[length]], device=self.model.device)
+                    position = torch.tensor([[length]], device=model.device)
                     token = out.logits[:, -1:].argmax(-1)
-                    out = self.model(
+                    out = model(
                         input_ids=token, attention_mask=seen[:, : length + 1], position_ids=position,
                         **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1,
                     )  # fmt: skip
                     allocated.append(torch.cuda.memory_stats()["requested_bytes.all.current"] if self.cuda else 0)
         finally:
-            flashcore_hf.graphed(self.model, False)
+            flashcore_hf.graphed(model, False)
         return {"steps": steps, "growth_bytes": allocated[-1] - allocated[2]}
 
 
-def main() -> int:
+@contextlib.contextmanager
+def liger(model):
+    """With Liger's kernels in the model, as the README says to put them there; without them afterwards."""
+    import liger_kernel.transformers
+
+    apply = getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{model.config.model_type}")
+    module = importlib.import_module(type(model).__module__)
+    before = dict(vars(module))
+    apply(model=model, fused_linear_cross_entropy=False)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+        for each in model.modules():
+            vars(each).pop("forward", None)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "generate-h200.json")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name ends with one of these")
+    parser.add_argument("--list", action="store_true", help="the cases' names, and nothing else")
     parser.add_argument("--backends", nargs="+", default=["flashcore", "sdpa"])
     parser.add_argument("--model", choices=sorted(SHAPES), default="Llama-3.1-8B")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no row after that (8)")
     parser.add_argument("--memory-steps", type=int, default=1000, help="0: leave that out")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide prompts, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, prompts, and few tokens: to try the script")
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.tokens, arguments.repeats = 4, 1
+        arguments.memory_steps = min(arguments.memory_steps, 4)
+    return arguments
 
-    model = make_model(arguments.model, device=arguments.device, layers=arguments.layers)
-    benchmark = Benchmark(model, arguments.tokens, arguments.repeats)
+
+def main() -> int:
+    arguments = parse()
+    chosen = [case for case in CASES if any(case.name.endswith(end) for end in arguments.only)]
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    transformers.logging.set_verbosity_error()
+    began = time.monotonic()
+    benchmark = Benchmark(Models(arguments), arguments.tokens, arguments.repeats)
     more = {"model": f"{arguments.model} (random weights)", "dtype": "bfloat16"}
     rows = []
-    for case in CASES:
-        if not any(case.name.endswith(end) for end in arguments.only):
-            continue
+    for case in chosen:
         row = {"case": case.name, "unit": "ms/token"}
         rows.append(row)
-        small = case._replace(prompt=case.prompt // arguments.shrink, slots=case.slots // arguments.shrink)
-        graphed = case.cache == "default graphed"
+        minutes = (time.monotonic() - began) / 60
+        if minutes > arguments.minutes:
+            row["left out"] = f"{minutes:.1f} minutes were over"
+            continue
+        shrink = 64 if arguments.tiny else 1
+        small = case._replace(prompt=case.prompt // shrink, slots=case.slots // shrink)
         with _keeping(row, "case"):
-            backends = [name for name in arguments.backends if name == "flashcore" or not graphed]
+            backends = [name for name in arguments.backends if name in case.backends]
+            if case.graphed:
+                backends = ["flashcore"]
             for backend, times in benchmark.measure(small, backends).items():
                 row[backend] = times["ms"]
-                if graphed:
+                if case.graphed:
                     row["seconds"] = times["seconds"]
-        print(row, flush=True)
+        print(row, f"after {(time.monotonic() - began) / 60:.1f} min", flush=True)
         benchmarking.write(arguments.json, rows, **more)
     # The one line is held against sdpa's default cache.
     plain = {row["case"]: row for row in rows}
-    for row in rows:
-        other = plain.get(row["case"].removesuffix(" graphed"), {})
-        if row is not other and "sdpa" in other:
-            row["sdpa"] = other["sdpa"]
-    if arguments.memory_steps:
+    for case, row in zip(chosen, rows):
+        if case.graphed and "sdpa" in plain.get(case.beside("default"), {}):
+            row["sdpa"] = plain[case.beside("default")]["sdpa"]
+    if arguments.memory_steps and not all(case.model for case in chosen):
         with _keeping(more, "memory"):
-            model.set_attn_implementation("flashcore")
             more["memory"] = benchmark.memory_of_steps(arguments.memory_steps)
             print(more["memory"], flush=True)
     benchmarking.write(arguments.json, rows, **more)

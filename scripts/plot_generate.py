@@ -31,6 +31,7 @@ THEMES = {
 # How a case's name ends -> the heading that it stands under.
 HEADINGS = {
     "default graphed": "Default cache, flashcore with graphed(model)",
+    "graphed liger": "Default cache, flashcore with Liger's kernels and graphed(model)",
     "default": "Default cache",
     "static": "Static cache, compiled by generate()",
 }
@@ -43,7 +44,7 @@ def groups(rows: list[dict]) -> dict[str, list[tuple[str, dict]]]:
     found: dict[str, list] = {}
     for row in rows:
         match = re.fullmatch(
-            r"generate B(\d+) P(\d+)( left-padded)? (default graphed|default|static)( .*)?", row["case"]
+            r"generate B(\d+) P(\d+)( left-padded)? (default graphed|graphed liger|default|static)( .*)?", row["case"]
         )
         if match and row.get("flashcore") and row.get("sdpa"):
             batch, prompt = int(match[1]), int(match[2])

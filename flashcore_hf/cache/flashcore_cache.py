@@ -11,7 +11,6 @@ from functools import partial
 import torch
 
 from ..compat import initialize_cache_layer
-from ..hooks import on_new_cache, owner
 from .layer import DevicePosition, FlashCoreLayer  # first: it says so where Transformers is too old
 
 # isort: split
@@ -112,6 +111,11 @@ class FlashCoreCache(Cache):
         return all(isinstance(layer, FlashCoreLayer) for layer in self.layers)
 
     @property
+    def filled_layers(self) -> list[FlashCoreLayer]:
+        """The layers that have buffers: a cache may have more than its model uses, as distil-whisper's has."""
+        return [layer for layer in self.layers if layer.is_initialized]
+
+    @property
     def unused(self) -> bool:
         """Whether a FlashCoreLayer should have got tokens by now, and none has."""
         lengths = [layer.length for layer in self.layers if isinstance(layer, FlashCoreLayer)]
@@ -132,6 +136,19 @@ class FlashCoreCache(Cache):
             for layer in self.layers:
                 layer.device_position = None
 
+    @contextmanager
+    def showing_all(self):
+        """While this holds, layers show every slot, filled or not: whoever reads them has a mask that knows."""
+        layers = self.filled_layers
+        lengths = [layer.length for layer in layers]
+        try:
+            for layer in layers:
+                layer.length = layer.capacity
+            yield
+        finally:
+            for layer, length in zip(layers, lengths):
+                layer.length = length
+
 
 def _like(layer: CacheLayerMixin, options: dict) -> CacheLayerMixin:
     """Our layer for one of a DynamicCache's; kinds that are not plain attention stay what they are."""
@@ -142,34 +159,3 @@ def _like(layer: CacheLayerMixin, options: dict) -> CacheLayerMixin:
         ours.record_past = getattr(layer, "record_past", False)
         return ours
     return layer
-
-
-def use_flashcore_cache(
-    model, enabled: bool = True, *, max_length: int | None = None, dtype: torch.dtype | None = None
-):
-    """Let `model.generate()` make a FlashCoreCache wherever it would have made a DynamicCache.
-
-    Args:
-        model: with Transformers' generate(), or a wrapper around one such as PEFT's. Only this object is changed.
-        enabled: False puts the model back as it was.
-        max_length, dtype: of `FlashCoreCache`.
-
-    Returns:
-        the model.
-
-    Raises:
-        ValueError: there is no generate(), or one that makes its cache in a way of its own.
-        RuntimeError: Transformers has nothing of the name that this hooks into. `generate()` raises it where
-            Transformers no longer comes by, or does not use the cache.
-    """
-    on_new_cache(owner(model), "cache", partial(converted, max_length=max_length, dtype=dtype) if enabled else None)
-    return model
-
-
-def converted(
-    cache: Cache, batch_size: int | None = None, max_length: int | None = None, dtype: torch.dtype | None = None
-) -> Cache:
-    """A FlashCoreCache in place of an empty DynamicCache, for any batch size; anything else as it is."""
-    if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
-        return FlashCoreCache.like(cache, max_length=max_length, dtype=dtype)
-    return cache

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from flashcore_kernels import interpreter_pace
 
-from ..cache.flashcore_cache import use_flashcore_cache
+from ..cache.switch import use_flashcore_cache
 from .rules import Settings, check_paths, largest_difference
 from .runs import generate, load
 

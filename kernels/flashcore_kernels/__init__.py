@@ -2,12 +2,14 @@
 
 from .cache.kv_cache import KVCache, attention_with_kv_cache
 from .cache.kv_write import write_kv
-from .device import device_of
+from .cache.paged import Pages, paged_attention, write_pages
+from .counting import count_path, path_counts
+from .device import device_of, nobody_listens
 from .document_ranges import make_document_ranges
 from .fallback import FlashcoreFallbackWarning, note_fallback, torch_attention
 from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, visible
 from .naive import naive_attention
-from .op import attend, attention, count_path, explain, path_counts
+from .op import attend, attention, explain
 from .portable.interpreter_pace import interpreter_pace
 from .precompile import Prompt, begin_compiling, steps_follow
 from .problem import Inputs, check_problem
@@ -18,6 +20,7 @@ __all__ = [
     "__version__",
     "FlashcoreFallbackWarning",
     "KVCache",
+    "Pages",
     "attention",
     "attention_with_kv_cache",
     "explain",
@@ -25,8 +28,10 @@ __all__ = [
     "make_key_range",
     "make_row_ranges",
     "naive_attention",
+    "paged_attention",
     "path_counts",
     "write_kv",
+    "write_pages",
     # What adapters use beside these: the public names' insides, which may change with any release.
     "Inputs",
     "Prompt",
@@ -39,6 +44,7 @@ __all__ = [
     "interpreter_pace",
     "layout_of",
     "make_step_key_range",
+    "nobody_listens",
     "note_fallback",
     "steps_follow",
     "torch_attention",

@@ -3,12 +3,18 @@
 Checkpointing that selects operators by name looks for "flash_attn", and tells sliding layers by `window_size_left`.
 """
 
+from contextlib import nullcontext
+
 import torch
 
-from .choose import fallback_reason
+from .choose import choose, choose_backward
+from .counting import count_path
 from .device import device_of
+from .dispatch import serve_backward
 from .fallback import note_fallback
-from .problem import Inputs, Problem, check_problem
+from .problem import Inputs, Problem, check_problem, with_alignment
+from .run import first_of_its_kind, run
+from .runtime.prepared import find
 
 _library = torch.library.Library("flashcore", "FRAGMENT")
 _library.define(
@@ -26,17 +32,56 @@ _library.define(
 _MASK, _SINKS, _ARGUMENTS = 4, 5, 12
 
 
+def flash_attn_fwd(problem: Problem, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output `[B, H, Q, Dv]`, lse `[B, H, Q]`) of a call of which autograd keeps what its backward needs.
+
+    Args:
+        inputs: not in fp8; with dropout their `philox`, see `draw_philox`.
+    """
+    return torch.ops.flashcore.flash_attn_fwd(
+        *inputs[:6], problem.left, problem.right, problem.scale, problem.softcap, problem.dropout, inputs.philox
+    )
+
+
+def draw_philox(device: torch.device) -> torch.Tensor:
+    """int64 `[2]` on `device`, a seed and an offset from PyTorch's generator.
+
+    A draw like any other: gradient checkpointing, which puts the generator's state back, draws it again, and so does a
+    CUDA graph anew in each replay.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def _asked(query, key, value, key_range, mask, sinks, window_size_left, window_size_right, scale, softcap, dropout,
+           philox) -> tuple[Inputs, Problem]:  # fmt: skip
+    """What a call of the operators asks."""
+    inputs = Inputs(query, key, value, key_range, mask, sinks, philox=philox)
+    problem = check_problem(inputs, scale=scale, softcap=softcap, dropout=dropout)
+    if (philox is None) != (dropout == 0.0):
+        raise ValueError(f"dropout={dropout} with philox={philox}: a seed and offset belong to dropout above 0")
+    return inputs, problem._replace(left=window_size_left, right=window_size_right)
+
+
 def _forward(query, key, value, key_range, mask, sinks, window_size_left, window_size_right, scale, softcap,
              dropout=0.0, philox=None):  # fmt: skip
     """(output `[B, H, Q, Dv]`, lse `[B, H, Q]`): `flashcore::attention` with what the backward needs."""
-    if dropout:
-        raise NotImplementedError(
-            f"dropout={dropout} in flashcore::flash_attn_fwd: the forward kernels drop no weights yet; "
-            "set attention_dropout=0 or load the model with attn_implementation='sdpa'"
-        )
-    return torch.ops.flashcore.attention(
-        query, key, value, key_range, mask, sinks, window_size_left, window_size_right, scale, softcap, True
-    )
+    inputs = Inputs(query, key, value, key_range, mask, sinks, philox=philox)
+    signature = None
+    if mask is None and not dropout:
+        signature, known = find(inputs, (window_size_left, window_size_right, scale, softcap))
+        if known is not None:
+            count_path(known[0])
+            output, lse = known[1](inputs)
+            return output.transpose(1, 2), lse
+    inputs, problem = _asked(*inputs[:6], window_size_left, window_size_right, scale, softcap, dropout, philox)
+    if signature is not None and scale > 0.0 and all(t.stride(3) == 1 for t in inputs[:3]):
+        problem = with_alignment(problem, inputs)
+        plan = choose(problem, device_of(query.device))
+        if plan.kernel != "torch":
+            count_path(plan.kernel)
+            output, lse = first_of_its_kind(signature, plan, problem, inputs, True)
+            return output.transpose(1, 2), lse
+    return run(problem, inputs, True)
 
 
 def _forward_fake(query, key, value, *arguments, **more):
@@ -49,39 +94,30 @@ def _forward_fake(query, key, value, *arguments, **more):
 def _backward(grad_output, grad_lse, query, key, value, key_range, mask, sinks, output, lse, window_size_left,
               window_size_right, scale, softcap, dropout, philox, sinks_grad, mask_grad):  # fmt: skip
     """(dq, dk, dv, dsinks, dmask); the last two are of no elements where they are not asked for."""
-    inputs = Inputs(query, key, value, key_range, mask, sinks)
-    problem = check_problem(inputs, scale=scale, softcap=softcap)
-    problem = problem._replace(left=window_size_left, right=window_size_right)
-    tensors = (inputs, output, lse, grad_output, grad_lse)
-    reason = fallback_reason(problem, device_of(query.device))
-    if reason is not None:
-        grads = _backward_by_torch(reason, problem, tensors, dropout, sinks_grad, mask_grad)
-    elif query.is_cuda and query.device.index != torch.cuda.current_device():
-        with torch.cuda.device(query.device):
-            grads = _backward_by_kernel(problem, tensors, dropout, philox, sinks_grad, mask_grad)
+    inputs, problem = _asked(query, key, value, key_range, mask, sinks, window_size_left, window_size_right, scale,
+                             softcap, dropout, philox)  # fmt: skip
+    plan = choose_backward(problem, device_of(query.device))
+    tensors, asked = (output, lse, grad_output, grad_lse), {"sinks_grad": sinks_grad, "mask_grad": mask_grad}
+    count_path(plan.kernel)
+    if plan.kernel == "torch":
+        grads = _backward_by_torch(plan.reason, problem, inputs, *tensors, **asked)
     else:
-        grads = _backward_by_kernel(problem, tensors, dropout, philox, sinks_grad, mask_grad)
+        elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
+        with torch.cuda.device(query.device) if elsewhere else nullcontext():
+            grads = serve_backward(plan, problem, inputs, *tensors, **asked)
     return (*grads[:3], *(query.new_empty(0) if grad is None else grad for grad in grads[3:]))
 
 
-def _backward_by_kernel(problem: Problem, tensors: tuple, dropout: float, philox, sinks_grad: bool, mask_grad: bool):
-    from .portable.backward import run_backward
-    from .portable.backward_table import backward_config
-
-    config = backward_config(problem, device_of(tensors[0].query.device).arch, dropout=dropout > 0.0)
-    return run_backward(
-        problem, config, *tensors, dropout=dropout, philox=philox, sinks_grad=sinks_grad, mask_grad=mask_grad
-    )
-
-
-def _backward_by_torch(reason: str, problem: Problem, tensors: tuple, dropout: float, sinks_grad, mask_grad):
+def _backward_by_torch(reason: str, problem: Problem, inputs: Inputs, *tensors: torch.Tensor | None, **asked):
     from .portable.naive_backward import naive_backward
 
     note_fallback(reason)
-    if dropout:
-        raise NotImplementedError(f"dropout={dropout} in a backward that PyTorch serves ({reason}) is not supported")
-    grads = naive_backward(problem, *tensors, sinks_grad=sinks_grad, mask_grad=mask_grad)
-    laid_out = (_empty_gradient(t).copy_(grad) for t, grad in zip(tensors[0][:3], grads[:3]))
+    if problem.dropout:
+        raise NotImplementedError(
+            f"dropout={problem.dropout} in a backward that PyTorch serves ({reason}) is not supported"
+        )
+    grads = naive_backward(problem, inputs, *tensors, **asked)
+    laid_out = (_empty_gradient(t).copy_(grad) for t, grad in zip(inputs[:3], grads[:3]))
     return *laid_out, *grads[3:]
 
 

@@ -6,30 +6,38 @@ Each family of kernels says by itself whether a call is its own. A new family is
 import torch
 
 from .device import Device
+from .hopper.backward.choose import choose_hopper_backward
 from .hopper.decode.choose import choose_hopper_decode
 from .hopper.prefill.choose import choose_hopper_prefill
 from .plan import Plan
+from .portable.backward_table import MAX_BACKWARD_HEAD_DIM, choose_portable_backward
 from .portable.choose import choose_decode, choose_forward
 from .problem import Problem
 
 # Asked in this order. Each answers with a Plan; with the reason why a call of its kind is not for it; or with None
 # where calls of this kind, or on this device, are never its own. The last takes whatever no other has taken.
 FAMILIES = (choose_hopper_decode, choose_hopper_prefill, choose_decode, choose_forward)
+BACKWARD_FAMILIES = (choose_hopper_backward, choose_portable_backward)
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+# Beside keys in fp8.
+MAX_FP8_HEAD_DIM = 256
 
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
     """Why no kernel can serve this call, or None where one can."""
-    if problem.needs_grad:
-        return "gradients are asked for, and the kernels have no backward yet"
     if device.kind == "torch":
         return device.reason
     if problem.dtype not in KERNEL_DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {problem.dtype}"
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.value_dim)}"
+    if problem.fp8 and max(problem.head_dim, problem.value_dim) > MAX_FP8_HEAD_DIM:
+        return (
+            f"beside keys in fp8 the kernels take head_dim up to {MAX_FP8_HEAD_DIM}, not "
+            f"{max(problem.head_dim, problem.value_dim)}"
+        )
     if problem.fp8 and device.kind == "cuda" and device.arch < 89:
         return f"keys in fp8 need compute capability 8.9 or newer, this GPU has {device.arch // 10}.{device.arch % 10}"
     return None
@@ -46,8 +54,33 @@ def choose(problem: Problem, device: Device) -> Plan:
     reason = fallback_reason(problem, device)
     if reason is not None:
         return Plan("torch", reason)
+    return _ask(FAMILIES, problem, device)
+
+
+def backward_fallback_reason(problem: Problem, device: Device) -> str | None:
+    """Why no kernel can make the gradients of this call, or None where one can."""
+    reason = fallback_reason(problem, device)
+    if reason is not None:
+        return reason
+    if problem.fp8:
+        return "gradients are asked for over keys and values in fp8, and the kernels have no backward for those"
+    if max(problem.head_dim, problem.value_dim) > MAX_BACKWARD_HEAD_DIM:
+        largest = max(problem.head_dim, problem.value_dim)
+        return (
+            f"gradients are asked for, and the kernels make those up to head_dim {MAX_BACKWARD_HEAD_DIM}, not {largest}"
+        )
+    return None
+
+
+def choose_backward(problem: Problem, device: Device) -> Plan:
+    """Choose the kernels of one call's backward; as in `choose`, no batch size and no length decides."""
+    reason = backward_fallback_reason(problem, device)
+    return Plan("torch", reason) if reason is not None else _ask(BACKWARD_FAMILIES, problem, device)
+
+
+def _ask(families: tuple, problem: Problem, device: Device) -> Plan:
     refusals = []
-    for family in FAMILIES:
+    for family in families:
         answer = family(problem, device)
         if isinstance(answer, Plan):
             return answer._replace(reason="; ".join([answer.reason, *refusals])) if refusals else answer

@@ -66,15 +66,19 @@ def interprets() -> bool:
 def goes_past_dispatcher(tensor: torch.Tensor) -> bool:
     """Whether a kernel may be launched on this tensor without asking torch's dispatcher.
 
-    It is a plain one on the current GPU, and nobody listens: no mode, no function transform, no tracer, no forward-mode
-    derivative.
+    It is a plain one on the current GPU, and nobody listens.
     """
+    return tensor.is_cuda and nobody_listens(tensor) and tensor.get_device() == _C._cuda_getDevice()
+
+
+def nobody_listens(*tensors: torch.Tensor) -> bool:
+    """Whether these are plain tensors that hold numbers: no mode, function transform, tracer or tangent is about."""
+    for tensor in tensors:  # quicker than all() of a generator
+        if type(tensor) is not Tensor:
+            return False
     return (
-        tensor.is_cuda
-        and type(tensor) is Tensor
-        and not _C._len_torch_dispatch_stack()
+        not _C._len_torch_dispatch_stack()
         and _C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and _C._get_tracing_state() is None
-        and tensor.get_device() == _C._cuda_getDevice()
     )

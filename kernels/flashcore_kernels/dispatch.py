@@ -14,6 +14,11 @@ LAUNCHES = {
     "flashcore_decode": ".portable.decode",
     "flashcore_forward": ".portable.forward",
 }
+# Backward -> the module whose `run_backward` launches it.
+BACKWARDS = {
+    "flashcore_hopper_backward": ".hopper.backward.launch",
+    "flashcore_backward": ".portable.backward",
+}
 
 
 def make_launch(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tensor, has_lse: bool):
@@ -32,7 +37,19 @@ def serve(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tensor, ls
     """Launch on the current stream of the current device: write output `[B, H, Q, Dv]` and, where given, lse."""
     from .runtime.launch import run
 
+    fitted = getattr(import_module(LAUNCHES[plan.kernel], __package__), "fitted", None)
+    if inputs.mask is not None and fitted is not None:
+        inputs = fitted(problem, inputs)
     run(make_launch(plan, problem, inputs, output, lse is not None), inputs, output, lse)
+
+
+def serve_backward(plan: Plan, problem: Problem, inputs: Inputs, *tensors: torch.Tensor | None, **asked) -> tuple:
+    """Launch a plan of `choose_backward` on the current stream of the current device: the gradients.
+
+    Args: output, lse, grad_output, grad_lse, and `sinks_grad`, `mask_grad`, as `portable.backward.run_backward`.
+    """
+    module = import_module(BACKWARDS[plan.kernel], __package__)
+    return module.run_backward(problem, plan.config, inputs, *tensors, **asked)
 
 
 def empty_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -37,19 +37,18 @@ def forget_warnings() -> None:
 
 
 def torch_attention(
-    problem: Problem, inputs: Inputs, return_lse: bool = False, dropout: float = 0.0
+    problem: Problem, inputs: Inputs, return_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by PyTorch's own operators: any dtype and device, with gradients and dropout.
 
     Args:
-        problem: what `inputs` ask; its window counts where there is no KeyRange.
+        problem: what `inputs` ask; its window counts where there is no KeyRange. Its dropout does not change lse.
         inputs: sinks may be `[B, H, Q, 1]` too, a logit for each query.
-        dropout: the probability of dropping an attention weight, after the softmax. lse does not change by it.
 
     Returns:
         output `[B, H, Q, Dv]`; lse `[B, H, Q]` (float64 for float64 inputs, else float32) or None.
     """
-    query, key, value, key_range, mask, sinks, key_scale, value_scale = inputs
+    query, key, value, key_range, mask, sinks, key_scale, value_scale, _ = inputs
     if problem.fp8:
         key, value = dequantized(key, key_scale, query.dtype), dequantized(value, value_scale, query.dtype)
     sdpa_can = not (problem.softcap or sinks is not None or return_lse or problem.head_dim != problem.value_dim)
@@ -58,7 +57,7 @@ def torch_attention(
         window = None if key_range is not None else (problem.left, problem.right)
         output, lse = naive_attention(
             query, key, value, key_range=key_range, mask=mask, window=window, scale=problem.scale,
-            softcap=problem.softcap, sinks=sinks, dropout=dropout,
+            softcap=problem.softcap, sinks=sinks, dropout=problem.dropout,
         )  # fmt: skip
         return output, (lse if return_lse else None)
 
@@ -74,6 +73,12 @@ def torch_attention(
         ) + mask.masked_fill(empty, 0.0)
         attend = attend.to(query.dtype)
     output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attend, dropout_p=dropout, scale=problem.scale, enable_gqa=problem.group > 1
+        query,
+        key,
+        value,
+        attn_mask=attend,
+        dropout_p=problem.dropout,
+        scale=problem.scale,
+        enable_gqa=problem.group > 1,
     )
     return output.masked_fill(empty, 0.0), None

@@ -1,19 +1,16 @@
 """The operators: `attention` for callers, and `torch.ops.flashcore.attention`, which torch.compile keeps whole."""
 
-from collections import Counter
-from contextlib import nullcontext
-
 import torch
 from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .choose import choose, fallback_reason
+from .autograd import draw_philox, flash_attn_fwd
+from .choose import backward_fallback_reason, choose, choose_backward
+from .counting import count_path, path_counts
 from .device import Device, device_of
-from .dispatch import empty_output, empty_outputs, make_launch, serve
+from .dispatch import empty_outputs
 from .fallback import note_fallback, torch_attention
-from .plan import Plan
-from .precompile import prompt_attends
 from .problem import (
     Inputs,
     Problem,
@@ -23,18 +20,8 @@ from .problem import (
     split_arguments,
     with_alignment,
 )
-from .runtime.prepared import find, make_call, remember
-
-# How many calls each path served since the process began (or since someone cleared it), by kernel name. In a graph of
-# torch.compile the operator counts whenever it runs; of a call with gradients the graph holds PyTorch's own operators,
-# and it counts once, when it is compiled.
-path_counts: Counter[str] = Counter()
-
-
-@torch.compiler.assume_constant_result
-def count_path(path: str) -> None:
-    """Count a call that `path` serves. Never traced: a graph that read the counter would be compiled at every call."""
-    path_counts[path] += 1
+from .run import first_of_its_kind, run
+from .runtime.prepared import find
 
 
 def attention(
@@ -51,6 +38,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
+    dropout: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Grouped-query attention: softmax(cap(scale * Q K^T) + mask) V over the keys that each query sees.
@@ -73,7 +61,12 @@ def attention(
         sinks: `[H]` logits that enter each head's denominator (and its lse) and nothing else.
         key_scale, value_scale: float32 `[B, Hkv]`, for key and value in float8_e4m3fn: what their elements are
             multiplied with. Query keeps its dtype. The kernels read e4m3 as fp16, and form no dequantised copy.
+        dropout: probability, in [0, 1), with which each weight is dropped after the softmax; those that stay are
+            divided by 1 - dropout. Drawn from PyTorch's generator of query's device; lse does not change by it.
         return_lse: also return the log-sum-exp.
+
+    Gradients flow to query, key, value, sinks and an additive mask, also through lse. They have the same bits in every
+    run. There are none of gradients.
 
     Returns:
         output `[B, H, Q, Dv]` in query's dtype, laid out so that `output.transpose(1, 2)` is contiguous; with
@@ -85,7 +78,7 @@ def attention(
         NotImplementedError: FLASHCORE_STRICT=1 is set and no kernel can serve the call.
     """
     inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
-    output, lse = attend(inputs, is_causal, window, scale, softcap, return_lse)
+    output, lse = attend(inputs, is_causal, window, scale, softcap, return_lse, dropout)
     output = output.transpose(1, 2)
     return (output, lse) if return_lse else output
 
@@ -97,26 +90,29 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention` for callers that want output as models do, `[B, Q, H, Dv]` (contiguous where a kernel wrote it).
 
     lse is `[B, H, Q]` with return_lse, and means nothing without.
     """
     signature = None
-    if inputs.mask is None and not torch.compiler.is_compiling():
+    if inputs.mask is None and not dropout and not torch.compiler.is_compiling():
         signature, known = find(inputs, (is_causal, window, scale, softcap, return_lse))
         if known is not None:
             kernel, call = known
             path_counts[kernel] += 1
             return call(inputs)
-    problem = check_problem(inputs, is_causal, window, scale, softcap)
+    problem = check_problem(inputs, is_causal, window, scale, softcap, dropout)
+    if dropout:
+        return _dropped(problem, inputs, return_lse)
     # Nobody listens to the dispatcher, and the kernels take the tensors as they are: straight to a launch.
     if signature is not None and problem.scale > 0.0 and all(t.stride(3) == 1 for t in inputs[:3]):
         problem = with_alignment(problem, inputs)
         plan = choose(problem, device_of(inputs.query.device))
         if plan.kernel != "torch":
             path_counts[plan.kernel] += 1
-            return _first_of_its_kind(signature, plan, problem, inputs, return_lse)
+            return first_of_its_kind(signature, plan, problem, inputs, return_lse)
     output, lse = torch.ops.flashcore.attention(
         *inputs[:4], inputs.mask, inputs.sinks, problem.left, problem.right, problem.scale, problem.softcap, return_lse,
         inputs.key_scale, inputs.value_scale,
@@ -124,39 +120,43 @@ def attend(
     return output.transpose(1, 2), lse
 
 
-def _first_of_its_kind(
-    signature: tuple, plan: Plan, problem: Problem, inputs: Inputs, return_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Serve a call on the current GPU, and remember how for those like it.
-
-    Its kernel may be there already: a step of a generation is like the one before but for its length.
-    """
-    launch = make_launch(plan, problem, inputs, empty_output(inputs.query, inputs.value), return_lse)
-    call = make_call(launch, problem, inputs, return_lse)
-    prompt_attends(problem, inputs.sinks, inputs.query.device, call is not None)
-    if call is not None:
-        remember(signature, plan.kernel, call)
-        return call(inputs)
-    output, lse = empty_outputs(inputs.query, inputs.value, return_lse)
-    serve(plan, problem, inputs, output, lse if return_lse else None)
-    remember(signature, plan.kernel, make_call(launch, problem, inputs, return_lse))
+def _dropped(problem: Problem, inputs: Inputs, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend` with dropout."""
+    reason = backward_fallback_reason(problem, device_of(inputs.query.device))
+    if any_tangent(*(t for t in inputs if t is not None)):
+        reason = TANGENTS
+    if reason is None:
+        inputs = inputs._replace(philox=draw_philox(inputs.query.device))
+        output, lse = flash_attn_fwd(problem, inputs)
+    else:
+        note_fallback(reason)
+        count_path("torch")
+        output, lse = torch_attention(problem, inputs, return_lse)
     return output.transpose(1, 2), lse
 
 
 def explain(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, device: Device | None = None, **arguments
 ) -> str:
-    """One line: which kernel `attention` would run for these arguments, with which configuration, and why.
+    """Which kernel `attention` would run for these arguments, with which configuration, and why: one line.
+
+    A second line says the same of its backward, where an argument requires a gradient.
 
     Args: as `attention`; `device` asks about another device than the tensors', such as `Device("cuda", 90)`.
     """
     inputs, options = split_arguments(query, key, value, **arguments)
-    plan = choose(with_alignment(check_problem(inputs, **options), inputs), device or device_of(query.device))
-    if plan.kernel == "torch":
-        return f"torch: {plan.reason}"
-    config = plan.config
-    tiles = f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
-    return f"{plan.kernel} ({tiles}): {plan.reason}"
+    problem = with_alignment(check_problem(inputs, **options), inputs)
+    device = device or device_of(query.device)
+    plan = choose(problem, device)
+    lines = [f"torch: {plan.reason}"]
+    if plan.kernel != "torch":
+        config = plan.config
+        tiles = f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
+        lines = [f"{plan.kernel} ({tiles}): {plan.reason}"]
+    if torch.is_grad_enabled() and any_requires_grad(*inputs):
+        plan = choose_backward(problem, device)
+        lines.append(f"{plan.kernel}: {plan.reason}")
+    return "\n".join(lines)
 
 
 _library = torch.library.Library("flashcore", "DEF")
@@ -182,32 +182,7 @@ def _run(
     inputs, problem = _asked(
         query, key, value, key_range, mask, sinks, left, right, scale, softcap, return_lse, key_scale, value_scale
     )
-    device = device_of(query.device)
-    inputs = inputs._replace(
-        **{name: t if t.stride(3) == 1 else t.contiguous() for name, t in zip(Inputs._fields[:3], inputs)}
-    )
-    if problem.scale <= 0.0 and fallback_reason(problem, device) is None:
-        # The kernels take the largest product for the largest score.
-        inputs = inputs._replace(query=inputs.query * (-1.0 if problem.scale < 0.0 else 0.0))
-        problem = problem._replace(scale=-problem.scale or 1.0)
-    problem = with_alignment(problem, inputs)
-    plan = choose(problem, device)
-    path_counts[plan.kernel] += 1
-    output, lse = empty_outputs(query, value, return_lse)
-    if plan.kernel == "torch":
-        note_fallback(plan.reason)
-        answer, answer_lse = torch_attention(problem, inputs, return_lse)
-        output.copy_(answer)
-        return output, (answer_lse if return_lse else lse)
-    if problem.mask_kind == "bool":
-        inputs = inputs._replace(mask=mask.view(torch.uint8))
-    if device.kind == "interpreter" and query.dtype == torch.bfloat16:
-        # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
-        names = ("query",) if problem.fp8 else ("query", "key", "value")
-        inputs = inputs._replace(**{name: getattr(inputs, name).float() for name in names})
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        serve(plan, problem, inputs, output, lse if return_lse else None)
-    return output, lse
+    return run(problem, inputs, return_lse)
 
 
 def _fake(
@@ -231,6 +206,11 @@ def _decomposed(
     return output, (lse if return_lse else empty_outputs(query, value, False)[1])
 
 
+TANGENTS = "forward-mode derivatives are asked for, and the kernels have none"
+# The place of `return_lse` among the operator's arguments.
+_RETURN_LSE = 10
+
+
 def any_tangent(*tensors: torch.Tensor) -> bool:
     """Whether one of them carries a forward-mode derivative."""
     # Level 0 is the only one that there is; by default a level that was entered in a compiled graph would not be seen.
@@ -242,9 +222,13 @@ def _with_derivatives(keyset, *arguments):
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     tangents = any_tangent(*tensors)
     if tangents:
-        reason = "forward-mode derivatives are asked for, and the kernels have none"
+        reason = TANGENTS
     elif torch.is_grad_enabled() and any_requires_grad(*tensors):
-        reason = "gradients are asked for, and the kernels have no backward yet"
+        inputs, problem = _asked(*arguments)
+        reason = backward_fallback_reason(problem, device_of(inputs.query.device))
+        if reason is None:
+            output, lse = flash_attn_fwd(problem, inputs)
+            return output, lse if arguments[_RETURN_LSE] else lse.new_empty(0)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             return _operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)

@@ -33,7 +33,7 @@ def why_not_decode(problem: Problem) -> str:
     if problem.range_layout == "rows":
         return "a key range for each query"
     if is_decode(problem):
-        return "the portable decode kernel does not read fp8"
+        return f"the portable decode kernel {'drops no weights' if problem.dropout else 'does not read fp8'}"
     return f"{problem.num_queries} query tokens, more than {MAX_DECODE_QUERIES}"
 
 

@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
         mask: bool or floating point, broadcastable to `[B, H, Q, K]`, or None.
         sinks: logits `[H]`, or None.
         key_scale, value_scale: float32 `[B, Hkv]` for key and value in float8_e4m3fn, else None.
+        philox: int64 `[2]`, seed and offset of the numbers by which weights are dropped, where the call has dropout.
     """
 
     query: torch.Tensor
@@ -32,6 +33,7 @@ class Inputs(NamedTuple):
     sinks: torch.Tensor | None = None
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
+    philox: torch.Tensor | None = None
 
 
 def split_arguments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments) -> tuple[Inputs, dict]:
@@ -54,10 +56,13 @@ class Problem(NamedTuple):
         left, right: visible distance in keys to each side of where a query stands, -1 for no limit.
         query_start: key slot at which query 0 stands (K - Q: the queries are the last tokens).
         has_sinks: whether each head has a sink logit in its softmax's denominator.
-        needs_grad: whether gradients must flow.
         aligned: whether the rows of query, key and value all start at multiples of 16 bytes. Addresses exist only once
             a call runs, so `check_problem` leaves it False, and `with_alignment` looks.
         fp8: whether key and value are float8_e4m3fn, with a scale for each sequence and KV head.
+        dropout: the probability with which a weight is dropped after the softmax; those that stay are divided by
+            1 - dropout.
+        mask_bits: of an element of the mask, 0 without one.
+        mask_rows: whether the mask differs from query to query.
     """
 
     batch_size: int
@@ -77,9 +82,11 @@ class Problem(NamedTuple):
     right: int
     query_start: int
     has_sinks: bool
-    needs_grad: bool
     aligned: bool = False
     fp8: bool = False
+    dropout: float = 0.0
+    mask_bits: int = 0
+    mask_rows: bool = False
 
     @property
     def group(self) -> int:
@@ -104,6 +111,7 @@ def check_problem(
     window: Window = None,
     scale: float | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
 ) -> Problem:
     """Check the arguments of an attention call and say in a Problem what they ask.
 
@@ -112,7 +120,7 @@ def check_problem(
     Raises:
         ValueError: names the argument, what it was, and what is accepted.
     """
-    query, key, value, key_range, mask, sinks, key_scale, value_scale = inputs
+    query, key, value, key_range, mask, sinks, key_scale, value_scale, _ = inputs
     batch_size, num_heads, num_queries, head_dim = _check_shapes(query, key, value)
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
     fp8 = key_scale is not None or value_scale is not None or torch.float8_e4m3fn in (key.dtype, value.dtype)
@@ -160,9 +168,27 @@ def check_problem(
         right,
         num_keys - num_queries,
         sinks is not None,
-        torch.is_grad_enabled() and any_requires_grad(*inputs),
         fp8=fp8,
+        dropout=_check_dropout(dropout),
+        mask_bits=0 if mask is None else 8 * mask.element_size(),
+        mask_rows=mask is not None and _has_rows(mask),
     )
+
+
+def check_options(
+    head_dim: int, is_causal: bool, window: Window, scale: float | None, softcap: float | None
+) -> tuple[int, int, float, float]:
+    """(left, right, scale, softcap) of a call, checked, as a Problem says them.
+
+    Raises:
+        ValueError: names the argument, what it was, and what is accepted.
+    """
+    return *_check_window(window, is_causal), _check_scale(scale, head_dim), _check_softcap(softcap)
+
+
+def _has_rows(mask: torch.Tensor) -> bool:
+    """Whether a mask differs from query to query: not where it is broadcast or expanded over them."""
+    return mask.shape[2] > 1 and mask.stride(2) != 0
 
 
 def with_alignment(problem: Problem, inputs: Inputs) -> Problem:
@@ -274,3 +300,9 @@ def _check_softcap(softcap: float | None) -> float:
     if not math.isfinite(softcap) or softcap < 0.0:
         _fail("softcap", softcap, "a finite number > 0, or None (or 0) for none")
     return softcap
+
+
+def _check_dropout(dropout: float) -> float:
+    if not 0.0 <= dropout < 1.0:
+        _fail("dropout", dropout, "a probability of dropping a weight, at least 0 and below 1")
+    return float(dropout)

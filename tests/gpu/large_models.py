@@ -24,14 +24,20 @@ SHAPES = {
 EMBEDDING, LIKELY_TOKENS, HOW_MUCH = 20.0, 100, 8.0
 
 
-def make_model(name: str, *, device: str = "cuda", seed: int = 0, layers: int | None = None):
+TINY = {
+    "vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def make_model(name: str, *, device: str = "cuda", seed: int = 0, layers: int | None = None, tiny: bool = False):
     """The model in bf16 on `device`, in eval mode, with initializer_range about sqrt(2 / hidden_size).
 
     Args:
         name: of SHAPES.
         layers: fewer layers than the shape has, for a quick look.
+        tiny: narrow enough to try a script on a CPU.
     """
-    shape = dict(SHAPES[name])
+    shape = {**SHAPES[name], **(TINY if tiny else {})}
     if layers:
         shape["num_hidden_layers"] = layers
     config = AutoConfig.for_model(

@@ -22,9 +22,9 @@ def recordings(monkeypatch):
     """Sequence lengths at which a step was recorded."""
     lengths, original = [], graphs.DecodeGraph.__init__
 
-    def noted(self, forward, cache, *rest):
-        lengths.append(cache.layers[0].length)
-        original(self, forward, cache, *rest)
+    def noted(self, forward, step, *rest):
+        lengths.append(step.cache.layers[0].length)
+        original(self, forward, step, *rest)
 
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", noted)
     return lengths

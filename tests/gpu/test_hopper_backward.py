@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flashcore_kernels import make_key_range
+from flashcore_kernels.choose import choose_backward
 from flashcore_kernels.device import device_of
-from flashcore_kernels.hopper.backward.choose import hopper_backward_config, hopper_backward_reason
 from flashcore_kernels.naive import visible_mask
 from flashcore_kernels.problem import Inputs, check_problem
 
@@ -122,12 +122,13 @@ class Case:
         return self.differentiated(torch.float32, leaves, *self.attended(torch.float32, *leaves))
 
     def run(self, problem=None, **changed):
-        """The gradients; `changed` are arguments of `run_hopper_backward` in place of the call's own."""
+        """The gradients; `changed` are arguments of `run_backward` in place of the call's own."""
         problem, device = problem or self.problem, device_of(self.query.device)
-        assert hopper_backward_reason(problem, device) is None
+        plan = choose_backward(problem, device)
+        assert plan.kernel == "flashcore_hopper_backward", plan.reason
         of = {"inputs": self.inputs, "output": self.output, "lse": self.lse, "grad_output": self.grad}
         of |= {"grad_lse": self.grad_lse, "sinks_grad": self.sinks is not None}
-        gradients = launch.run_hopper_backward(problem, hopper_backward_config(problem, device), **{**of, **changed})
+        gradients = launch.run_backward(problem, plan.config, **{**of, **changed})
         return tuple(gradient for gradient in gradients if gradient is not None)
 
     def wrong(self, gradients) -> list[str]:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from flashcore_kernels import attention, make_key_range, op, path_counts
+from flashcore_kernels import attention, make_key_range, op, path_counts, run
 from flashcore_kernels.runtime import prepared
 
 from ..kernels.reference import DTYPES, FEATURES, PAIRS, assert_right, build, check, together
@@ -16,7 +16,8 @@ HEAD_DIMS = (8, 16, 40, 64, 80, 96, 128, 192, 256)
 def portable(monkeypatch):
     """The kernels of every GPU, on Hopper too: its own are in test_hopper.py."""
     here = op.device_of(torch.device("cuda", torch.cuda.current_device()))
-    monkeypatch.setattr(op, "device_of", lambda device: here._replace(triton=(0, 0)))
+    for module in (op, run):
+        monkeypatch.setattr(module, "device_of", lambda device: here._replace(triton=(0, 0)))
     monkeypatch.setattr(prepared, "_calls", {})  # of the kernels that would serve here without this
 
 

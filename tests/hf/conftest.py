@@ -1,10 +1,11 @@
 """Tests of the adapter: importing it registers the backend for the whole run."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import transformers
-from flashcore_kernels import op, path_counts
+from flashcore_kernels import op, path_counts, run
 from flashcore_kernels.device import Device
 from flashcore_kernels.fallback import forget_warnings
 
@@ -29,6 +30,36 @@ def paths():
 @pytest.fixture
 def through_torch(monkeypatch, recwarn):
     """PyTorch instead of Triton's interpreter, for what is not about kernels: the same answers, much faster."""
-    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="the test asks for it"))
+    for module in (op, run):
+        monkeypatch.setattr(module, "device_of", lambda device: Device("torch", reason="the test asks for it"))
     yield
     forget_warnings()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A tape in place of CUDA graphs, with a count of "recorded" and "replayed".
+
+    PyTorch serves attention, because the interpreter is slow.
+    """
+    from flashcore_hf import decode_graph, graphs  # they need Transformers 4.57
+
+    from . import tape
+
+    counts = Counter()
+
+    def record(step, device, kept):
+        counts["recorded"] += 1
+        replay, output = tape.record(step, device, kept)
+
+        def counted():
+            counts["replayed"] += 1
+            replay()
+
+        return counted, output
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    monkeypatch.setattr(graphs, "unsupported_device", lambda model: None)
+    for module in (op, run):
+        monkeypatch.setattr(module, "device_of", lambda device: Device("torch", reason="this test is about graphs"))
+    return counts

@@ -48,7 +48,7 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 
 def record(step, device: torch.device, graphs: dict):
-    """In place of `flashcore_hf.graphs.record`."""
+    """In place of `flashcore_hf.decode_graph.record`."""
     step()
     tape = Tape()
     with tape:

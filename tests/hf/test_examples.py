@@ -32,6 +32,12 @@ def example(name: str):
             marks=pytest.mark.skipif(Version(transformers.__version__) < Version("4.57"), reason="needs 4.57"),
         ),
         ("kernel_alone", ["--steps", "3"], "flashcore_decode"),
+        pytest.param(
+            "serve_batch",
+            ["--max-new-tokens", "3"],
+            "the same alone: True",
+            marks=pytest.mark.skipif(Version(transformers.__version__) < Version("5.17"), reason="needs 5.17"),
+        ),
     ],
 )
 def test_example(name, argv, says, capsys, paths, monkeypatch):
@@ -42,7 +48,7 @@ def test_example(name, argv, says, capsys, paths, monkeypatch):
     assert not logged
     said = capsys.readouterr().out
     assert says in said and "False" not in said
-    assert paths and set(paths) <= {"flashcore_forward", "flashcore_decode"}
+    assert paths and set(paths) <= {"flashcore_forward", "flashcore_decode", "flashcore_paged"}
 
 
 def test_every_example_is_run():

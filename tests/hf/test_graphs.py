@@ -3,13 +3,11 @@
 import copy
 import gc
 import warnings
-from collections import Counter
 
 import pytest
 import torch
 import transformers
 from flashcore_kernels import op
-from flashcore_kernels.device import Device
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -28,27 +26,6 @@ from . import tape
 pytestmark = pytest.mark.filterwarnings(
     "ignore::flashcore_kernels.FlashcoreFallbackWarning", "error::flashcore_hf.graphs.FlashcoreGraphWarning"
 )
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """Recordings and replays are counted; PyTorch serves attention, because the interpreter is slow."""
-    counts = Counter()
-
-    def record(step, device, graphs):
-        counts["recorded"] += 1
-        replay, output = tape.record(step, device, graphs)
-
-        def counted():
-            counts["replayed"] += 1
-            replay()
-
-        return counted, output
-
-    monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "unsupported_device", lambda model: None)
-    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="this test is about graphs"))
-    return counts
 
 
 @pytest.fixture(params=["llama", "mistral", "gemma3_text"])

@@ -10,7 +10,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache, GenerationMixin, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    GenerationMixin,
+    LlamaForCausalLM,
+)
 
 from .compare import cache_of, greedy, named
 from .models import model_pair, prompts
@@ -127,10 +133,10 @@ def test_graphs_whose_forward_is_passed_by(model):
 
 def test_a_forward_whose_cache_has_another_name(model, monkeypatch):
     """Also in a loop of one's own, and before a step has run without its graph."""
-    from flashcore_hf import graphs
+    from flashcore_hf import step
 
     flashcore_hf.graphed(model)
-    monkeypatch.setattr(graphs, "CACHE_NAMES", ("kv",))
+    monkeypatch.setattr(step, "CACHE_NAMES", ("kv",))
     with pytest.raises(RuntimeError, match="forward\\(\\) got a cache as"), torch.no_grad():
         model(prompts(1, 4)[0], **named(FlashCoreCache(model.config)))
 
@@ -286,3 +292,13 @@ def test_a_spawned_worker(model):
     flashcore_hf.use_flashcore_cache(model)
     loader = torch.utils.data.DataLoader(OneRow(model), num_workers=1, multiprocessing_context="spawn")
     assert next(iter(loader)).item()
+
+
+def test_encoder_decoders_of_older_versions_are_refused():
+    if compat.VERSION >= (5, 17):
+        pytest.skip("supported")
+    model = BartForConditionalGeneration(BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1))
+    for line in (flashcore_hf.use_flashcore_cache, lambda model: hooks.on_new_cache(model, "graphs", print)):
+        with pytest.raises(ValueError, match="Supported are 5.17 and newer"):
+            line(model)
+        assert "generate" not in vars(model)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from flashcore_kernels import make_key_range, visible
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 import flashcore_hf.attention
@@ -88,10 +89,11 @@ def heads() -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(3, 2, 9, 8, generator=generator) for _ in range(3))
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
 @pytest.mark.parametrize("name", READ)
-def test_read_is_the_dense_mask(name):
-    answer, expected = READ[name](made()), READ[name](values())
+def test_read_is_the_dense_mask(name, gradients):
+    with torch.set_grad_enabled(gradients):
+        answer, expected = READ[name](made()), READ[name](values())
     assert type(answer) is type(expected)
     if isinstance(answer, torch.Tensor):
         torch.testing.assert_close(answer, expected, rtol=0, atol=0)
@@ -142,10 +144,59 @@ def test_made_only_where_operators_run_at_once():
         assert type(flashcore_mask(**encoder_request())) is RangeMask
         assert type(torch.vmap(lambda _: torch.tensor(can_be_made()))(torch.zeros(1))) is torch.Tensor
         assert not torch.vmap(lambda _: torch.tensor(can_be_made()))(torch.zeros(2)).any()
-    dense = flashcore_mask(**encoder_request())
-    assert type(dense) is torch.Tensor and dense.dtype == torch.bool, "gradients are on"
-    with torch.no_grad():
-        assert torch.equal(flashcore_mask(**encoder_request()).dense(), dense.expand(3, -1, -1, -1))
+    assert type(flashcore_mask(**encoder_request())) is RangeMask, "gradients are on"
+
+
+@for_encoders
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_what_hides_nothing_is_not_passed(padded, monkeypatch):
+    """Where nobody gave a padding mask; one of values is not looked at, and may hide something."""
+    kwargs = encoder_request()
+    if not padded:
+        kwargs["attention_mask"] = None
+    mask = flashcore_mask(**kwargs)
+    assert type(mask) is RangeMask and mask.hides_nothing is not padded
+    assert mask.to("cpu", copy=True).hides_nothing is mask.detach().hides_nothing is mask.hides_nothing
+    passed = []
+
+    def attend(inputs, causal, window, *arguments):
+        passed.append((inputs.key_range, inputs.mask, causal, window))
+        return inputs.query.transpose(1, 2), None
+
+    monkeypatch.setattr(flashcore_hf.attention, "attend", attend)
+    query = torch.randn(3, 2, 9, 8)
+    flashcore_hf.attention.flashcore_attention(Layer(), query, query, query, mask)
+    ((key_range, dense, causal, window),) = passed
+    assert dense is None and causal is False and window is None
+    assert key_range is (mask.key_range if padded else None)
+    if not padded:
+        assert mask.dense().all()
+
+
+# What a layer may compute with its mask and something that has a gradient.
+COMPUTED = {
+    "masked_fill": lambda x, mask: x.masked_fill(~mask, -1.0).exp(),
+    "where": lambda x, mask: torch.where(mask, x, x * 0.5),
+    "product": lambda x, mask: x * mask,
+    "sum": lambda x, mask: (x + mask).square(),
+    "bias in place": lambda x, mask: (x * 1.0).masked_fill_(mask, 2.0).square(),
+}
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "checkpointed, reentrant"])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_gradients_beside_a_mask_that_is_read(name, way):
+    def gradient(mask):
+        x = torch.linspace(-1, 1, mask.numel()).view(mask.shape).requires_grad_()
+        if way == "plain":
+            answer = COMPUTED[name](x, mask)
+        else:
+            answer = checkpoint(COMPUTED[name], x, mask, use_reentrant="reentrant" in way)
+        answer.sum().backward()
+        return x.grad
+
+    assert torch.equal(gradient(made()), gradient(values()))
+    assert not torch.equal(gradient(made()), gradient(~values()))
 
 
 def test_none_for_static_caches():

@@ -1,80 +1,310 @@
-"""Continuous batching: until flashcore reads pages, the call itself says no.
+"""Continuous batching: each request's tokens are those of its own generate(), in pages and without a gather.
 
-Transformers runs the model in a thread of its own there: an error in attention reached a log, and the caller got
-empty answers.
+Transformers runs the model in a thread of its own there, and hands what it raises to a log: ours reaches the caller.
 """
+
+import inspect
+import time
 
 import pytest
 import torch
 import transformers
+from flashcore_kernels import interpreter_pace
 from transformers import GenerationConfig
 
 import flashcore_hf
-from flashcore_hf import backend, compat
+from flashcore_hf import attention, backend, compat, pages, serve, serving
+from flashcore_hf.__main__ import main
 
 from .models import model_pair
 from .test_backend import llava_config
 
 pytestmark = pytest.mark.skipif(compat.continuous_batching() is None, reason="this Transformers does not batch so")
+WORKS = compat.continuous_batching() is not None and serving.why_not() is None
+works = pytest.mark.skipif(not WORKS, reason=f"supported for {serving.SUPPORTED}")
 # What the message tells to call.
 OTHER = "sdpa_paged" if compat.HAS_INTERFACE and "sdpa_paged" in compat.attention_registry() else "sdpa"
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
+TOKENS = 6
 
 
-def generation_config() -> GenerationConfig:
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0, bos_token_id=1)
+def generation_config(**changes) -> GenerationConfig:
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, "bos_token_id": 1}
+    config = GenerationConfig(**{**options, **changes})
     config.num_blocks, config.max_batch_tokens, config.block_size = 8, 16, 32
     return config
 
 
-def small() -> dict:
+def small(page_size: int = 16, tokens: int = 24, blocks: int = 64, **changes) -> dict:
     """Keywords that keep the pages few: by default they take most of the memory."""
     if not hasattr(transformers, "ContinuousBatchingConfig"):
         return {}
-    config = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, block_size=32)
+    kind = transformers.ContinuousBatchingConfig
+    name = "page_size" if "page_size" in inspect.signature(kind).parameters else "block_size"
+    config = kind(num_blocks=blocks, max_batch_tokens=tokens, **{name: page_size}, **changes)
     return {"continuous_batching_config": config}
 
 
-def ways_in(model) -> dict:
-    def manager():
-        with model.continuous_batching_context_manager(generation_config=generation_config()):
-            pass
-
-    ways = {
-        "generate_batch": lambda: model.generate_batch(PROMPTS, generation_config=generation_config()),
-        "init_continuous_batching": lambda: model.init_continuous_batching(generation_config=generation_config()),
-    }
-    if hasattr(model, "continuous_batching_context_manager"):
-        ways["context manager"] = manager
-    return ways
+def some_prompts(lengths=(4, 9, 21, 1, 33, 12), seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("way", ["generate_batch", "init_continuous_batching", "context manager"])
-def test_refused_in_the_callers_thread(way):
-    _, model = model_pair("llama")
-    ways = ways_in(model)
-    if way not in ways:
-        pytest.skip("this Transformers has no such way in")
-    with pytest.raises(NotImplementedError, match=rf'set_attn_implementation\("{OTHER}"\)'):
-        ways[way]()
-    assert model.config._attn_implementation == "flashcore"
+def each_alone(model, prompts, tokens: int = TOKENS) -> list[list[int]]:
+    """What generate() answers to each prompt by itself."""
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
 
 
-def test_refused_where_a_part_is_ours():
-    model = transformers.LlavaForConditionalGeneration._from_config(
-        llava_config(), attn_implementation={"text_config": "flashcore", "vision_config": "eager"}
+def batched(model, prompts, config: dict | None = None, generation: GenerationConfig | None = None) -> list:
+    """The answers of generate_batch(), in order."""
+    with interpreter_pace(keys=16, queries=16):
+        answers = model.generate_batch(
+            prompts, generation_config=generation or generation_config(), **(config or small()), warmup=False
+        )
+    return list(answers.values())
+
+
+def tokens_of(answers) -> list[list[int]]:
+    return [answer.generated_tokens for answer in answers]
+
+
+@works
+class TestTokens:
+    """Batches of at most 24 tokens: prompts are cut, and prefilled beside single tokens of others."""
+
+    @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3"])
+    def test_equal_eager(self, family, paths):
+        """Windows of 6 tokens are crossed; gemma2 has a softcap, gpt-oss sinks."""
+        eager, model = model_pair(family)
+        prompts = some_prompts()
+        answers = batched(model, prompts)
+        assert tokens_of(answers) == each_alone(eager, prompts)
+        assert set(paths) == {"flashcore_paged"}
+        assert model.config._attn_implementation == "flashcore"
+
+    def test_a_window_larger_than_a_page(self, paths):
+        eager, model = model_pair("mistral", sliding_window=20)
+        prompts = some_prompts((50, 3, 19, 27))
+        assert tokens_of(batched(model, prompts)) == each_alone(eager, prompts)
+
+    def test_through_pytorch(self, monkeypatch):
+        """Where no kernel can run, such as on a CPU."""
+        from flashcore_kernels.cache import paged
+        from flashcore_kernels.device import Device
+
+        monkeypatch.setattr(paged, "device_of", lambda device: Device("torch", reason="the test asks for it"))
+        eager, model = model_pair("mistral")
+        prompts = some_prompts()
+        with pytest.warns(UserWarning, match="the test asks for it"):
+            answers = model.generate_batch(prompts, generation_config=generation_config(), **small(), warmup=False)
+        assert tokens_of(answers.values()) == each_alone(eager, prompts)
+
+    def test_nothing_is_gathered(self, monkeypatch):
+        """No index of a past key is made, and nobody reads one."""
+
+        def never(*arguments, **keywords):
+            raise AssertionError("a list of every past key was made")
+
+        package = compat.batching_module()
+        monkeypatch.setattr(package.PagedAttentionCache, "extend_read_and_write_indices", never)
+        monkeypatch.setattr(package.PagedAttentionCache, "update", never)
+        _, model = model_pair("gemma2")
+        assert all(len(tokens) == TOKENS for tokens in tokens_of(batched(model, some_prompts())))
+
+    @pytest.mark.parametrize("tamper", ["lengths", "window", "table"])
+    def test_controls(self, tamper, monkeypatch):
+        """Lengths off by one, a window that is ignored, pages of another request."""
+        eager, model = model_pair("mistral", sliding_window=20)
+        prompts = some_prompts((50, 31, 19, 27))
+        attend = pages.paged_attention
+
+        def wrong(query, where, **arguments):
+            if tamper == "lengths":
+                where = where._replace(key_lengths=(where.key_lengths.diff() - 1).clamp(min=0))
+            elif tamper == "table":
+                where = where._replace(block_table=where.block_table.flip(0).contiguous())
+            else:
+                arguments["window"] = 6
+            return attend(query, where, **arguments)
+
+        monkeypatch.setattr(pages, "paged_attention", wrong)
+        assert tokens_of(batched(model, prompts)) != each_alone(eager, prompts)
+
+    def test_shared_prefixes(self):
+        """The second request finds the first one's pages."""
+        eager, model = model_pair("llama")
+        start = some_prompts((48,), seed=5)[0]
+        prompts = [start + [7, 8, 9], start + [10, 11], start[:40] + [12]]
+        first = batched(model, prompts[:1])
+        assert tokens_of(first) == each_alone(eager, prompts[:1])
+        # All at once some are prefilled together; in turn they are found.
+        with manager_of(model) as manager:
+            got = []
+            for prompt in prompts:
+                manager.add_request(prompt, max_new_tokens=TOKENS)
+                got.append(manager.get_result(timeout=60).generated_tokens)
+            cache = manager.batch_processor.cache
+            assert cache.use_prefix_sharing
+        assert got == each_alone(eager, prompts)
+
+    def test_forks(self):
+        """num_return_sequences copies a request's pages when its prompt is done."""
+        eager, model = model_pair("mistral")
+        prompts = some_prompts((9, 21))
+        config = generation_config(num_return_sequences=2, do_sample=True, temperature=1e-4)
+        got = tokens_of(batched(model, prompts, generation=config))
+        want = each_alone(eager, prompts)
+        assert all(tokens in want for tokens in got) and len(got) >= 2
+
+    def test_logprobs(self):
+        eager, model = model_pair("llama")
+        prompts = some_prompts((9, 21))
+        for prompt, answer in zip(prompts, batched(model, prompts, small(return_logprobs=True))):
+            ids = torch.tensor([prompt + answer.generated_tokens])
+            logits = eager(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            want = logits.gather(1, torch.tensor(answer.generated_tokens)[:, None])[:, 0]
+            assert torch.allclose(torch.tensor(answer.logprobs), want, atol=1e-3)
+
+    def test_again_with_the_same_manager(self):
+        eager, model = model_pair("gemma2")
+        for seed in (1, 2):
+            prompts = some_prompts(seed=seed)
+            with interpreter_pace(keys=16, queries=16):
+                answers = model.generate_batch(
+                    prompts, generation_config=generation_config(), **small(), warmup=False, persistent_manager=True
+                )
+            assert tokens_of(answers.values()) == each_alone(eager, prompts)
+        model.destroy_cached_continuous_batching_manager()
+
+
+def manager_of(model, **config):
+    return model.continuous_batching_context_manager(
+        generation_config=generation_config(), **small(**config), warmup=False
     )
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        model.generate_batch(PROMPTS, generation_config=generation_config())
 
 
-@pytest.mark.skipif(not hasattr(compat.PreTrainedModel, "set_attn_implementation"), reason="no switching here")
-def test_a_manager_from_before_the_switch_does_not_start():
-    _, model = model_pair("llama", implementation="sdpa")
-    manager = model.init_continuous_batching(generation_config=generation_config())
-    model.set_attn_implementation("flashcore")
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        manager.start()
+@works
+class TestManager:
+    def test_streaming(self):
+        eager, model = model_pair("llama")
+        prompt = some_prompts((9,))[0]
+        with manager_of(model) as manager:
+            name = manager.add_request(prompt, max_new_tokens=TOKENS, streaming=True)
+            seen = []
+            for answer in manager.request_id_iter(name):
+                seen.append(list(answer.generated_tokens))
+                if answer.is_finished():
+                    break
+        assert seen[-1] == each_alone(eager, [prompt])[0]
+        assert len(seen) > 1 and all(seen[-1][: len(tokens)] == tokens for tokens in seen)
+
+    def test_cancelled(self):
+        """Another request's pages are then free for others, and the rest goes on."""
+        eager, model = model_pair("mistral")
+        prompts = some_prompts((21, 9))
+        with manager_of(model) as manager:
+            gone = manager.add_request(prompts[0], max_new_tokens=200)
+            manager.add_request(prompts[1], max_new_tokens=TOKENS, request_id="stays")
+            time.sleep(0.2)
+            manager.cancel_request(gone)
+            deadline = time.monotonic() + 60
+            answer = None
+            while (answer is None or answer.request_id != "stays") and time.monotonic() < deadline:
+                answer = manager.get_result(timeout=1)
+            assert answer.generated_tokens == each_alone(eager, prompts[1:])[0]
+
+    def test_what_was_changed_is_the_managers_own(self):
+        """Nothing of the classes: a model under another name, at the same time, has its own."""
+        _, model = model_pair("llama")
+        package = compat.batching_module()
+        with manager_of(model) as manager:
+            deadline = time.monotonic() + 30
+            while manager.batch_processor is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            processor = manager.batch_processor
+            assert type(processor.inputs_and_outputs).__name__.startswith("Flashcore")
+            assert "update" in vars(processor.cache)
+        assert "flashcore" not in package.PagedAttentionCache.update.__code__.co_filename
+        assert "flashcore" not in package.input_outputs.ContinuousBatchingIOs.get_model_kwargs.__code__.co_filename
+
+
+@works
+class TestErrors:
+    def test_of_the_forward_reach_the_caller(self, monkeypatch):
+        _, model = model_pair("llama")
+
+        def broken(*arguments, **keywords):
+            raise ValueError("a wheel came off")
+
+        monkeypatch.setattr(attention, "attend_pages", broken)
+        with pytest.raises(RuntimeError, match="LlamaForCausalLM failed: a wheel came off") as caught:
+            batched(model, PROMPTS)
+        assert isinstance(caught.value.__cause__, ValueError)
+
+    def test_a_switch_that_did_not_take_hold(self, monkeypatch):
+        """As on a Transformers that makes its batch processors elsewhere."""
+        _, model = model_pair("llama")
+        monkeypatch.setattr(serving, "take_over", lambda manager, processor: processor)
+        with pytest.raises(RuntimeError, match="continuous batching"):
+            batched(model, PROMPTS)
+
+    def test_another_shape_of_things_is_refused(self, monkeypatch):
+        _, model = model_pair("llama")
+        monkeypatch.setattr(serving, "why_not", lambda: "ContinuousBatchingIOs.x is not what it was")
+        with pytest.raises(NotImplementedError, match=r"is not what it was.*set_attn_implementation"):
+            model.generate_batch(PROMPTS, generation_config=generation_config(), **small())
+
+    def test_a_window_that_the_pages_are_not_kept_for(self):
+        where = pages.PagedCall(serving.Pages(*[torch.zeros(1)] * 5, ring=6), True)
+        states = torch.zeros(1, 2, 1, 8)
+        with pytest.raises(NotImplementedError, match="the last 6 keys.*attention to all of them"):
+            pages.attend_pages(
+                states, states, states, where, causal=True, sliding_window=None, scaling=None, softcap=None, sinks=None
+            )
+
+
+@pytest.mark.skipif(WORKS, reason="supported here")
+class TestRefused:
+    """In the caller's thread."""
+
+    def ways_in(self, model) -> dict:
+        def manager():
+            with model.continuous_batching_context_manager(generation_config=generation_config()):
+                pass
+
+        ways = {
+            "generate_batch": lambda: model.generate_batch(PROMPTS, generation_config=generation_config()),
+            "init_continuous_batching": lambda: model.init_continuous_batching(generation_config=generation_config()),
+        }
+        if hasattr(model, "continuous_batching_context_manager"):
+            ways["context manager"] = manager
+        return ways
+
+    @pytest.mark.parametrize("way", ["generate_batch", "init_continuous_batching", "context manager"])
+    def test_refused(self, way):
+        _, model = model_pair("llama")
+        ways = self.ways_in(model)
+        if way not in ways:
+            pytest.skip("this Transformers has no such way in")
+        with pytest.raises(NotImplementedError, match=rf'set_attn_implementation\("{OTHER}"\)'):
+            ways[way]()
+        assert model.config._attn_implementation == "flashcore"
+
+    def test_where_a_part_is_ours(self):
+        model = transformers.LlavaForConditionalGeneration._from_config(
+            llava_config(), attn_implementation={"text_config": "flashcore", "vision_config": "eager"}
+        )
+        with pytest.raises(NotImplementedError, match="continuous batching"):
+            model.generate_batch(PROMPTS, generation_config=generation_config())
+
+    @pytest.mark.skipif(not hasattr(compat.PreTrainedModel, "set_attn_implementation"), reason="no switching here")
+    def test_a_manager_from_before_the_switch_does_not_start(self):
+        _, model = model_pair("llama", implementation="sdpa")
+        manager = model.init_continuous_batching(generation_config=generation_config())
+        model.set_attn_implementation("flashcore")
+        with pytest.raises(NotImplementedError, match="continuous batching"):
+            manager.start()
 
 
 def test_others_pass():
@@ -88,23 +318,51 @@ def test_others_pass():
 @pytest.mark.skipif(
     (4, 54) < compat.VERSION < (5, 4) and not torch.cuda.is_available(), reason="it wants to know a GPU's memory there"
 )
-def test_what_the_message_says_works():
-    """The whole call, on what it says to switch to: the answers of `generate`."""
+def test_others_answer_as_ever():
+    """The whole call, on what a refusal says to switch to: the answers of `generate`."""
     eager, model = model_pair("llama", implementation=OTHER)
-    answers = model.generate_batch(PROMPTS, generation_config=generation_config(), **small())
-    got = [answer.generated_tokens for answer in answers.values()]
-    want = [eager.generate(torch.tensor([p]), max_new_tokens=4, do_sample=False)[0, len(p) :].tolist() for p in PROMPTS]
-    assert sorted(got) == sorted(want)
+    answers = model.generate_batch(PROMPTS, generation_config=generation_config(), **small(32, 16, 8))
+    assert sorted(tokens_of(answers.values())) == sorted(each_alone(eager, PROMPTS))
 
 
 def test_disabled_it_is_transformers_business_again():
     mixin, manager = compat.continuous_batching()
-    enabled = vars(mixin)["init_continuous_batching"], vars(manager)["start"]
+    places = [(mixin, "init_continuous_batching"), (manager, "start")]
+    if WORKS:
+        places += [(mixin, "generate_batch"), (manager, "_create_batch_processor")]
+    enabled = [vars(place)[name] for place, name in places]
     flashcore_hf.disable()
     try:
-        disabled = vars(mixin)["init_continuous_batching"], vars(manager)["start"]
+        disabled = [vars(place)[name] for place, name in places]
         assert not any("flashcore" in function.__code__.co_filename for function in disabled)
-        assert enabled[0].__wrapped__ is disabled[0] and enabled[1].__wrapped__ is disabled[1]
+        assert all(ours.__wrapped__ is theirs for ours, theirs in zip(enabled, disabled))
+        assert f"paged|{serving.NAME}" not in compat.attention_registry()
     finally:
         flashcore_hf.enable()
     assert backend._enabled
+
+
+class TestServer:
+    """`python -m flashcore_hf serve`: the server itself needs packages that are not installed here."""
+
+    @pytest.fixture
+    def manager(self, monkeypatch):
+        module = pytest.importorskip("transformers.cli.serving.model_manager")
+        kind = module.ModelManager
+        monkeypatch.setattr(kind, "_validate_args", kind._validate_args)  # put back after the test
+        return kind
+
+    def test_takes_the_name(self, manager):
+        with pytest.raises(ValueError, match="Unsupported attention implementation: 'flashcore'"):
+            manager(attn_implementation="flashcore")
+        serve.accept_name(manager)
+        assert manager(attn_implementation="flashcore").attn_implementation == "flashcore"
+        with pytest.raises(ValueError, match="Unsupported attention implementation: 'other'"):
+            manager(attn_implementation="other")
+
+    def test_hands_on_its_arguments(self, manager, monkeypatch):
+        cli = pytest.importorskip("transformers.cli.transformers")
+        called = []
+        monkeypatch.setattr(cli, "app", called.append)
+        assert main(["serve", "org/model", "--port", "1"]) == 0
+        assert called == [["serve", "org/model", "--port", "1", "--attn-implementation", "flashcore"]]

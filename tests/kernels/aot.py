@@ -35,7 +35,13 @@ FEATURES = {
     "bool-mask": {"mask": "bool"},
     "float-mask": {"mask": "float"},
     "mask-all": {"range": "sequence", "mask": "float", "softcap": True, "sinks": True, "lse": True},
+    "bool-mask-all": {"range": "sequence", "mask": "bool", "softcap": True, "sinks": True, "lse": True},
+    "bool-mask-rows": {"range": "rows", "mask": "bool", "lse": True},
+    "bias-fp32": {"mask": "float", "mask-dtype": "fp32"},
+    "bias-row": {"mask": "float", "shared-by-queries": True},  # one row for all queries
+    "padding-all": {"range": "sequence", "mask": "float", "shared-by-queries": True, "softcap": True, "sinks": True},
 }
+BITS = {"fp16": 16, "bf16": 16, "fp32": 32}
 
 
 GLUON = ("flashcore_hopper", "flashcore_hopper_decode")
@@ -58,6 +64,10 @@ class Variant(NamedTuple):
         return f"{self.kernel} sm_{self.arch} {self.dtype} {self.head_dim}/{self.value_dim} {self.features} {self.rows}"
 
 
+def _mask_dtype(variant: Variant) -> str:
+    return FEATURES[variant.features].get("mask-dtype", variant.dtype)
+
+
 def chosen_plan(variant: Variant):
     """A call of this kind, and the Plan that it gets."""
     import torch
@@ -76,7 +86,9 @@ def chosen_plan(variant: Variant):
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
         device_type="cuda", range_layout=features.get("range"), mask_kind=features.get("mask"), scale=1.0,
         softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
-        has_sinks=bool(features.get("sinks")), needs_grad=False, aligned=True, fp8=bool(features.get("fp8")),
+        has_sinks=bool(features.get("sinks")), aligned=True, fp8=bool(features.get("fp8")),
+        mask_bits={None: 0, "bool": 8, "float": BITS[_mask_dtype(variant)]}[features.get("mask")],
+        mask_rows="mask" in features and not features.get("shared-by-queries"),
     )  # fmt: skip
     version = tuple(map(int, triton.__version__.split(".")[:2])) if variant.kernel in GLUON else (0, 0)
     chosen = choose(problem, Device("cuda", variant.arch, triton=version))
@@ -86,6 +98,7 @@ def chosen_plan(variant: Variant):
 
 def source(variant: Variant, config):
     """The ASTSource of the variant, specialised as a launch on aligned tensors would be."""
+    from flashcore_kernels.portable.blocks import mask_number
     from flashcore_kernels.portable.decode import flashcore_decode
     from flashcore_kernels.portable.forward import flashcore_forward
     from triton.compiler import ASTSource
@@ -102,7 +115,7 @@ def source(variant: Variant, config):
         "EXACT": variant.dtype == "fp32",
         "RANGE": (None, "sequence", "rows").index(features.get("range")),
         "HAS_RANGE": "range" in features,
-        "MASK": (None, "bool", "float").index(features.get("mask")),
+        "MASK": mask_number(features.get("mask"), bool(features.get("shared-by-queries"))),
         "HAS_SINKS": bool(features.get("sinks")),
         "SOFTCAP": bool(features.get("softcap")),
         "HAS_LSE": bool(features.get("lse")),
@@ -127,7 +140,7 @@ def source(variant: Variant, config):
     }
     pointers |= {"Lse": "fp32", "Range": "i32", "Sinks": "fp32", "Partial": "fp32", "Count": "i32"}
     pointers |= {"KeyScale": "fp32", "ValueScale": "fp32"}
-    pointers["Mask"] = "u8" if features.get("mask") == "bool" else variant.dtype
+    pointers["Mask"] = "u8" if features.get("mask") == "bool" else _mask_dtype(variant)
 
     signature, attributes = {}, {}
     for position, name in enumerate(fn.arg_names):
@@ -154,6 +167,7 @@ def source(variant: Variant, config):
 
 def hopper_source(variant: Variant, problem, plan):
     """The GluonASTSource of the variant of `flashcore_hopper`."""
+    import torch
     from flashcore_kernels.hopper.descriptors import tile_layout
     from flashcore_kernels.hopper.prefill.kernel import flashcore_hopper
     from flashcore_kernels.hopper.prefill.launch import kernel_constants
@@ -165,13 +179,21 @@ def hopper_source(variant: Variant, problem, plan):
     keys, values = (config.d0, config.d1), (config.dv0, config.dv1)
     out = (values[0] * plan.config.row.query_buffers // 2, values[1])  # from one buffer it leaves in halves
     tiles = {"q": (config.rows, *keys), "k": (config.block_n, *keys), "v": (config.block_n, *values), "o": (64, *out)}
-    features = features | {"output": config.one_copy}
+    features = features | {"output": config.one_copy, "bias": config.mask == 3}
     optional = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
+    optional |= {"Lines": ("mask", "*i32"), "Bits": ("mask", "*i32"), "Bias": ("bias", f"*{_mask_dtype(variant)}")}
     optional["Out"] = ("output", f"*{variant.dtype}")
     signature, attributes = {}, {}
     for position, name in enumerate(flashcore_hopper.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name == "mask_desc":
+            if config.mask == 2:
+                element = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[_mask_dtype(variant)]
+                layout = tile_layout(64, config.block_n, element)
+                signature[name] = f"tensordesc<{_mask_dtype(variant)}[1,1,64,{config.block_n}],{layout!r}>"
+            else:
+                signature[name], constants[name] = "constexpr", None
         elif name.endswith("_desc"):
             rows, columns = tiles[name[0]][0], tiles[name[0]][1 + int(name[1])]
             if columns and not (name[0] == "o" and config.one_copy):
@@ -266,7 +288,9 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
         head_dim, _, value_dim = size.partition("/")
         if kernel in DECODE and features.startswith("rows") or kernel == "flashcore_decode" and features == "fp8":
             continue
-        if kernel in GLUON and "mask" in features or arch < 89 and features == "fp8":
+        if features == "fp8" and max(map(int, size.split("/"))) > 256:
+            continue
+        if kernel == "flashcore_hopper_decode" and "mask" in FEATURES[features] or arch < 89 and features == "fp8":
             continue
         for rows in arguments.rows if kernel in DECODE else (64,):
             for batch in arguments.batch:

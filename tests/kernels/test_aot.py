@@ -19,8 +19,10 @@ from . import aot
 pytest.importorskip("triton.backends.nvidia")
 
 FULL = os.environ.get("FLASHCORE_TEST_FULL") == "1"
-HEAD_DIMS = ["16", "40", "64", "80", "96", "128", "192", "256", "192/128"] if FULL else ["128"]
-FEATURES = ["none", "range-all", "fp8", "rows-all", "bool-mask", "mask-all"] if FULL else ["range-all", "mask-all"]
+HEAD_DIMS = ["16", "40", "64", "80", "96", "128", "192", "256", "192/128", "320", "512"] if FULL else ["128"]
+FEATURES = ["range-all", "mask-all"]
+if FULL:
+    FEATURES += ["none", "fp8", "rows-all", "bool-mask", "padding-all"]
 ROWS = ["16", "64"] if FULL else ["64"]
 
 
@@ -79,6 +81,11 @@ def test_hopper(head_dim, compiled):
     features = ["none", "range", "sinks", "range-all", "rows-all"] if FULL else ["none", "range"]
     if head_dim == "64":
         features.append("few-queries")
+    if FULL:
+        features += ["bool-mask", "bool-mask-all", "bool-mask-rows"]
+        features += ["float-mask", "mask-all", "bias-fp32"] if head_dim in ("64", "96", "128") else []
+    elif head_dim in ("64", "128"):
+        features.append("float-mask" if head_dim == "128" else "bool-mask")
     reports = compiled(
         "--arch", "90", "--kernel", "flashcore_hopper", "--dtype", "bf16", "--head-dim", head_dim, "--features",
         *features,

@@ -105,9 +105,9 @@ def test_double_backward_is_refused(device):
         grad.sum().backward()
 
 
-def test_dropout_is_refused(device):
+def test_dropout_and_its_seed_belong_together(device):
     call = build({"causal"}, 5, 9, heads=(2, 1), head_dim=16, device=device)
-    with pytest.raises(NotImplementedError, match="attention_dropout=0"):
+    with pytest.raises(ValueError, match="a seed and offset belong to dropout"):
         forward(*arguments_of(call, *call[:3]), 0.1)
 
 
@@ -144,6 +144,7 @@ def test_selective_checkpointing_finds_it(device):
         query = call.query.clone().requires_grad_()
         path_counts.clear()
         function(query).backward()
+        assert path_counts.pop("flashcore_backward") == 1
         return query.grad, sum(path_counts.values())
 
     def selected():

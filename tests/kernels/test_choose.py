@@ -5,7 +5,13 @@ import itertools
 import pytest
 import torch
 from flashcore_kernels import explain
-from flashcore_kernels.choose import MAX_HEAD_DIM, choose, fallback_reason
+from flashcore_kernels.choose import (
+    MAX_HEAD_DIM,
+    backward_fallback_reason,
+    choose,
+    choose_backward,
+    fallback_reason,
+)
 from flashcore_kernels.device import Device
 from flashcore_kernels.hopper.prefill.table import ROWS as HOPPER_ROWS
 from flashcore_kernels.plan import MAX_DECODE_QUERIES
@@ -80,9 +86,27 @@ class TestAlignment:
         assert self.aligned(tensor)
 
 
+class TestBackward:
+    def test_hopper(self):
+        assert choose_backward(problem(), NEW).kernel == "flashcore_hopper_backward"
+        assert choose_backward(problem(), Device("cuda", 80)).kernel == "flashcore_backward"
+
+    @pytest.mark.parametrize("changed", [{"dropout": 0.1}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str)
+    def test_what_hopper_leaves_to_the_portable_one_with_its_reason(self, changed):
+        plan = choose_backward(problem(**changed), NEW)
+        assert plan.kernel == "flashcore_backward" and "not the Hopper kernel, because" in plan.reason
+
+    @pytest.mark.parametrize("num_queries", [1, 64])
+    def test_weights_are_dropped_by_the_portable_forward(self, num_queries):
+        for device in (NEW, Device("cuda", 80), Device("interpreter")):
+            assert chosen_for(num_queries, device, dropout=0.1).kernel == "flashcore_forward"
+        assert chosen_for(num_queries, NEW).kernel != "flashcore_forward"
+
+
 class TestFallback:
     def test_gradients(self):
-        assert "gradients" in fallback_reason(problem(needs_grad=True), H200)
+        fp8 = problem(fp8=True)
+        assert fallback_reason(fp8, H200) is None and "gradients" in backward_fallback_reason(fp8, H200)
 
     def test_no_device(self):
         chosen = choose(problem(), Device("torch", reason="no Triton here"))
@@ -92,14 +116,24 @@ class TestFallback:
     def test_dtype(self, dtype):
         assert "not torch.float64" in fallback_reason(problem(dtype=dtype), H200)
 
-    @pytest.mark.parametrize("sizes", [(257, 64), (64, 257), (512, 512)], ids=str)
+    @pytest.mark.parametrize("sizes", [(513, 64), (64, 513), (576, 512)], ids=str)
     def test_head_dim(self, sizes):
         assert f"up to {MAX_HEAD_DIM}" in fallback_reason(problem(head_dim=sizes[0], value_dim=sizes[1]), H200)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("head_dim", [1, 16, 40, 256])
+    @pytest.mark.parametrize("head_dim", [1, 16, 40, 256, 257, 512])
     def test_not_otherwise(self, head_dim, dtype):
         assert fallback_reason(problem(head_dim=head_dim, dtype=dtype), H200) is None
+
+    def test_the_backward_and_fp8_have_a_limit_of_their_own(self):
+        for size in (256, 257):
+            sizes = {"head_dim": size, "value_dim": size}
+            backward = backward_fallback_reason(problem(**sizes), H200)
+            fp8 = fallback_reason(problem(**sizes, fp8=True), H200)
+            assert (backward is None, fp8 is None) == (size == 256, size == 256)
+        assert "kernels make those up to head_dim 256, not 257" in backward
+        assert "up to 256, not 257" in fp8
+        assert "float64" in backward_fallback_reason(problem(dtype=torch.float64), H200)
 
 
 class TestSameForEveryBatch:
@@ -133,5 +167,5 @@ class TestExplain:
         assert "no multiple of 16 bytes" in explain(off, off, off, device=new)
 
     def test_fallback(self):
-        query = torch.zeros(1, 4, 1, 300)
-        assert explain(query, query, query, device=H200).startswith("torch: the kernels take head_dim up to 256")
+        query = torch.zeros(1, 4, 1, 600)
+        assert explain(query, query, query, device=H200).startswith("torch: the kernels take head_dim up to 512")

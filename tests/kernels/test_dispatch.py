@@ -8,7 +8,7 @@ import pytest
 import torch
 from flashcore_kernels import choose as choose_module
 from flashcore_kernels import dispatch
-from flashcore_kernels.choose import choose
+from flashcore_kernels.choose import choose, choose_backward
 from flashcore_kernels.device import Device
 from flashcore_kernels.plan import Plan
 from flashcore_kernels.problem import Inputs, check_problem
@@ -38,10 +38,25 @@ def test_every_kernel_that_is_chosen_has_a_launch_module():
 
 def test_every_family_answers_with_names_of_the_list():
     """Asked one by one, so that none hides behind another."""
-    for family in choose_module.FAMILIES:
+    families = [(each, dispatch.LAUNCHES) for each in choose_module.FAMILIES]
+    families += [(each, dispatch.BACKWARDS) for each in choose_module.BACKWARD_FAMILIES]
+    for family, known in families:
         answers = [family(asked, device) for asked, device in itertools.product(problems(), DEVICES)]
         names = {answer.kernel for answer in answers if isinstance(answer, Plan)}
-        assert names and names <= set(dispatch.LAUNCHES), family
+        assert names and names <= set(known), family
+
+
+def test_every_backward_that_is_chosen_is_listed_and_the_reverse():
+    chosen = {choose_backward(asked, device).kernel for asked, device in itertools.product(problems(), DEVICES)}
+    assert chosen - {"torch"} == set(dispatch.BACKWARDS)
+
+
+def test_backwards_take_the_same_arguments():
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    ours, other = (importlib.import_module(module, "flashcore_kernels") for module in dispatch.BACKWARDS.values())
+    assert list(inspect.signature(ours.run_backward).parameters) == list(
+        inspect.signature(other.run_backward).parameters
+    )
 
 
 @pytest.mark.parametrize("kernel", dispatch.LAUNCHES)
@@ -59,6 +74,8 @@ def test_launch_modules_export_make_launch(kernel):
 PARAMETERS = {
     "query": "Q", "key": "K", "value": "V", "output": "Out", "lse": "Lse", "key_range": "Range", "mask": "Mask",
     "sinks": "Sinks", "key_scale": "KeyScale", "value_scale": "ValueScale", "partials": "Partial", "counters": "Count",
+    "philox": "Philox",
+    "mask_lines": "Lines", "mask_bits": "Bits",
 }  # fmt: skip
 
 
@@ -88,7 +105,8 @@ def test_a_launch_has_the_kernels_parameters(kernel):
         elif operand != "absent":
             assert name.startswith(PARAMETERS[operand])
         else:
-            assert name in ("q1_desc", "k1_desc", "v1_desc", "o1_desc", "Out"), "of one tile, written by its descriptor"
+            lacking = ("q1_desc", "k1_desc", "v1_desc", "o1_desc", "Out", "mask_desc", "Bias", "Lines", "Bits")
+            assert name in lacking, "of one tile, written by its descriptor, without a mask"
 
 
 @pytest.mark.parametrize("kernel", ["flashcore_backward", "torch", ""])

@@ -85,7 +85,16 @@ def test_head_dim(head_dim, num_queries, dtype, device):
     checked({"causal"}, num_queries, 65, device, head_dim=head_dim, dtype=DTYPES[dtype], heads=(2, 1))
 
 
-@pytest.mark.parametrize("head_dims", [(192, 128), (64, 256), (40, 16), (8, 24)], ids=str)
+@pytest.mark.parametrize("dtype, head_dim", [("fp16", 257), ("fp16", 288), ("bf16", 320), ("fp16", 512), ("fp32", 512)])
+@pytest.mark.parametrize("num_queries", [1, 33])
+@pytest.mark.parametrize("features", [("causal",), ("left-padding", "bool-mask", "softcap", "sinks", "lse")])
+def test_head_dim_above_256(features, num_queries, dtype, head_dim, device):
+    path_counts.clear()
+    checked(set(features), num_queries, 65, device, head_dim=head_dim, dtype=DTYPES[dtype], heads=(2, 1))
+    assert "torch" not in path_counts
+
+
+@pytest.mark.parametrize("head_dims", [(192, 128), (64, 256), (40, 16), (8, 24), (320, 64), (64, 512)], ids=str)
 @pytest.mark.parametrize("num_queries", [1, 33])
 def test_value_dim_of_its_own(head_dims, num_queries, device):
     call = build({"causal"}, num_queries, 65, head_dim=head_dims[0], heads=(2, 1), device=device)
@@ -100,7 +109,7 @@ def test_small_head_dim(head_dim, num_queries, device):
 
 
 @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")
-@pytest.mark.parametrize("head_dim", [257, 512])
+@pytest.mark.parametrize("head_dim", [513, 576])
 def test_large_head_dim_goes_through_pytorch(head_dim, device):
     call = build({"causal", "left-padding"}, 17, 33, head_dim=head_dim, device=device, dtype=torch.float32)
     path_counts.clear()

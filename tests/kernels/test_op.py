@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from flashcore_kernels import FlashcoreFallbackWarning, attention, make_key_range, naive_attention, op, path_counts
+from flashcore_kernels import FlashcoreFallbackWarning, attention, make_key_range, naive_attention, path_counts, run
 from flashcore_kernels.device import Device
 from flashcore_kernels.fallback import forget_warnings, torch_attention
 from flashcore_kernels.problem import check_problem, split_arguments
@@ -110,7 +110,7 @@ class TestDevices:
     def test_the_answer_of_a_device_without_kernels(self, device, monkeypatch):
         call = build({"causal", "sinks"}, 5, 9, dtype=torch.float32, device=device)
         want = call.run()
-        monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="it is another"))
+        monkeypatch.setattr(run, "device_of", lambda device: Device("torch", reason="it is another"))
         path_counts.clear()
         torch.testing.assert_close(call.run(), want)
         assert dict(path_counts) == {"torch": 1}
@@ -133,7 +133,7 @@ class TestCompile:
             leaf.grad = None
             step(leaf).sum().backward()
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-        assert 1 <= path_counts["torch"] <= 12 and len(path_counts) == 1
+        assert path_counts == {"flashcore_forward": 10, "flashcore_backward": 10}
         want = call.query.clone().requires_grad_()
         (attention(want * 1.0, *call[1:3], is_causal=True) * 2.0).sum().backward()
         torch.testing.assert_close(leaf.grad, want.grad)
@@ -193,13 +193,13 @@ class TestFallback:
 
     def test_warns_once_for_each_reason(self, device):
         double = build({"causal"}, 5, 9, dtype=torch.float64, device=device)
-        wide = build({"causal"}, 5, 9, head_dim=300, device=device)
+        wide = build({"causal"}, 5, 9, head_dim=600, device=device)
         with pytest.warns(FlashcoreFallbackWarning, match="not torch.float64"):
             double.run()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             double.run()
-        with pytest.warns(FlashcoreFallbackWarning, match="head_dim up to 256, not 300"):
+        with pytest.warns(FlashcoreFallbackWarning, match="head_dim up to 512, not 600"):
             wide.run()
         assert dict(path_counts) == {"torch": 3}
 
@@ -233,7 +233,7 @@ class TestFallback:
 
 
 class TestDropout:
-    """Only the fallback drops out, whatever the call has besides; tests/hf/test_dropout.py looks at what it drops."""
+    """The fallback's, whatever the call has besides; tests/hf/test_dropout.py looks at what it drops."""
 
     @pytest.mark.parametrize("feature", [None, "softcap", "sinks", "value-dim", "lse"])
     def test_drops(self, feature, device):
@@ -242,7 +242,7 @@ class TestDropout:
         inputs, options = split_arguments(*call[:3], **arguments)
         problem = check_problem(inputs, **options)
         whole, lse = torch_attention(problem, inputs, feature == "lse")
-        dropped, other_lse = torch_attention(problem, inputs, feature == "lse", dropout=0.5)
+        dropped, other_lse = torch_attention(problem._replace(dropout=0.5), inputs, feature == "lse")
         assert not torch.equal(dropped, whole)
         assert feature != "lse" or torch.equal(lse, other_lse)
 
@@ -274,7 +274,8 @@ class TestGradients:
         path_counts.clear()
         call.query.requires_grad_()
         call.run().sum().backward()
-        assert torch.isfinite(call.query.grad).all() and path_counts["torch"] == 1
+        assert torch.isfinite(call.query.grad).all()
+        assert dict(path_counts) == {"flashcore_decode": 1, "flashcore_backward": 1}
 
     def test_not_under_no_grad(self, device):
         call = build({"causal"}, 5, 9, device=device)
@@ -423,6 +424,6 @@ def test_cpu_tensors_without_the_interpreter_work():
 def test_an_interpreter_that_this_numpy_breaks_is_not_used(triton_version, numpy_version, kind, monkeypatch):
     monkeypatch.setattr("triton.__version__", triton_version)
     monkeypatch.setattr("numpy.__version__", numpy_version)
-    found = op.device_of.__wrapped__(torch.device("cpu"))
+    found = run.device_of.__wrapped__(torch.device("cpu"))
     assert found.kind == kind
     assert ("needs NumPy before 2.4; here are Triton 3.6.0 and NumPy 2.4.6" in found.reason) is (kind == "torch")

@@ -10,8 +10,12 @@ from .visible import row_ranges, sequence_bounds, tile_blocks, tile_keys
 
 
 @gluon.jit
-def tile_of(position, call, CONSUMER: gl.constexpr, C: gl.constexpr):
-    """The Tile at this TilePosition, as partition CONSUMER of its program sees it. Any tile where there is none."""
+def tile_of(position, call, CONSUMER: gl.constexpr, C: gl.constexpr, FROM_FIRST: gl.constexpr = True):
+    """The Tile at this TilePosition, as partition CONSUMER of its program sees it. Any tile where there is none.
+
+    Args:
+        FROM_FIRST: blocks lie on a grid that starts at the sequence's first key; otherwise at key 0.
+    """
     BN: gl.constexpr = C.block_n
     BM: gl.constexpr = 64 * C.consumers
     ROWS: gl.constexpr = C.rows
@@ -30,7 +34,7 @@ def tile_of(position, call, CONSUMER: gl.constexpr, C: gl.constexpr):
     bounds = sequence_bounds(Range, b, visibility, RANGE)
     first, end, start, left, right, holes = bounds
     tile_lo, tile_hi = tile_keys(Range, b, m0, bounds, visibility, BM, RANGE, WARPS)
-    begin, blocks = tile_blocks(first, tile_lo, tile_hi, num_keys, BN)
+    begin, blocks = tile_blocks(first if FROM_FIRST else 0, tile_lo, tile_hi, num_keys, BN)
     # Keys before hi are seen by some of this partition's rows, keys [full_lo, full_hi) by all of them.
     if RANGE == 2:
         row_lo, row_hi = row_ranges(Range, b, rows, visibility)

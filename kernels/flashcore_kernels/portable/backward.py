@@ -37,8 +37,6 @@ def run_backward(
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None = None,
     *,
-    dropout: float = 0.0,
-    philox: torch.Tensor | None = None,
     sinks_grad: bool = False,
     mask_grad: bool = False,
 ) -> Gradients:
@@ -46,13 +44,11 @@ def run_backward(
 
     Args:
         problem, config: what was asked, and `backward_config(problem, arch)`.
-        inputs: as the forward had them.
+        inputs: as the forward had them; with dropout its `philox` too.
         output: `[B, H, Q, Dv]`, the forward's.
         lse: fp32 `[B, H, Q]`, the forward's.
         grad_output: `[B, H, Q, Dv]` in output's dtype, any strides.
         grad_lse: `[B, H, Q]`, or None where nothing looked at the lse.
-        dropout: probability with which the forward dropped weights.
-        philox: int64 `[2]` on query's device, the seed and offset that the forward used; needed with dropout.
         sinks_grad, mask_grad: make these gradients too.
 
     Returns:
@@ -62,7 +58,7 @@ def run_backward(
 
     Raises:
         NotImplementedError: keys and values are in fp8.
-        ValueError: dropout is not in [0, 1) or lacks `philox`; mask_grad without a floating-point mask.
+        ValueError: dropout without `philox` or the reverse; mask_grad without a floating-point mask.
     """
     if problem.fp8:
         raise NotImplementedError(
@@ -70,6 +66,7 @@ def run_backward(
             "use keys and values in query's dtype where gradients are needed"
         )
     query, key, value, key_range, mask, sinks = inputs[:6]
+    dropout, philox = problem.dropout, inputs.philox
     if (philox is None) != (dropout == 0.0):
         raise ValueError(f"dropout={dropout} with philox={philox}: a seed and offset belong to dropout above 0")
     if mask_grad and problem.mask_kind != "float":

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward_blocks import NUMBERS, accumulated, load_lse, load_mask, probabilities, row_ranges
 from .blocks import BITMAP, load_tile, sequence_bounds, short_sums
-from .dropout import dropout_keep
+from .dropout import dropout_keep, dropout_keys
 
 # Query blocks that a program looks at at once for those that see its keys.
 SCAN = tl.constexpr(128)
@@ -156,7 +156,8 @@ def add_query_block(
         p = tl.where(see, p, 0.0)
     dropped = p
     if Philox is not None:
-        keep = tl.trans(dropout_keep(Philox, head, m, (n0 - first) // 4, drop_below, BLOCK_N))
+        drop_0, drop_1 = dropout_keys(Philox, head, m)
+        keep = dropout_keep(drop_0[None, :], drop_1[None, :], (n - first)[:, None], drop_below)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.fma(tl.where(keep, dp, 0.0), keep_scale + tl.zeros_like(dp), tl.zeros_like(dp) - delta[None, :])
     elif EXACT:

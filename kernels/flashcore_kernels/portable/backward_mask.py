@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward_blocks import NUMBERS, load_lse, load_mask, probabilities, row_ranges
 from .blocks import BITMAP, load_tile, sequence_bounds, short_sums
-from .dropout import dropout_keep_at
+from .dropout import dropout_keep, dropout_keys
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -141,7 +141,8 @@ def flashcore_backward_mask(
                     p, t = probabilities(s, lse[:, None], bias, score_scale, cap_scale, SOFTCAP, 2, False, EXACT)
                     p *= weight[:, None]
                     if Philox is not None:
-                        keep = dropout_keep_at(Philox, (at // num_queries).to(tl.int32), m, n - first, drop_below)
+                        drop_0, drop_1 = dropout_keys(Philox, (at // num_queries).to(tl.int32), m)
+                        keep = dropout_keep(drop_0[:, None], drop_1[:, None], (n - first)[None, :], drop_below)
                         dp = tl.where(keep, dp * keep_scale, 0.0)
                     # What is not seen may be NaN.
                     acc += tl.where(see, p * (dp - delta[:, None]), 0.0)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward_blocks import NUMBERS, accumulated, load_lse, load_mask, probabilities, row_ranges
 from .blocks import BITMAP, load_tile, seen, sequence_bounds, short_sums
-from .dropout import dropout_keep
+from .dropout import dropout_keep, dropout_keys
 
 
 @triton.jit
@@ -30,10 +30,9 @@ def add_key_block(
     holes,
     mask_rows,  # [M] pointers to the rows of the dense mask
     stride_mk,
-    Philox,
-    head,
-    offs_m,
-    first,
+    drop_0,
+    drop_1,  # [M] `dropout_keys` of the rows, or None
+    first,  # key from which dropout counts
     drop_below,
     score_scale,
     cap_scale,
@@ -82,12 +81,12 @@ def add_key_block(
         # Sums that begin at what is subtracted from them save registers and instructions.
         begin = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         s = tl.dot(q, tl.trans(k), begin - (lse * start_scale)[:, None] if FOLD else begin)
-        dp = tl.dot(do, tl.trans(v), begin if Philox is not None else begin - delta[:, None])
+        dp = tl.dot(do, tl.trans(v), begin if drop_0 is not None else begin - delta[:, None])
     p, t = probabilities(s, lse[:, None], bias, score_scale, cap_scale, SOFTCAP, MASK, FOLD, EXACT)
     if MASK == 2:
         p *= weight[:, None]
-    if Philox is not None:
-        keep = dropout_keep(Philox, head, offs_m, (n - first) // 4, drop_below, BLOCK_N)
+    if drop_0 is not None:
+        keep = dropout_keep(drop_0[:, None], drop_1[:, None], (cols - first)[None, :], drop_below)
         dp = tl.fma(tl.where(keep, dp, 0.0), keep_scale + tl.zeros_like(dp), tl.zeros_like(dp) - delta[:, None])
     elif EXACT:
         dp -= delta[:, None]
@@ -177,7 +176,7 @@ def flashcore_backward_dq(
 
     Shapes: Q, DQ `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, DV]`, Out, GradOut `[B, H, Q, DV]`, Lse, GradLse,
     Delta `[B, H, Q]` fp32 (Delta is written; with MASK 2 Lse and Weight are what `flashcore_backward_shift` wrote), the
-    rest as in `flashcore_forward`; Philox as in `dropout_keep`.
+    rest as in `flashcore_forward`.
     Grid: `(cdiv(Q, BLOCK_M) * B * H,)`, the last queries first.
     """
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -244,12 +243,16 @@ def flashcore_backward_dq(
     mask_rows = offs_m
     if MASK != 0:
         mask_rows = Mask + b * stride_mb + h.to(tl.int64) * stride_mh + offs_m.to(tl.int64) * stride_mq  # [M]
+    drop_0 = None
+    drop_1 = None
+    if Philox is not None:
+        drop_0, drop_1 = dropout_keys(Philox, bh, offs_m)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if MASK != 0 or RANGE != 0:
         for n in range(n_begin, n_looked, BLOCK_N):
             acc = add_key_block(
                 acc, q, do, lse, weight, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees,
-                bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
+                bitmap, holes, mask_rows, stride_mk, drop_0, drop_1, first, drop_below, score_scale, cap_scale,
                 start_scale, keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1,
                 RANGE == 1, MASK,
                 SOFTCAP, FOLD, BRANCH,
@@ -259,7 +262,7 @@ def flashcore_backward_dq(
             edge = (n < n_full) | (n >= n_edge)
             acc = add_key_block(
                 acc, q, do, lse, weight, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees,
-                bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
+                bitmap, holes, mask_rows, stride_mk, drop_0, drop_1, first, drop_below, score_scale, cap_scale,
                 start_scale, keep_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT,
                 0 if RANGE == 2 else 2, False, MASK, SOFTCAP, FOLD, BRANCH,
             )  # fmt: skip
@@ -267,7 +270,7 @@ def flashcore_backward_dq(
         for n in range(n_edge, hi, BLOCK_N):
             acc = add_key_block(
                 acc, q, do, lse, weight, delta, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, sees,
-                bitmap, holes, mask_rows, stride_mk, Philox, bh, offs_m, first, drop_below, score_scale, cap_scale,
+                bitmap, holes, mask_rows, stride_mk, drop_0, drop_1, first, drop_below, score_scale, cap_scale,
                 start_scale, keep_scale, one, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, EXACT, 1,
                 False, MASK,
                 SOFTCAP, FOLD, BRANCH,

@@ -7,8 +7,12 @@ microseconds stand: of that kernel alone, in bf16, on an H200 with Triton 3.6.
 
 from typing import NamedTuple
 
-from ..plan import power_of_2_from
+from ..device import Device
+from ..plan import Plan, power_of_2_from
 from ..problem import Problem
+
+# Tiles of whole rows: wider ones leave no registers.
+MAX_BACKWARD_HEAD_DIM = 256
 
 
 class BackwardRow(NamedTuple):
@@ -20,9 +24,9 @@ class BackwardRow(NamedTuple):
         head_dim: the larger of the head dimensions is at most this.
         tile: queries and keys of a tile, then num_warps and num_stages of the launch.
         why: what speaks for it: a measurement, or the limit that forces it.
-        serves: "plain" calls, "rows" (a key range for each query), "busy" ones (softcap, dropout, a dense mask: these
-            take registers), or "all". A key range for each sequence is plain, so that a sequence has one row alone,
-            batched and padded.
+        serves: "plain" calls, "rows" (a key range for each query), "dropout" alone, "busy" ones (softcap, a dense mask,
+            dropout beside these or beside rows: all take registers), or "all". A key range for each sequence is plain,
+            so that a sequence has one row alone, batched and padded.
         branch: jump over the checks of blocks that are not at an edge. By wgmma that saves instructions; by mma.sync
             it has all of a block's operands in registers at the jump.
     """
@@ -170,6 +174,24 @@ _SM90 = (
         serves="rows",
         why="255 registers, no spills in loops; 128x64 spills 88 bytes, and in 2 stages serialises wgmma",
     ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=64,
+        tile=(64, 64, 4, 2),
+        serves="dropout",
+        branch=True,
+        why="670 instructions a block, none spills",
+    ),
+    BackwardRow(
+        kernel="dq",
+        bits=16,
+        head_dim=128,
+        tile=(128, 64, 8, 2),
+        serves="dropout",
+        branch=True,
+        why="726 instructions a block, none spills",
+    ),
     BackwardRow(kernel="dq", bits=16, head_dim=64, tile=(64, 32, 4, 1), why="255 registers, no spills"),
     BackwardRow(
         kernel="dq",
@@ -217,6 +239,24 @@ _SM90 = (
         branch=True,
         why="255 registers, 8 spills in the loop; 64x64 with 8 warps takes 254, none",
     ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=64,
+        tile=(64, 64, 4, 2),
+        serves="dropout",
+        branch=True,
+        why="1380 instructions a block, 2 spill",
+    ),
+    BackwardRow(
+        kernel="dkdv",
+        bits=16,
+        head_dim=128,
+        tile=(64, 64, 8, 2),
+        serves="dropout",
+        branch=True,
+        why="1538 instructions a block, 6 spill; 64x128 spills 44",
+    ),
     BackwardRow(kernel="dkdv", bits=16, head_dim=64, tile=(32, 64, 4, 1), why="255 registers, no spills"),
     BackwardRow(
         kernel="dkdv",
@@ -243,7 +283,12 @@ SM100 = (
 TABLES = {80: SM80, 90: SM90, 100: SM100, 120: SM80}
 
 
-def backward_config(problem: Problem, arch: int, dropout: bool = False) -> BackwardConfig:
+def choose_portable_backward(problem: Problem, device: Device) -> Plan:
+    """`flashcore_backward`, for everything."""
+    return Plan("flashcore_backward", "gradients are asked for", backward_config(problem, device.arch))
+
+
+def backward_config(problem: Problem, arch: int) -> BackwardConfig:
     """The rows for a call on compute capability `arch` (0: the interpreter).
 
     Raises:
@@ -252,8 +297,10 @@ def backward_config(problem: Problem, arch: int, dropout: bool = False) -> Backw
     listed = [known for known in TABLES if known <= arch]
     rows = TABLES[listed[-1] if listed else 80]
     kind = "rows" if problem.range_layout == "rows" else "plain"
-    if problem.softcap or dropout or problem.mask_kind:
+    if problem.softcap or problem.mask_kind or (problem.dropout and kind == "rows"):
         kind = "busy"
+    elif problem.dropout:
+        kind = "dropout"
     return BackwardConfig(
         *(_find(rows, kernel, problem, kind) for kernel in ("dq", "dkdv", "mask")),
         *(_columns(size, problem, arch) for size in (problem.head_dim, problem.value_dim)),

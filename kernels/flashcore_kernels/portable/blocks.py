@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .dropout import dropout_keep
+
 # Words of a KeyRange line; key_range.py owns the layout, tests compare the two.
 FIRST = tl.constexpr(0)
 END = tl.constexpr(1)
@@ -31,6 +33,11 @@ def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
     if mask is None:
         return 0, 0, 0, 0
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+
+
+def mask_number(kind: str | None, shared: bool) -> int:
+    """The kernels' `MASK`: 0 without a mask, 1 bool, 2 float; 3 and 4 where all rows of a tile share one row of it."""
+    return 0 if kind is None else ("bool", "float").index(kind) + (3 if shared else 1)
 
 
 @triton.jit
@@ -163,13 +170,17 @@ def attend_block(
     row_hi,  # [M] each row sees keys [row_lo, row_hi)
     bitmap,  # pointer to this sequence's bitmap
     holes,  # 0, or 1: read it
-    bias_rows,  # [M] pointers to the rows of the dense mask
+    bias_rows,  # [M] pointers to the rows of the dense mask; one pointer where MASK is 3 or 4
     bias_valid,  # [M] which of them may be read
     stride_mk,
     score_scale,
     cap_scale,
     one,  # 1.0, but not to the compiler
     edge,  # whether some row may not see some key of the block; read only where CHECK is 2
+    drop_0,
+    drop_1,  # [M] `dropout_keys` of the rows, or None
+    first,  # key from which dropout counts
+    drop_below,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -180,7 +191,7 @@ def attend_block(
     EXACT: tl.constexpr,  # fp32: keep the sums short
     CHECK: tl.constexpr,  # 0: every row sees every key of the block; 1: look which; 2: look where `edge`
     HAS_RANGE: tl.constexpr,
-    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float; 3 and 4: bool and float, one row for all rows of the tile
     GAPS: tl.constexpr,  # keys in [lo, hi) may be seen by no row, and may then hold anything
     SOFTCAP: tl.constexpr,
 ):
@@ -200,6 +211,14 @@ def attend_block(
     if CHECK == 1 and HAS_RANGE:
         word = tl.load(bitmap + (cols >> 5), mask=present & (holes + cols * 0 != 0), other=-1)  # [N]
         present = present & (((word >> (cols & 31)) & 1) == 1)
+    if CHECK == 1 and MASK >= 3:
+        # What it hides is hidden from all rows, so it is never loaded.
+        shared = tl.load(bias_rows + cols.to(tl.int64) * stride_mk, mask=present, other=0)  # [N]
+        if MASK == 3:
+            present = present & (shared != 0)
+        else:
+            shared = shared.to(tl.float32)
+            present = present & (shared > float("-inf"))
     if EXACT:
         s = short_sums(q, K, stride_ks, cols, present, bias_valid, one, HEAD_DIM, BLOCK_D, CHECK)  # [M, N]
     else:
@@ -221,7 +240,10 @@ def attend_block(
             s = tl.where(see, s, float("-inf"))
     elif CHECK == 1:
         see = seen(cols, present, row_lo, row_hi)  # [M, N]
-        if MASK != 0:
+        if MASK == 4:
+            s = s * unit + tl.maximum(shared * 1.4426950408889634, -3.0e38)[None, :]
+            unit = 1.0
+        elif MASK == 1 or MASK == 2:
             at = bias_rows[:, None] + cols.to(tl.int64)[None, :] * stride_mk
             bias = tl.load(at, mask=bias_valid[:, None] & present[None, :], other=0)  # [M, N]
             if MASK == 1:
@@ -250,6 +272,8 @@ def attend_block(
     p = power_of_2(x, EXACT)  # [M, N]
     alpha = power_of_2(m - m_finite, EXACT)  # [M]
     l = l * alpha + tl.sum(p, axis=1)
+    if drop_0 is not None:
+        p = tl.where(dropout_keep(drop_0[:, None], drop_1[:, None], (cols - first)[None, :], drop_below), p, 0.0)
     if EXACT:
         # An fma here too, for the same reason as in short_sums.
         pv = tl.dot(p, v.to(tl.float32), input_precision="ieee")  # [M, DV]

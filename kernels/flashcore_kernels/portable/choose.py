@@ -49,8 +49,8 @@ class DecodeConfig(NamedTuple):
 
 
 def choose_decode(problem: Problem, device: Device) -> Plan | None:
-    """`flashcore_decode`, for few queries; e4m3 keys are not for it."""
-    if not is_decode(problem) or problem.fp8:
+    """`flashcore_decode`, for few queries; e4m3 keys and dropout are not for it."""
+    if not is_decode(problem) or problem.fp8 or problem.dropout:
         return None
     row = row_for(
         "flashcore_decode", device.arch, problem.dtype, _largest(problem), gaps=problem.mask_kind is not None,
@@ -68,7 +68,8 @@ def choose_decode(problem: Problem, device: Device) -> Plan | None:
 
 def choose_forward(problem: Problem, device: Device) -> Plan:
     """`flashcore_forward`, for everything."""
-    gaps = problem.mask_kind is not None or problem.range_layout == "rows"
+    # A mask that all queries share is no more than a KeyRange with holes.
+    gaps = problem.mask_kind is not None and problem.mask_rows or problem.range_layout == "rows"
     keys, values = ((columns, 0) for columns in _columns(problem, device))
     # Only where asynchronous copies bring K and V, and nothing hides keys. Of tiles of 32 columns that come by way of
     # registers (single elements, fp8, calls with gaps) wrong code was seen on 9.0, see `value_columns`.
@@ -77,7 +78,8 @@ def choose_forward(problem: Problem, device: Device) -> Plan:
         keys, values = two_powers(problem.head_dim) or keys, two_powers(problem.value_dim) or values
     row = row_for(
         "flashcore_forward", device.arch, problem.dtype, _largest(problem), gaps=gaps, fp8=problem.fp8,
-        full_columns=_fills(problem, (sum(keys), sum(values))), ranges=problem.range_layout is not None,
+        full_columns=_fills(problem, (sum(keys), sum(values))),
+        ranges=problem.range_layout is not None or problem.mask_kind is not None,
     )  # fmt: skip
     config = ForwardConfig(
         block_m=row.block_m, block_n=row.block_n, block_d=keys[0], block_dv=values[0], block_d1=keys[1],

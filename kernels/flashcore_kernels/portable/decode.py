@@ -12,6 +12,7 @@ from .blocks import (
     attend_block,
     finish_rows,
     load_tile,
+    mask_number,
     mask_strides,
     normalised,
     power_of_2,
@@ -129,7 +130,7 @@ def flashcore_decode(
     MAX_SPLITS: tl.constexpr,  # a power of two
     MAY_SPLIT: tl.constexpr,  # False: no sequence can have more than one chunk, and there is no workspace
     HAS_RANGE: tl.constexpr,
-    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float; 3 and 4: bool and float, one row for a KV head's queries
     HAS_SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -178,7 +179,9 @@ def flashcore_decode(
         k_head = K + b * stride_kb + kv_head * stride_kh
         v_head = V + b * stride_vb + kv_head * stride_vh
         bitmap = Range + b * stride_rb + BITMAP if HAS_RANGE else Range
-        if MASK != 0:
+        if MASK >= 3:
+            bias_rows = Mask + b * stride_mb + kv_head * stride_mh
+        elif MASK != 0:
             bias_rows = Mask + b * stride_mb + head.to(tl.int64) * stride_mh + token.to(tl.int64) * stride_mq
         else:
             bias_rows = r
@@ -191,16 +194,18 @@ def flashcore_decode(
             for n in range(n_begin, n_end, BLOCK_N):
                 acc, acc1, m, l = attend_block(
                     q, q, acc, 0.0, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap,
-                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, True, MASK, MASK != 0, SOFTCAP,
+                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, None, None, 0, 0,
+                    HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, True, MASK, MASK == 1 or MASK == 2, SOFTCAP,
                 )  # fmt: skip
         else:
             # Without the bitmap, which would cost every sequence a load a block.
             for n in range(n_begin, n_end, BLOCK_N):
                 acc, acc1, m, l = attend_block(
                     q, q, acc, 0.0, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, n_end, row_lo, row_hi, bitmap,
-                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
-                    BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, False, MASK, MASK != 0, SOFTCAP,
+                    holes, bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, None, None, 0, 0,
+                    HEAD_DIM, VALUE_DIM,
+                    BLOCK_D, BLOCK_DV, 0, 0, BLOCK_N, EXACT, 1, False, MASK, MASK == 1 or MASK == 2, SOFTCAP,
                 )  # fmt: skip
 
         if MAY_SPLIT and used > 1:
@@ -241,6 +246,9 @@ def make_launch(problem: Problem, config: DecodeConfig, inputs: Inputs, output: 
     units = heads * triton.cdiv(rows, config.block_m)
     num_splits = most_chunks(problem.num_keys, config.min_chunk, config.max_chunks)
     may_split = num_splits > 1
+    strides = mask_strides(inputs.mask)
+    # Of a group's heads, and of its query tokens.
+    shared = strides[2] == 0 and (strides[1] == 0 or problem.group == 1)
     return Launch(
         kernel=flashcore_decode,
         grid=(num_splits * units, 1),
@@ -249,7 +257,7 @@ def make_launch(problem: Problem, config: DecodeConfig, inputs: Inputs, output: 
         ),
         integers=(
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-            0 if key_range is None else key_range.stride(0), *mask_strides(inputs.mask), problem.num_kv_heads,
+            0 if key_range is None else key_range.stride(0), *strides, problem.num_kv_heads,
             problem.group,
         ),
         scalars=(
@@ -260,7 +268,7 @@ def make_launch(problem: Problem, config: DecodeConfig, inputs: Inputs, output: 
             problem.head_dim, problem.value_dim, config.block_d, config.block_dv, config.block_m, config.block_n,
             max(min(config.block_m, 512 // config.block_dv), 1), problem.dtype == torch.float32,
             config.min_chunk, config.max_chunks, may_split, problem.range_layout is not None,
-            (None, "bool", "float").index(problem.mask_kind), problem.has_sinks, problem.softcap > 0.0, has_lse,
+            mask_number(problem.mask_kind, shared), problem.has_sinks, problem.softcap > 0.0, has_lse,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

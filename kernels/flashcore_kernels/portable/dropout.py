@@ -3,58 +3,55 @@
 import triton
 import triton.language as tl
 
-# The least that passes BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"); FlashAttention has as
-# many. More would cost every tile with dropout.
+# The least that passes BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3").
 ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def dropout_keep(Philox, head, rows, first_quad, drop_below, BLOCK_N: tl.constexpr):
-    """bool [M, BLOCK_N]: which weights of queries `rows` [M] stay, for keys from 4 * `first_quad` on.
+def dropout_keys(Philox, head, rows):
+    """Two uint32 [M], for each of `rows`, which say what is dropped in it (see `dropout_keep`).
 
-    Philox-4x32 makes four numbers at once, of four neighbouring keys. Its key is the seed, its counter (quad, query,
-    head, offset): no two weights of a call share a number, and no kernel's tiles matter.
+    Philox-4x32 gives each head two numbers: its key is the seed, its counter (head, 0, the offset's halves). Under
+    these the query's number is hashed, in steps that all can be undone, so that no two queries of a head are alike.
+    The backward asks for this in each block, where Philox for each query took as long as all the rest.
 
     Args:
-        Philox: int64 `[2]` in device memory: seed, and offset (its halves are folded into 32 bits).
+        Philox: int64 `[2]` in device memory: seed and offset.
         head: b * H + h: heads that share a KV head drop different weights.
         rows: int32 [M], numbers of the queries.
-        first_quad: (n - first) // 4 for the block's first key n, where `first` is the sequence's first key: blocks lie
-            on a grid that begins there, so n - first is a multiple of 4.
-        drop_below: dropout * 2**32 - 2**31 as int32: numbers below it drop their weight.
     """
-    quads = first_quad + tl.arange(0, BLOCK_N // 4)  # [N / 4]
     offset = tl.load(Philox + 1)
-    offset = (offset ^ (offset >> 32)).to(tl.int32)
-    zeros = tl.zeros([rows.shape[0], BLOCK_N // 4], tl.int32)
-    r0, r1, r2, r3 = tl.philox(
-        tl.load(Philox), zeros + quads[None, :], zeros + rows[:, None], zeros + head, zeros + offset, ROUNDS
-    )
-    even = tl.interleave(_stays(r0, drop_below), _stays(r2, drop_below))  # of keys 0 and 2 in each quad
-    odd = tl.interleave(_stays(r1, drop_below), _stays(r3, drop_below))
-    return tl.interleave(even, odd) != 0
+    zero = tl.zeros([1], tl.int32)
+    head_0, head_1, _, _ = tl.philox(
+        tl.load(Philox), zero + head, zero, zero + offset.to(tl.int32), zero + (offset >> 32).to(tl.int32), ROUNDS
+    )  # [1]
+    x = _mixed((rows * -1640531535).to(tl.uint32, bitcast=True) ^ head_0, head_1)
+    return x ^ (x >> 16), x * 0xC2B2AE35 + head_1
 
 
 @triton.jit
-def dropout_keep_at(Philox, head, rows, keys, drop_below):
-    """bool [M, N]: the same for any keys: `keys` [N] are n - first. Four times the work of `dropout_keep`."""
-    offset = tl.load(Philox + 1)
-    offset = (offset ^ (offset >> 32)).to(tl.int32)
-    zeros = tl.zeros([rows.shape[0], keys.shape[0]], tl.int32)
-    # Before the first key nobody looks; a counter must not be negative all the same.
-    r0, r1, r2, r3 = tl.philox(
-        tl.load(Philox), zeros + (tl.maximum(keys, 0) // 4)[None, :], zeros + rows[:, None], zeros + head,
-        zeros + offset, ROUNDS,
-    )  # fmt: skip
-    place = zeros + (tl.maximum(keys, 0) % 4)[None, :]
-    r = tl.where(place < 2, tl.where(place == 0, r0, r1), tl.where(place == 2, r2, r3))
-    return r.to(tl.int32, bitcast=True) >= drop_below
+def dropout_keep(row_0, row_1, keys, drop_below):
+    """bool: which weights stay, for the broadcast shape of `dropout_keys` and keys.
+
+    A hash of the key's number under the row's two. Philox for each weight takes four times the instructions, and makes
+    four neighbours at once, which no tensor core's layout has in one thread.
+
+    Args:
+        keys: int32, n - first of each key n, where `first` is its sequence's first key: padding changes nothing.
+        drop_below: dropout * 2**32 - 2**31 as int32: hashes below it drop their weight.
+    """
+    x = _mixed((keys * -1640531535).to(tl.uint32, bitcast=True) ^ row_0, row_1)
+    return x.to(tl.int32, bitcast=True) >= drop_below
 
 
 @triton.jit
-def _stays(r, drop_below):
-    # As bytes: Triton moves those between layouts, not bits.
-    return (r.to(tl.int32, bitcast=True) >= drop_below).to(tl.int8)
+def _mixed(x, add):
+    """The steps of Wellons' lowbias32 (nullprogram.com/blog/2018/07/31), with something added in their middle.
+
+    Its last step is left out: only the lower half feels that.
+    """
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    return ((x ^ (x >> 15)) + add) * 0x846CA68B
 
 
 def drop_threshold(dropout: float) -> int:

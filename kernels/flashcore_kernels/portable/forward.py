@@ -6,11 +6,21 @@ import triton.language as tl
 
 from ..problem import Inputs, Problem
 from ..runtime.launch import Launch
-from .blocks import BITMAP, attend_block, finish_rows, load_tile, mask_strides, normalised, sequence_bounds
+from .blocks import (
+    BITMAP,
+    attend_block,
+    finish_rows,
+    load_tile,
+    mask_number,
+    mask_strides,
+    normalised,
+    sequence_bounds,
+)
 from .choose import ForwardConfig
+from .dropout import drop_threshold, dropout_keys
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right", "drop_below"])
 def flashcore_forward(
     Q,
     K,
@@ -22,6 +32,7 @@ def flashcore_forward(
     Sinks,
     KeyScale,
     ValueScale,
+    Philox,
     stride_qb,
     stride_qh,
     stride_qs,
@@ -47,8 +58,10 @@ def flashcore_forward(
     query_start,
     window_left,
     window_right,
+    drop_below,
     score_scale,
     cap_scale,
+    keep_scale,
     one,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -60,7 +73,7 @@ def flashcore_forward(
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,  # fp32
     RANGE: tl.constexpr,  # 0 none, 1 a line a sequence, 2 a line a query
-    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float
+    MASK: tl.constexpr,  # 0 none, 1 bool, 2 float; 3 and 4: bool and float, one row for all queries
     HAS_SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -70,6 +83,7 @@ def flashcore_forward(
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, DV]`, Out `[B, H, Q, DV]`, Lse `[B, H, Q]` fp32,
     Range a KeyRange, Mask `[B, H, Q, K]` (strides may be 0), Sinks `[H]`. K and V in e4m3 are multiplied with KeyScale
     and ValueScale, fp32 `[B, Hkv]`: in fp16, which holds every e4m3 value, the scales on the scores and the output.
+    With Philox, weights are dropped (see dropout.py), and the output is multiplied with keep_scale.
     Grid: `(cdiv(Q, BLOCK_M) * B * H,)`, the last queries first: under causal attention they take longest.
     """
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
@@ -147,10 +161,16 @@ def flashcore_forward(
     k_head = K + b * stride_kb + kv_head * stride_kh
     v_head = V + b * stride_vb + kv_head * stride_vh
     bitmap = Range + b * stride_rb + BITMAP if RANGE == 1 else Range
-    if MASK != 0:
+    if MASK >= 3:
+        bias_rows = Mask + b * stride_mb + h.to(tl.int64) * stride_mh
+    elif MASK != 0:
         bias_rows = Mask + b * stride_mb + h.to(tl.int64) * stride_mh + offs_m.to(tl.int64) * stride_mq  # [M]
     else:
         bias_rows = offs_m
+    drop_0 = None
+    drop_1 = None
+    if Philox is not None:
+        drop_0, drop_1 = dropout_keys(Philox, bh, offs_m)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     acc1 = 0.0
     if BLOCK_DV1 != 0:
@@ -164,8 +184,9 @@ def flashcore_forward(
         for n in range(n_begin, n_looked, BLOCK_N):
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 1, RANGE == 1, MASK, MASK != 0 or RANGE == 2,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, drop_0, drop_1, first,
+                drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
+                1, RANGE == 1, MASK, MASK == 1 or MASK == 2 or RANGE == 2,
                 SOFTCAP,
             )  # fmt: skip
     if MASK == 0:
@@ -173,20 +194,24 @@ def flashcore_forward(
             edge = (n < n_full) | (n >= n_edge)
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, edge, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 0 if RANGE == 2 else 2, False, MASK, False,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, edge, drop_0, drop_1, first,
+                drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
+                0 if RANGE == 2 else 2, False, MASK, False,
                 SOFTCAP,
             )  # fmt: skip
     if MASK == 0 and RANGE == 2:
         for n in range(n_edge, hi, BLOCK_N):
             acc, acc1, m, l = attend_block(
                 q, q1, acc, acc1, m, l, k_head, v_head, stride_ks, stride_vs, n, lo, hi, row_lo, row_hi, bitmap, holes,
-                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT, 1, False, MASK, True,
+                bias_rows, row_valid, stride_mk, score_scale, cap_scale, one, True, drop_0, drop_1, first,
+                drop_below, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_D1, BLOCK_DV1, BLOCK_N, EXACT,
+                1, False, MASK, True,
                 SOFTCAP,
             )  # fmt: skip
 
     weight, l, lse = finish_rows(m, l, Sinks, h + tl.zeros([BLOCK_M], tl.int32), row_valid, HAS_SINKS, EXACT)
+    if Philox is not None:
+        weight *= keep_scale
     if ValueScale is not None:
         weight *= tl.load(ValueScale + b * (num_heads // group) + kv_head)
     out_rows = Out + b * stride_ob + h.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_os
@@ -211,6 +236,7 @@ def make_launch(problem: Problem, config: ForwardConfig, inputs: Inputs, output:
         grid=(num_tiles * problem.batch_size * problem.num_heads, 1),
         operands=(
             "query", "key", "value", "output", "lse", "key_range", "mask", "sinks", "key_scale", "value_scale",
+            "philox",
         ),
         integers=(
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], *range_strides,
@@ -218,14 +244,14 @@ def make_launch(problem: Problem, config: ForwardConfig, inputs: Inputs, output:
         ),
         scalars=(
             problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right,
-            *problem.score_factors,
+            drop_threshold(problem.dropout), *problem.score_factors[:2], 1.0 / (1.0 - problem.dropout), 1.0,
         ),
         constants=(
             problem.head_dim, problem.value_dim, config.block_d, config.block_dv, config.block_d1, config.block_dv1,
             config.block_m, config.block_n,
             problem.dtype == torch.float32,
-            (None, "sequence", "rows").index(problem.range_layout), (None, "bool", "float").index(problem.mask_kind),
-            problem.has_sinks, problem.softcap > 0.0, has_lse,
+            (None, "sequence", "rows").index(problem.range_layout),
+            mask_number(problem.mask_kind, not problem.mask_rows), problem.has_sinks, problem.softcap > 0.0, has_lse,
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -21,7 +21,7 @@ _compiled: dict[tuple, object] = {}
 _compiling: defaultdict[tuple, threading.Lock] = defaultdict(threading.Lock)
 
 # The tensors that a kernel of attention may take, by name. "absent" stands for a parameter that this variant lacks.
-OPERANDS = (*Inputs._fields, "output", "lse", "partials", "counters", "absent")
+OPERANDS = (*Inputs._fields, "output", "lse", "partials", "counters", "absent", "mask_lines", "mask_bits")
 _POSITION = {name: position for position, name in enumerate(OPERANDS)}
 
 
@@ -67,6 +67,8 @@ class Launch(NamedTuple):
         num_warps, num_stages: of a program.
         partials, counters: what it needs of `workspace`.
         options: more of the compiler's, always the same ones with the same constants.
+        map_words: int32 words of `mask_lines` and of `mask_bits`.
+        before: a launch on the same tensors that comes before this one.
     """
 
     kernel: object
@@ -80,6 +82,8 @@ class Launch(NamedTuple):
     partials: int = 0
     counters: int = 0
     options: dict = {}
+    map_words: tuple[int, int] = (0, 0)
+    before: "Launch | None" = None
 
     @property
     def tiles(self) -> tuple[Tile | None, ...]:
@@ -106,11 +110,14 @@ def run(launch_: Launch, inputs: Inputs, output: torch.Tensor, lse: torch.Tensor
     """Launch on the current stream, with what it needs of the workspace."""
     device = inputs.query.device
     try:
-        tensors = (*inputs, output, lse, *workspace(launch_.partials, launch_.counters, device), None)
-        launch(
-            launch_.kernel, launch_.grid, launch_.arguments(tensors), launch_.scalars, launch_.constants,
-            num_warps=launch_.num_warps, num_stages=launch_.num_stages, **launch_.options,
-        )  # fmt: skip
+        maps = [torch.empty(words, dtype=torch.int32, device=device) for words in launch_.map_words if words]
+        tensors = (*inputs, output, lse, *workspace(launch_.partials, launch_.counters, device), None, *maps)
+        for each in (launch_.before, launch_):
+            if each is not None:
+                launch(
+                    each.kernel, each.grid, each.arguments(tensors), each.scalars, each.constants,
+                    num_warps=each.num_warps, num_stages=each.num_stages, **each.options,
+                )  # fmt: skip
     except BaseException:
         forget(device)
         raise

@@ -25,9 +25,9 @@ def find(inputs: Inputs, options: tuple) -> tuple[tuple | None, tuple[str, Calla
     """(the call's signature, the kernel's name and the function for it if one like it was made before).
 
     The signature is what decides how a call is served; None where it has to go through torch's dispatcher or needs
-    gradients. There is no mask.
+    gradients. There is no mask and no dropout.
     """
-    query, key, value, key_range, _, sinks, key_scale, value_scale = inputs
+    query, key, value, key_range, _, sinks, key_scale, value_scale, _ = inputs
     try:
         if not goes_past_dispatcher(query) or (_is_grad_enabled() and any_requires_grad(*inputs)):
             return None, None

@@ -143,16 +143,16 @@ def test_a_sliding_layer_takes_as_many_tokens_as_it_shows(seen):
 
 def test_layers_of_different_lengths_are_not_recorded():
     """One graph has one length for all layers; an eviction may leave each its own."""
-    from flashcore_hf import graphs
+    from flashcore_hf.step import DECODER, Step, read_step
 
     _, model = model_pair("llama")
     model.eval()
     cache = FlashCoreCache(model.config)
     with torch.no_grad():
         model(prompts(1, 9)[0], **named(cache))
-    steps = graphs.GraphedSteps(model)
-    steps.device_reason = None
-    assert steps.reason_against(cache, {}) is None
+    call = {"input_ids": prompts(1, 1)[0], **named(cache)}
+    (name,) = named(cache)
+    assert isinstance(read_step(call, name, DECODER, "llama"), Step)
     layer = cache.layers[1]
     layer.keys, layer.values = layer.keys[:, :, :4], layer.values[:, :, :4]
-    assert "different numbers of tokens" in steps.reason_against(cache, {})
+    assert "different numbers of tokens" in read_step(call, name, DECODER, "llama")

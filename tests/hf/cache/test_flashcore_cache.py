@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from flashcore_kernels import op
+from flashcore_kernels import op, run
 from flashcore_kernels.device import Device
 from packaging.version import Version
 from transformers import DynamicCache
@@ -16,8 +16,9 @@ if Version(transformers.__version__) < Version("4.57"):
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flashcore_hf.cache.flashcore_cache import FlashCoreCache, use_flashcore_cache
+from flashcore_hf.cache.flashcore_cache import FlashCoreCache
 from flashcore_hf.cache.layer import CROP_TAKES_LENGTH, FIRST_CAPACITY, MARGIN, FlashCoreLayer
+from flashcore_hf.cache.switch import use_flashcore_cache
 
 MODELS = ("llama", "mistral", "gemma3_text")
 
@@ -25,7 +26,8 @@ MODELS = ("llama", "mistral", "gemma3_text")
 @pytest.fixture
 def torch_attention(monkeypatch):
     """PyTorch in place of the interpreter, which is slow; the views of a cache are tried with kernels elsewhere."""
-    monkeypatch.setattr(op, "device_of", lambda device: Device("torch", reason="this test is about the cache"))
+    for module in (op, run):
+        monkeypatch.setattr(module, "device_of", lambda device: Device("torch", reason="this test is about the cache"))
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -57,7 +57,8 @@ def problem_of(variant: Variant):
         batch_size=2, num_heads=32, num_kv_heads=8, num_queries=4096, num_keys=4096, head_dim=variant.head_dim,
         value_dim=variant.value_dim, device_type="cuda", range_layout=features.get("range"), mask_kind=mask, scale=1.0,
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
-        softcap=features.get("softcap", 0.0), left=-1, right=0, query_start=0, has_sinks=False, needs_grad=True,
+        softcap=features.get("softcap", 0.0), left=-1, right=0, query_start=0, has_sinks=False,
+        dropout=0.1 if features.get("dropout") else 0.0,
     )  # fmt: skip
 
 
@@ -116,8 +117,7 @@ def compile_variant(variant: Variant, tile: tuple[int, int, int, int] | None = N
     from flashcore_kernels.portable.backward_table import backward_config
     from triton.backends.compiler import GPUTarget
 
-    dropout = bool(FEATURES[variant.features].get("dropout"))
-    config = backward_config(problem_of(variant), variant.arch, dropout=dropout)
+    config = backward_config(problem_of(variant), variant.arch)
     row = getattr(config, "mask" if variant.kernel == "shift" else variant.kernel)
     row = row if tile is None else row._replace(tile=tile)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}

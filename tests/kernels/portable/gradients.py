@@ -36,6 +36,7 @@ class Training(NamedTuple):
         tensors = {name: arguments.get(name) for name in ("key_range", "mask", "sinks")}
         inputs = Inputs(call.query, call.key, call.value, **tensors)
         inputs = inputs._replace(**{name: changed.pop(name) for name in Inputs._fields if name in changed})
+        problem = problem._replace(dropout=changed.pop("dropout", 0.0))
         options = {
             "output": self.output, "lse": self.lse, "grad_output": self.grad_output, "grad_lse": self.grad_lse,
             "sinks_grad": problem.has_sinks, "mask_grad": problem.mask_kind == "float",

@@ -91,8 +91,8 @@ class TestConfig:
 
     def test_features_that_take_registers_have_rows_of_their_own(self):
         plain = backward_config(self.problem(), 90)
-        for features, dropout in (({"softcap": 1.0}, False), ({"mask_kind": "bool"}, False), ({}, True)):
-            other = backward_config(self.problem(**features), 90, dropout=dropout)
+        for features in ({"softcap": 1.0}, {"mask_kind": "bool"}, {"dropout": 0.1}):
+            other = backward_config(self.problem(**features), 90)
             assert (plain.dq.serves, plain.dkdv.serves) == ("plain", "plain")
             assert "plain" not in (other.dq.serves, other.dkdv.serves)
 

@@ -1,12 +1,14 @@
-"""Dropout in the backward: against an explicit mask that a small kernel makes with the same helper."""
+"""Dropout in the kernels, forward and backward: against an explicit mask by a small kernel with the same helper."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from flashcore_kernels import attention, naive_attention, op, path_counts
 from flashcore_kernels.key_range import FIRST
 from flashcore_kernels.naive import hide_unseen, visible_mask
-from flashcore_kernels.portable.dropout import drop_threshold, dropout_keep, dropout_keep_at
+from flashcore_kernels.portable.dropout import drop_threshold, dropout_keep, dropout_keys
+from torch.utils.checkpoint import checkpoint
 
 from ..reference import DTYPES, build
 from .gradients import Training, assert_errors, problem_of
@@ -15,23 +17,27 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 @triton.jit
-def _keep_kernel(
-    Philox, Out, head, first_row, first_quad, drop_below, ANY: tl.constexpr, M: tl.constexpr, N: tl.constexpr
-):
-    rows = first_row + tl.arange(0, M)
+def _keep_kernel(Philox, Out, Keys, head, first_row, first_key, drop_below, M: tl.constexpr, N: tl.constexpr):
+    rows = tl.arange(0, M)
     columns = tl.arange(0, N)
-    if ANY:
-        keep = dropout_keep_at(Philox, head, rows, first_quad * 4 + columns, drop_below)
-    else:
-        keep = dropout_keep(Philox, head, rows, first_quad, drop_below, N)
-    tl.store(Out + tl.arange(0, M)[:, None] * N + columns[None, :], keep.to(tl.int8))
+    drop_0, drop_1 = dropout_keys(Philox, head, first_row + rows)
+    tl.store(Keys + rows * 2, drop_0.to(tl.int32, bitcast=True))
+    tl.store(Keys + rows * 2 + 1, drop_1.to(tl.int32, bitcast=True))
+    keep = dropout_keep(drop_0[:, None], drop_1[:, None], (first_key + columns)[None, :], drop_below)
+    tl.store(Out + rows[:, None] * N + columns[None, :], keep.to(tl.int8))
 
 
-def kept(philox, head, dropout, shape=(16, 64), row=0, quad=0, any_keys=False) -> torch.Tensor:
-    """bool `shape`, from query `row` and key 4 * `quad` on."""
+def kept(philox, head, dropout, shape=(16, 64), row=0, key=0) -> torch.Tensor:
+    """bool `shape`, from query `row` and key `key` on."""
+    return kept_and_keys(philox, head, dropout, shape, row, key)[0]
+
+
+def kept_and_keys(philox, head, dropout, shape, row, key) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kept`, and what `dropout_keys` says of each row, int32 `[rows, 2]`."""
     out = torch.zeros(shape, dtype=torch.int8, device=philox.device)
-    _keep_kernel[(1,)](philox, out, head, row, quad, drop_threshold(dropout), any_keys, *shape)
-    return out.bool()
+    keys = torch.zeros(shape[0], 2, dtype=torch.int32, device=philox.device)
+    _keep_kernel[(1,)](philox, out, keys, head, row, key, drop_threshold(dropout), *shape)
+    return out.bool(), keys
 
 
 def words(seed: int, offset: int, device) -> torch.Tensor:
@@ -112,6 +118,66 @@ def test_gradients(features, dtype, device):
     assert_errors(got, want, own, call.query.dtype)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [(), ("causal", "left-padding"), ("rows",), ("holes",), ("sinks", "softcap"), ("float-mask", "left-padding")],
+    ids="+".join,
+)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("num_queries", [3, 19])
+def test_forward(features, dtype, num_queries, device, monkeypatch):
+    """`attention` itself, whose output is that of the weights which the mask leaves, and whose lse is all weights'."""
+    call = build(features, num_queries, 45, head_dim=16, heads=(2, 1), dtype=DTYPES[dtype], device=device)
+    philox, dropout = words(1234567890123, 4, device), 0.3
+    problem = problem_of(call)
+    arguments = {name: a for name, a in call.arguments.items() if name != "return_lse"}
+    keep = explicit_mask(problem, arguments.get("key_range"), philox, dropout)
+
+    seen = visible_mask(problem, call.query.device, arguments.get("key_range"), arguments.get("mask"))
+    value = hide_unseen(problem, call.key, call.value, seen)[1].repeat_interleave(problem.group, 1)
+
+    def dropped_by(keep, dtype):
+        """The output with weights and their products in `dtype`."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        _, weights = naive_attention(*call[:3], **arguments, dtype=exact, return_weights=True)
+        return (weights * keep / (1.0 - dropout)).to(dtype) @ value.to(dtype)
+
+    monkeypatch.setattr(op, "draw_philox", lambda device: philox)
+    path_counts.clear()
+    output, lse = attention(*call[:3], **arguments, dropout=dropout, return_lse=True)
+    assert set(path_counts) == {"flashcore_forward"}
+    dtype = call.query.dtype
+
+    def check(keep):
+        want, peer = dropped_by(keep, torch.float64), dropped_by(keep, dtype)
+        assert_errors({"output": output}, {"output": want}, {"output": peer}, dtype)
+
+    check(keep)
+    _, want_lse = naive_attention(*call[:3], **arguments, dtype=torch.float64)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-3, atol=2e-3)
+    # The control: that the other weights stay would show.
+    with pytest.raises(AssertionError):
+        check(~keep)
+
+
+def test_drawn_from_torchs_generator(device):
+    """A seed repeats, another differs; checkpointing draws the same again, so its gradients are the same."""
+    call = build(("causal",), 19, 45, head_dim=16, heads=(2, 1), device=device)
+
+    def gradient(seed, way):
+        torch.manual_seed(seed)
+        query = call.query.clone().requires_grad_()
+        layer = lambda query: attention(query, *call[1:3], is_causal=True, dropout=0.3)  # noqa: E731
+        output = layer(query) if way is None else checkpoint(layer, query, use_reentrant=way)
+        output.float().square().sum().backward()
+        return query.grad
+
+    wanted = gradient(1, None)
+    for way in (None, False, True):
+        assert torch.equal(gradient(1, way), wanted)
+    assert not torch.equal(gradient(2, None), wanted)
+
+
 def test_another_mask_would_show(device):
     """Negative control: gradients with another seed, another offset, and without dropout."""
     call = build(("causal",), 19, 45, head_dim=16, heads=(2, 1), device=device)
@@ -125,20 +191,37 @@ def test_another_mask_would_show(device):
         assert_errors(training.gradients(), want, own, call.query.dtype)
 
 
-def test_both_ways_to_ask_agree(device):
-    philox = words(7, 9, device)
-    for quad in (0, 3, 1000):
-        place = {"row": 5, "quad": quad}
-        assert torch.equal(kept(philox, 3, 0.4, **place), kept(philox, 3, 0.4, any_keys=True, **place))
+def mixed(x, add):
+    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    return ((x ^ x >> 15) + add) * 0x846CA68B & 0xFFFFFFFF
 
 
-def test_philox_is_philox(device):
-    """The known answer of 7 rounds for key 0 and counter 0 (Random123's kat_vectors)."""
-    numbers = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
-    signed = [n - (n >> 31 << 32) for n in numbers]
-    for dropout in (0.1, 0.53, 0.7, 0.8, 0.81, 0.85, 0.9):
-        first = kept(words(0, 0, device), 0, dropout)[0, :4].tolist()
-        assert first == [n >= drop_threshold(dropout) for n in signed]
+def test_hashes_are_as_written_down(device):
+    """The same steps in plain Python, from the known answer of Philox for key 0 and counter 0 (Random123)."""
+    head_0, head_1 = 0x5F6FB709, 0x0D893F64
+    keep, keys = kept_and_keys(words(0, 0, device), 0, 0.37, (16, 64), 3, 9)
+    want = []
+    for row in range(3, 19):
+        x = mixed(row * -1640531535 & 0xFFFFFFFF ^ head_0, head_1)
+        want.append([x ^ x >> 16, x * 0xC2B2AE35 + head_1 & 0xFFFFFFFF])
+    assert [[number & 0xFFFFFFFF for number in row] for row in keys.tolist()] == want
+    hashes = [[mixed((9 + i) * -1640531535 & 0xFFFFFFFF ^ row[0], row[1]) for i in range(64)] for row in want]
+    assert keep.tolist() == [[x - (x >> 31 << 32) >= drop_threshold(0.37) for x in row] for row in hashes]
+
+
+def test_neighbours_do_not_go_together(device):
+    """Along keys, along queries and across heads, any distance: what stays here says nothing of what stays there."""
+    philox, count = words(17, 0, device), 128 * 512
+    keep = torch.stack([kept(philox, head, 0.3, (128, 512)).double() for head in range(2)]) - 0.7
+    spread = 0.21 / count**0.5
+    shifted = [keep[0].roll(d, 1) for d in (1, 2, 3, 4, 8, 16, 32, 64, 128)]
+    shifted += [keep[0].roll(d, 0) for d in (1, 2, 8, 64)] + [keep[0].roll((1, 1), (0, 1)), keep[1]]
+    for other in shifted:
+        assert abs((keep[0] * other).mean().item()) < 4.5 * spread
+    # Rows and columns each have their share, as independent draws would: chi-squared of their sums.
+    for sums, size in ((keep[0].sum(1), 512), (keep[0].sum(0), 128)):
+        ratio = (sums.square() / (0.21 * size)).mean().item()
+        assert abs(ratio - 1) < 5 * (2 / len(sums)) ** 0.5
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.9])
@@ -158,7 +241,7 @@ def test_no_two_places_share_their_numbers(device):
     others += [
         kept(words(*pair, device), 0, 0.5, (64, 64)) for pair in ((12, 0), (11 + (1 << 32), 0), (11, 1), (11, 1 << 32))
     ]
-    others += [kept(philox, 0, 0.5, (64, 64), row=64), kept(philox, 0, 0.5, (64, 64), quad=16)]
+    others += [kept(philox, 0, 0.5, (64, 64), row=64), kept(philox, 0, 0.5, (64, 64), key=64)]
     for other in others:
         assert 0.4 < (other == keep).double().mean().item() < 0.6
 
@@ -166,5 +249,5 @@ def test_no_two_places_share_their_numbers(device):
 def test_tiles_do_not_matter(device):
     """Parts of a tile are what smaller tiles say."""
     philox = words(3, 3, device)
-    whole = kept(philox, 5, 0.3, (32, 64), row=8, quad=4)
-    assert torch.equal(whole[16:, 32:], kept(philox, 5, 0.3, (16, 32), row=24, quad=12))
+    whole = kept(philox, 5, 0.3, (32, 64), row=8, key=16)
+    assert torch.equal(whole[16:, 32:], kept(philox, 5, 0.3, (16, 32), row=24, key=48))

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from flashcore_kernels import make_key_range, op
+from flashcore_kernels import make_key_range, op, run
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
 from flashcore_kernels.dispatch import empty_outputs, make_launch, serve
@@ -212,7 +212,8 @@ class TestServedAgain:
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU's device
-        monkeypatch.setattr(op, "device_of", lambda device: H200)
+        for module in (op, run):
+            monkeypatch.setattr(module, "device_of", lambda device: H200)
         monkeypatch.setattr(prepared, "compiled_kernel", launch.compiled_kernel)
         monkeypatch.setattr(launch, "_compiled", {})
         caught = []
@@ -230,7 +231,8 @@ class TestServedAgain:
     def test_without_checks_and_with_the_same_launch(
         self, launches, compiled, monkeypatch, triton, return_lse, with_range
     ):
-        monkeypatch.setattr(op, "device_of", lambda device: H200._replace(triton=triton))
+        for module in (op, run):
+            monkeypatch.setattr(module, "device_of", lambda device: H200._replace(triton=triton))
         first, second = tensors_of(num_queries=100), tensors_of(num_queries=100)
         options = {"sinks": torch.zeros(8), "return_lse": return_lse, "is_causal": True, "window": 70}
         if with_range:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...device import Device
+from ...plan import Plan
 from ...problem import Problem
 from .. import FIRST_TRITON
 from .table import BackwardRow, backward_row_for
@@ -28,14 +29,19 @@ class HopperBackwardConfig(NamedTuple):
     processors: int
 
 
-def hopper_backward_reason(problem: Problem, device: Device, *, dropout: bool = False) -> str | None:
-    """Why the Hopper backward cannot serve this call, so that the portable one does, or None where it can.
-
-    Args:
-        dropout: the forward dropped weights.
-    """
+def choose_hopper_backward(problem: Problem, device: Device) -> Plan | str | None:
+    """`flashcore_hopper_backward`, or why it cannot serve this call; None: another GPU."""
     if device.arch != 90:
-        return f"that is for compute capability 9.0, and this is {device.arch // 10}.{device.arch % 10}"
+        return None
+    reason = _reason_against(problem, device)
+    if reason is not None:
+        return reason
+    row = backward_row_for(problem.head_dim, problem.value_dim, softcap=problem.softcap > 0.0)
+    config = HopperBackwardConfig(row=row, processors=device.processors)
+    return Plan("flashcore_hopper_backward", "gradients are asked for", config)
+
+
+def _reason_against(problem: Problem, device: Device) -> str | None:
     if device.triton < FIRST_TRITON:
         return f"that needs Triton 3.5 or newer, and this is {device.triton[0]}.{device.triton[1]}"
     if problem.dtype not in (torch.float16, torch.bfloat16):
@@ -46,7 +52,7 @@ def hopper_backward_reason(problem: Problem, device: Device, *, dropout: bool = 
         return "there is a dense mask"
     if problem.range_layout == "rows":
         return "there is a key range for each query"
-    if dropout:
+    if problem.dropout:
         return "the forward dropped weights"
     if problem.head_dim % 8 or problem.value_dim % 8:
         return f"rows of {problem.head_dim} or {problem.value_dim} numbers are no multiple of 16 bytes"
@@ -55,9 +61,3 @@ def hopper_backward_reason(problem: Problem, device: Device, *, dropout: bool = 
     if backward_row_for(problem.head_dim, problem.value_dim, softcap=problem.softcap > 0.0) is None:
         return f"no configuration has head_dim {problem.head_dim} with {problem.value_dim}"
     return None
-
-
-def hopper_backward_config(problem: Problem, device: Device) -> HopperBackwardConfig:
-    """How a call runs that `hopper_backward_reason` does not object to."""
-    row = backward_row_for(problem.head_dim, problem.value_dim, softcap=problem.softcap > 0.0)
-    return HopperBackwardConfig(row=row, processors=device.processors)

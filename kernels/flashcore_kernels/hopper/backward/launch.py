@@ -23,7 +23,7 @@ LEAST_ROUNDS = 2
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, None]
 
 
-def run_hopper_backward(
+def run_backward(
     problem: Problem,
     config: HopperBackwardConfig,
     inputs: Inputs,
@@ -33,18 +33,19 @@ def run_hopper_backward(
     grad_lse: torch.Tensor | None = None,
     *,
     sinks_grad: bool = False,
+    mask_grad: bool = False,
 ) -> Gradients:
     """Gradients of an attention call from what its forward answered.
 
     Args:
-        problem, config: what was asked, to which `hopper_backward_reason` has no objection, and
-            `hopper_backward_config(problem, device)`.
+        problem, config: what was asked, and what `choose_hopper_backward` answers to it.
         inputs: as the forward had them; keys and values that no query sees may hold anything.
         output: `[B, H, Q, Dv]`, the forward's.
         lse: fp32 `[B, H, Q]`, the forward's: -inf where a query saw neither a key nor a sink.
         grad_output: `[B, H, Q, Dv]` in output's dtype, any strides.
         grad_lse: `[B, H, Q]`, or None where nothing looked at the lse.
         sinks_grad: make the gradient of the sinks too.
+        mask_grad: never here, where there is no mask.
 
     Returns:
         (dq, dk, dv, dsinks, None): the first three `[B, H or Hkv, S, D]` in the inputs' dtype, laid out so that

@@ -8,7 +8,7 @@ from ...device import Device
 from ...plan import Plan, is_decode, power_of_2_from, why_decode
 from ...problem import Problem
 from .. import FIRST_TRITON
-from .table import DecodeRow, decode_row_for
+from .table import ROWS, DecodeRow, decode_row_for
 
 
 class HopperDecodeConfig(NamedTuple):
@@ -78,8 +78,12 @@ def _reason_against(problem: Problem, device: Device) -> str | None:
         return f"that takes float16 and bfloat16, not {problem.dtype}"
     if problem.mask_kind is not None:
         return "there is a dense mask"
+    if problem.dropout:
+        return "weights are dropped"
     if not problem.aligned:
         return "an address or stride of query, key or value is no multiple of 16 bytes"
+    if max(problem.head_dim, problem.value_dim) > max(row.head_dim for row in ROWS):
+        return f"no configuration has head_dim {problem.head_dim} with {problem.value_dim}"
     elements = 16 if problem.fp8 else 8  # of 16 bytes
     if problem.head_dim % elements or problem.value_dim % elements:
         return f"rows of {problem.head_dim} or {problem.value_dim} elements are no multiple of 16 bytes"

@@ -52,12 +52,19 @@ def choose_hopper_prefill(problem: Problem, device: Device) -> Plan | str | None
         return None
     row = prefill_row_for(
         problem.head_dim, problem.value_dim, problem.num_queries, causal=problem.right >= 0,
-        plain=problem.range_layout is None and not problem.softcap, one_copy=device.triton < ONE_COPY_BEFORE,
+        plain=problem.range_layout is None and not problem.softcap and problem.mask_kind is None,
+        one_copy=device.triton < ONE_COPY_BEFORE, masked=problem.mask_kind is not None, bias_bits=_bias_bits(problem),
     )  # fmt: skip
     reason = _reason_against(problem, device, row)
     if reason is not None:
         return reason
     return Plan("flashcore_hopper", why_not_decode(problem), PrefillConfig(row, device.processors))
+
+
+def _bias_bits(problem: Problem) -> int:
+    """Of an element of a bias that tiles of 64 queries have to be fetched of, 0 where there is none."""
+    # What is longer is copied into fp32.
+    return min(problem.mask_bits, 32) if problem.mask_kind == "float" and problem.mask_rows else 0
 
 
 def _reason_against(problem: Problem, device: Device, row: PrefillRow | None) -> str | None:
@@ -67,12 +74,17 @@ def _reason_against(problem: Problem, device: Device, row: PrefillRow | None) ->
         return f"that takes float16 and bfloat16, not {problem.dtype}"
     if problem.fp8:
         return "key and value are in fp8"
-    if problem.mask_kind is not None:
-        return "there is a dense mask"
+    if problem.dropout:
+        return "weights are dropped"
     if not problem.aligned:
         return "an address or stride of query, key or value is no multiple of 16 bytes"
     if problem.value_dim % 8:
         return f"rows of {problem.value_dim} values are no multiple of 16 bytes"
+    if row is None and _bias_bits(problem):
+        return (
+            f"no configuration has head_dim {problem.head_dim} with {problem.value_dim} and room for a bias of "
+            f"{_bias_bits(problem)} bits"
+        )
     if row is None:
         return f"no configuration has head_dim {problem.head_dim} with {problem.value_dim}"
     return None

@@ -17,6 +17,7 @@ from ..query_tile import pass_over_blocks, tile_of
 from ..rows import tanh
 from ..schedule import next_position, position_of
 from ..triton_api import ROUND_LATE
+from .masks import BIAS, FLAGS, NO_MASK, block_list, listed_tile_of, mask_ahead, masked, pass_over_listed_blocks
 from .output import write
 from .records import Softmax
 from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums
@@ -122,12 +123,33 @@ def _probabilities(p, m, l, alpha, to_log2, C: gl.constexpr):
 
 @gluon.jit
 def _to_log2(factors, C: gl.constexpr):
-    """The factor that leaves scores in units of log2: Q K^T, or with softcap its tanh."""
-    return factors.cap_scale if C.softcap else factors.score_scale
+    """The factor that leaves scores in units of log2: Q K^T, or with softcap its tanh. Beside a bias they are so."""
+    if C.mask >= BIAS:
+        return 1.0
+    else:
+        return factors.cap_scale if C.softcap else factors.score_scale
 
 
 @gluon.jit
-def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
+def _capped(s, factors, C: gl.constexpr):
+    """Scores as they are before masks: with softcap their tanh, and with a bias in units of log2."""
+    if C.softcap:
+        s = tanh(s * factors.score_scale)
+    if C.mask >= BIAS:
+        s = s * (factors.cap_scale if C.softcap else factors.score_scale)
+    return s
+
+
+@gluon.jit
+def _tile_of(position, call, CONSUMER: gl.constexpr, C: gl.constexpr):
+    if C.mask == NO_MASK:
+        return tile_of(position, call, CONSUMER, C)
+    else:
+        return listed_tile_of(position, call, CONSUMER, C)
+
+
+@gluon.jit
+def _step(softmax, use, n, edge, entry, q0, q1, tile, call, C: gl.constexpr):
     """One block: its scores and maxima, and the product with V of the block before. Returns a Softmax.
 
     The exponentials come last, beside that product. With `C.scores_ahead` they come first, in the next step, beside its
@@ -138,6 +160,7 @@ def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
         use: how many blocks this partition has computed or passed over: the block's stage and phase follow from it.
         n: the block's first key.
         edge: whether its scores are masked row by row.
+        entry: with a dense mask, the block's in the tile's list.
         tile, call: a Tile, a Call.
     """
     DV1: gl.constexpr = C.dv1
@@ -152,6 +175,8 @@ def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
         p, l = _probabilities(p, m, l, alpha, to_log2, C)
         # Here, in front of the branch in the wait below: ptxas moves exponentials over it, but not this.
         p = _rounded(p, buffers.k0.dtype, C)
+    if C.mask != NO_MASK:
+        ahead = mask_ahead(entry, tile, call, C)
     mbarrier.wait(barriers.k_full.index(stage), use // STAGES & 1)
     if C.turns:
         _wait_for_turn()
@@ -163,8 +188,9 @@ def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
         _pass_turn()
     s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
     release(barriers.k_empty.index(stage))
-    if C.softcap:
-        s = tanh(s * call.factors.score_scale)
+    s = _capped(s, call.factors, C)
+    if C.mask != NO_MASK:
+        s = masked(s, ahead, entry, use, tile, call, C)
     if edge:
         s = hide(s, n, tile, call.pointers.key_range, call.visibility, C)
     m, alpha = maxima(s, m, to_log2)
@@ -190,15 +216,18 @@ def _step(softmax, use, n, edge, q0, q1, tile, call, C: gl.constexpr):
 
 
 @gluon.jit
-def _first_block(s, tile, call, C: gl.constexpr):
+def _first_block(s, use, entry, ahead, tile, call, C: gl.constexpr):
     """Of a tile's first block: what `_left_of_scores` says, the maxima, and what older sums shrink by."""
     ROWS: gl.constexpr = C.rows
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     to_log2 = _to_log2(call.factors, C)
-    if C.softcap:
-        s = tanh(s * call.factors.score_scale)
+    s = _capped(s, call.factors, C)
+    n = tile.begin
+    if C.mask != NO_MASK:
+        n = entry // FLAGS * C.block_n
+        s = masked(s, ahead, entry, use, tile, call, C)
     if (tile.left_edge > 0) | (tile.right_edge == 0):
-        s = hide(s, tile.begin, tile, call.pointers.key_range, call.visibility, C)
+        s = hide(s, n, tile, call.pointers.key_range, call.visibility, C)
     m, alpha = maxima(s, gl.full([ROWS], float("-inf"), gl.float32, ROWS_LAYOUT), to_log2)
     return _left_of_scores(s, m, to_log2, C), m, alpha
 
@@ -207,10 +236,20 @@ def _first_block(s, tile, call, C: gl.constexpr):
 def _other_blocks(softmax, use, q0, q1, tile, call, C: gl.constexpr):
     """All blocks of a tile but the first: those at the left edge, those whose keys all rows see, the right edge."""
     BN: gl.constexpr = C.block_n
-    for j in range(1, tile.own_blocks):
-        edge = (j < tile.left_edge) | (j >= tile.right_edge)
-        softmax = _step(softmax, use, tile.begin + j * BN, edge, q0, q1, tile, call, C)
-        use += 1
+    if C.mask == NO_MASK:
+        for j in range(1, tile.own_blocks):
+            edge = (j < tile.left_edge) | (j >= tile.right_edge)
+            softmax = _step(softmax, use, tile.begin + j * BN, edge, 0, q0, q1, tile, call, C)
+            use += 1
+    else:
+        entries = block_list(call.mask, tile.b, tile.h, tile.r0 // (64 * C.consumers)) + tile.begin
+        next_entry = gl.load(entries + 1)
+        for j in range(1, tile.own_blocks):
+            edge = (j < tile.left_edge) | (j >= tile.right_edge)
+            entry = next_entry
+            next_entry = gl.load(entries + j + 1)  # there is one behind the last
+            softmax = _step(softmax, use, entry // FLAGS * BN, edge, entry, q0, q1, tile, call, C)
+            use += 1
     return softmax, use
 
 
@@ -246,7 +285,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
     barriers = call.barriers
     to_log2 = _to_log2(call.factors, C)
     position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
-    tile = tile_of(position, call, CONSUMER, C)
+    tile = _tile_of(position, call, CONSUMER, C)
     tiles_done = 0
     use = 0
     if C.turns:
@@ -262,6 +301,11 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
 
         # The first block: there is no product with V yet.
         stage = use % STAGES
+        entry = tile.begin
+        ahead = entry
+        if C.mask != NO_MASK:
+            entry = gl.load(block_list(call.mask, tile.b, tile.h, tile.r0 // (64 * C.consumers)) + tile.begin)
+            ahead = mask_ahead(entry, tile, call, C)
         mbarrier.wait(barriers.q_full.index(buffer), tiles_done // QUERY_BUFFERS & 1)
         mbarrier.wait(barriers.k_full.index(stage), use // STAGES & 1)
         if C.turns:
@@ -271,7 +315,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
             _pass_turn()
         s = warpgroup_mma_wait(0, deps=[s_async])
         release(barriers.k_empty.index(stage))
-        p, m, alpha = _first_block(s, tile, call, C)
+        p, m, alpha = _first_block(s, use, entry, ahead, tile, call, C)
         if C.scores_ahead:
             l = row_sums(gl.full_like(p, 0.0))
         else:
@@ -299,13 +343,16 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         position = next_position(call.queue, tiles_done, C.warps)
         if QUERY_BUFFERS == 2 and C.one_copy:  # the output leaves from registers; for the order see hand_out
             release(barriers.q_empty.index(buffer))
-        next_tile = tile_of(position, call, CONSUMER, C)
+        next_tile = _tile_of(position, call, CONSUMER, C)
         if DV1 > 0:
             acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0_async, acc1_async])
         else:
             acc0 = warpgroup_mma_wait(0, deps=[acc0_async])
         release(barriers.v_empty.index(stage))
-        use = pass_over_blocks(use, tile, barriers, C)
+        if C.mask == BIAS:
+            use = pass_over_listed_blocks(use, tile, call, C)
+        else:
+            use = pass_over_blocks(use, tile, barriers, C)
         write(acc0, acc1, m, l, tile, buffers.o0.index(buffer), buffers.q1.index(buffer), output_rows, call, C)
         tile = next_tile
         tiles_done += 1

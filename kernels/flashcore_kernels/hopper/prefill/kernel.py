@@ -32,8 +32,9 @@ from ..schedule import hand_out
 from ..triton_api import SHARED_WORKER_ARGUMENTS
 from ..visible import Visibility
 from .consumer import consume
+from .masks import BIAS, BIAS_ROW, NO_MASK
 from .producer import produce
-from .records import Barriers, Buffers, Call, Descriptors, OutputRows, Pointers
+from .records import Barriers, Buffers, Call, DenseMask, Descriptors, OutputRows, Pointers
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PrefillConstants:
         consumer_registers, producer_registers: of a thread.
         one_copy: both consumers are one partition and run one copy of the machine code.
         turns: such consumers take turns in issuing the products of a block.
+        mask: NO_MASK, BOOL, BIAS or BIAS_ROW of masks.py.
     """
 
     d0: int
@@ -72,6 +74,7 @@ class PrefillConstants:
     producer_registers: int
     one_copy: bool
     turns: bool
+    mask: int = 0
 
     @property
     def warps(self) -> int:
@@ -143,6 +146,7 @@ def _consumer_2(call, C: gl.constexpr):
 _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
     "stride_rs", "stride_ob", "stride_oh", "stride_os", "value_eights", "all_heads", "tiles_per_head", "section",
+    "line_b", "line_h", "line_t", "row_b", "row_h", "row_q", "bias_b", "bias_h", "bias_k", "num_blocks",
 ]  # fmt: skip
 
 
@@ -161,6 +165,10 @@ def flashcore_hopper(
     Sinks,
     Out,
     Counter,
+    mask_desc,
+    Bias,
+    Lines,
+    Bits,
     num_heads,
     group,
     num_queries,
@@ -179,14 +187,26 @@ def flashcore_hopper(
     all_heads,
     tiles_per_head,
     section,
+    line_b,
+    line_h,
+    line_t,
+    row_b,
+    row_h,
+    row_q,
+    bias_b,
+    bias_h,
+    bias_k,
+    num_blocks,
     C: gl.constexpr,
 ):
-    """out = softmax(cap(scale * q k^T)) v over the keys that each query sees.
+    """out = softmax(cap(scale * q k^T) + mask) v over the keys that each query sees.
 
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]`, V `[B, Hkv, K, Dv]` and Out `[B, H, Q, Dv]` come as descriptors of
     the first and of the second tile that a row is cut into. Lse `[B, H, Q]` fp32; Range a KeyRange; Sinks `[H]`;
     Counter an int32 that is 0, and 0 again at the end. With `C.one_copy` there are no descriptors of Out but its
-    address, its strides and value_dim, these in units of 8 elements.
+    address, its strides and value_dim, these in units of 8 elements. Of a mask, by `C.mask`: a bias's descriptor, or
+    its address where all queries share it; Lines and Bits, its map (or that of a bool mask), and numbers as in
+    DenseMask.
     Grid: as many programs as run at once, or as there are tiles. The launch's warps are those of the first partition of
     consumers; the other partitions add theirs.
     """
@@ -219,6 +239,13 @@ def flashcore_hopper(
         Range = num_heads
     if not HAS_SINKS:
         Sinks = num_heads
+    if C.mask != BIAS:
+        mask_desc = q0_desc
+    if C.mask != BIAS_ROW:
+        Bias = num_heads
+    if C.mask == NO_MASK:
+        Lines = num_heads
+        Bits = num_heads
     q0_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, 1, ROWS, D0], q0_desc.layout)
     k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
     v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
@@ -233,6 +260,9 @@ def flashcore_hopper(
     o_smem = q0_smem
     if C.query_buffers == 1 and not C.one_copy:
         o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, DV0 // 2], o0_desc.layout)
+    mask_smem = q0_smem
+    if C.mask == BIAS:
+        mask_smem = gl.allocate_shared_memory(mask_desc.dtype, [CONSUMERS, 1, 1, 64, BN], mask_desc.layout)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], mbarrier.MBarrierLayout())
@@ -256,14 +286,27 @@ def flashcore_hopper(
     for entry in gl.static_range(2):
         mbarrier.init(position_full.index(entry), count=1)
     mbarrier.init(position_asked, count=1)
+    mask_full = v_raw
+    mask_empty = v_raw
+    if C.mask == BIAS:
+        mask_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        mask_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.init(mask_full.index(consumer), count=1)
+            mbarrier.init(mask_empty.index(consumer), count=128)
     fence_async_shared()
     descriptors = Descriptors(
-        q0=q0_desc, q1=q1_desc, k0=k0_desc, k1=k1_desc, v0=v0_desc, v1=v1_desc, o0=o0_desc, o1=o1_desc
-    )
-    buffers = Buffers(q0=q0_smem, q1=q1_smem, k0=k0_smem, k1=k1_smem, v0=v0_smem, v1=v1_smem, keep=keep_smem, o0=o_smem)
+        q0=q0_desc, q1=q1_desc, k0=k0_desc, k1=k1_desc, v0=v0_desc, v1=v1_desc, o0=o0_desc, o1=o1_desc,
+        mask=mask_desc,
+    )  # fmt: skip
+    buffers = Buffers(
+        q0=q0_smem, q1=q1_smem, k0=k0_smem, k1=k1_smem, v0=v0_smem, v1=v1_smem, keep=keep_smem, o0=o_smem,
+        mask=mask_smem,
+    )  # fmt: skip
     barriers = Barriers(
-        q_full=q_full, q_empty=q_empty, k_full=k_full, k_empty=k_empty, v_full=v_full, v_empty=v_empty, v_raw=v_raw
-    )
+        q_full=q_full, q_empty=q_empty, k_full=k_full, k_empty=k_empty, v_full=v_full, v_empty=v_empty, v_raw=v_raw,
+        mask_full=mask_full, mask_empty=mask_empty,
+    )  # fmt: skip
     queue = Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter)
     pointers = Pointers(lse=Lse, key_range=Range, sinks=Sinks)
     heads = Heads(num_heads=num_heads, group=group)
@@ -272,23 +315,27 @@ def flashcore_hopper(
         window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rs,
     )  # fmt: skip
     factors = ScoreFactors(score_scale=score_scale, cap_scale=cap_scale)
+    mask = DenseMask(
+        lines=Lines, bits=Bits, bias=Bias, line_b=line_b, line_h=line_h, line_t=line_t, row_b=row_b, row_h=row_h,
+        row_q=row_q, bias_b=bias_b, bias_h=bias_h, bias_k=bias_k, num_blocks=num_blocks,
+    )  # fmt: skip
     order = TileOrder(all_heads=all_heads, tiles_per_head=tiles_per_head, section=section)
     call = Call(
         descriptors=descriptors, buffers=buffers, barriers=barriers, queue=queue, pointers=pointers, heads=heads,
-        visibility=visibility, factors=factors, order=order,
+        visibility=visibility, factors=factors, order=order, mask=mask,
     )  # fmt: skip
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
     if C.one_copy:
         unseen = Barriers(
             q_full=_unseen(q_full), q_empty=_unseen(q_empty), k_full=_unseen(k_full), k_empty=_unseen(k_empty),
-            v_full=_unseen(v_full), v_empty=_unseen(v_empty), v_raw=v_raw,
+            v_full=_unseen(v_full), v_empty=_unseen(v_empty), v_raw=v_raw, mask_full=v_raw, mask_empty=v_raw,
         )  # fmt: skip
         unseen_queue = Queue(
             positions=_unseen(positions), full=_unseen(position_full), asked=position_asked, counter=Counter
         )
         unseen_call = Call(
             descriptors=descriptors, buffers=buffers, barriers=unseen, queue=unseen_queue, pointers=pointers,
-            heads=heads, visibility=visibility, factors=factors, order=order,
+            heads=heads, visibility=visibility, factors=factors, order=order, mask=mask,
         )  # fmt: skip
         output_rows = OutputRows(
             out=Out, stride_b=stride_ob, stride_h=stride_oh, stride_s=stride_os, value_eights=value_eights

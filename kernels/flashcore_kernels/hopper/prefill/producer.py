@@ -8,6 +8,18 @@ from ..copies import scrub, write_seen_keys
 from ..schedule import next_position, position_of
 from ..triton_api import barrier, tma_load
 from ..visible import FAR, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
+from .masks import (
+    BIAS,
+    FLAGS,
+    GAPS,
+    HIDES,
+    NO_MASK,
+    block_list,
+    limits_rows,
+    listed_blocks,
+    load_mask_tiles,
+    write_left_keys,
+)
 
 # With how many blocks left to fetch a program asks for its next tile.
 ASK_BLOCKS = gl.constexpr(4)
@@ -60,7 +72,11 @@ def produce(call, C: gl.constexpr):
         m0 = tile * BM
         bounds = sequence_bounds(Range, b, visibility, RANGE)
         lo, hi = tile_keys(Range, b, m0, bounds, visibility, BM, RANGE, 1)
-        begin, count = tile_blocks(bounds.first, lo, hi, visibility.num_keys, BN)
+        begin, count = tile_blocks(bounds.first if C.mask == NO_MASK else 0, lo, hi, visibility.num_keys, BN)
+        if C.mask != NO_MASK:
+            begin, count = listed_blocks(call.mask, b, h, tile, begin, count, BN)
+            entries = block_list(call.mask, b, h, tile) + begin
+            next_entry = gl.load(entries)
         # Values of keys outside of [clean_lo, clean_hi) may be NaN. Where `any_key` holds, so may any key's.
         if RANGE == 2:
             clean_lo = lo
@@ -82,7 +98,12 @@ def produce(call, C: gl.constexpr):
         if not KEYS_FIRST:
             _load_queries(descriptors, buffers, barriers, b, h, m0, tiles_done, C)
         for j in range(count):
-            n = begin + j * BN
+            if C.mask == NO_MASK:
+                n = begin + j * BN
+            else:
+                entry = next_entry
+                next_entry = gl.load(entries + j + 1)
+                n = entry // FLAGS * BN
             stage = use % STAGES
             phase = use // STAGES & 1
             mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)
@@ -94,22 +115,34 @@ def produce(call, C: gl.constexpr):
             if KEYS_FIRST:
                 if j == 0:
                     _load_queries(descriptors, buffers, barriers, b, h, m0, tiles_done, C)
+            if C.mask == BIAS:
+                load_mask_tiles(call, b, h, m0, n, use, C)
             mbarrier.wait(barriers.v_empty.index(stage), phase ^ 1)
-            if any_key | (n < clean_lo) | (n + BN > dirty_from):
+            look = any_key
+            if C.mask != NO_MASK:
+                limited = limits_rows(Range, b, m0, bounds, visibility, n, BM, BN, RANGE)
+                gaps = ((entry & GAPS) != 0) | (((entry & HIDES) != 0) & limited)
+                look = any_key | gaps
+            if look | (n < clean_lo) | (n + BN > dirty_from):
                 mbarrier.expect(barriers.v_raw, BN * (DV0 + DV1) * 2)
                 tma_load(descriptors.v0, [b, kv_head, n, 0], barriers.v_raw, buffers.v0.index(stage))
                 if DV1 > 0:
                     tma_load(descriptors.v1, [b, kv_head, n, DV0], barriers.v_raw, buffers.v1.index(stage))
+                by_range = any_key
+                if C.mask != NO_MASK:
+                    by_range = any_key & (gaps == 0)
+                    if gaps:
+                        write_left_keys(buffers.keep, entry, b, h, m0, clean_lo, clean_hi, any_key, bounds, call, BM, C)
                 if RANGE > 0:
-                    if any_key:
+                    if by_range:
                         write_seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, BM, BN, RANGE)
                 mbarrier.wait(barriers.v_raw, scrubs & 1)
                 scrubs += 1
                 values = buffers.v0.index(stage).reshape([BN, DV0])
-                scrub(values, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV0)
+                scrub(values, buffers.keep, n, clean_lo, clean_hi, look, BN, DV0)
                 if DV1 > 0:
                     values1 = buffers.v1.index(stage).reshape([BN, DV1])
-                    scrub(values1, buffers.keep, n, clean_lo, clean_hi, any_key, BN, DV1)
+                    scrub(values1, buffers.keep, n, clean_lo, clean_hi, look, BN, DV1)
                 fence_async_shared()
                 barrier()
                 mbarrier.arrive(barriers.v_full.index(stage), count=1)

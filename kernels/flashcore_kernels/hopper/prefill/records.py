@@ -20,6 +20,7 @@ class Descriptors(NamedTuple):
         k0, k1: of K `[B, Hkv, K, D]`, in tiles `[1, 1, BN, d0]` and `[1, 1, BN, d1]`.
         v0, v1: of V `[B, Hkv, K, Dv]`, in tiles `[1, 1, BN, dv0]` and `[1, 1, BN, dv1]`.
         o0, o1: of the output `[B, H, Q, Dv]`, in tiles of 64 rows; with one query buffer o0's have dv0 / 2 columns.
+        mask: of a bias `[B, H, Q, K]`, or 1 where it is broadcast, in tiles `[1, 1, 64, BN]`.
     """
 
     q0: gl.tensor
@@ -30,6 +31,7 @@ class Descriptors(NamedTuple):
     v1: gl.tensor
     o0: gl.tensor
     o1: gl.tensor
+    mask: gl.tensor
 
 
 class Buffers(NamedTuple):
@@ -41,6 +43,7 @@ class Buffers(NamedTuple):
         v0, v1: values, `[stages, 1, 1, BN, dv0]` and `dv1`.
         keep: int32 `[BN]`: which keys of a block exist and are seen, for the producer alone.
         o0: the output on its way out: `[consumers, 1, 1, 64, dv0 / 2]` with one query buffer, else q0 itself.
+        mask: a bias, `[consumers, 1, 1, 64, BN]`.
     """
 
     q0: gl.shared_memory_descriptor
@@ -51,6 +54,7 @@ class Buffers(NamedTuple):
     v1: gl.shared_memory_descriptor
     keep: gl.shared_memory_descriptor
     o0: gl.shared_memory_descriptor
+    mask: gl.shared_memory_descriptor
 
 
 class Barriers(NamedTuple):
@@ -60,6 +64,7 @@ class Barriers(NamedTuple):
         q_full, q_empty: one for each query buffer of each partition.
         k_full, k_empty, v_full, v_empty: one for each stage.
         v_raw: one alone: values have arrived that the producer has to scrub before it calls them full.
+        mask_full, mask_empty: one for each consumer.
     """
 
     q_full: gl.shared_memory_descriptor
@@ -69,6 +74,8 @@ class Barriers(NamedTuple):
     v_full: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
     v_raw: gl.shared_memory_descriptor
+    mask_full: gl.shared_memory_descriptor
+    mask_empty: gl.shared_memory_descriptor
 
 
 class Pointers(NamedTuple):
@@ -83,6 +90,34 @@ class Pointers(NamedTuple):
     lse: gl.tensor
     key_range: gl.tensor
     sinks: gl.tensor
+
+
+class DenseMask(NamedTuple):
+    """A dense mask or bias, and its map (see mask_map.py). Without one, integers that are never looked at.
+
+    Attributes:
+        lines, bits: int32, of the map.
+        bias: a bias that all queries share, `[B, H, 1, K]`.
+        line_b, line_h, line_t: lines from one sequence to the next, from one head, from one tile; 0: they share one.
+        row_b, row_h, row_q: rows of bits likewise.
+        bias_b, bias_h, bias_k: elements of `bias` likewise. Of a bias in tiles, 1 or 0: whether sequences have their
+            own, and whether heads have.
+        num_blocks: blocks of keys.
+    """
+
+    lines: gl.tensor
+    bits: gl.tensor
+    bias: gl.tensor
+    line_b: gl.tensor
+    line_h: gl.tensor
+    line_t: gl.tensor
+    row_b: gl.tensor
+    row_h: gl.tensor
+    row_q: gl.tensor
+    bias_b: gl.tensor
+    bias_h: gl.tensor
+    bias_k: gl.tensor
+    num_blocks: gl.tensor
 
 
 class OutputRows(NamedTuple):
@@ -113,6 +148,7 @@ class Call(NamedTuple):
     visibility: Visibility
     factors: ScoreFactors
     order: TileOrder
+    mask: DenseMask
 
 
 class Softmax(NamedTuple):

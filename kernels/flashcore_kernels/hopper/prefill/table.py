@@ -34,6 +34,8 @@ class PrefillRow(NamedTuple):
             barrier into each block, at which the consumers of a partition wait for each other.
         turns: with `one_copy`, consumers take turns in issuing their products; otherwise they drift into step and want
             the tensor cores at the same moment.
+        bias_bits: it has shared memory for a bias of so many bits an element that differs from query to query.
+        masked: it serves only calls with a dense mask or a bias.
         least_rounds: tiles that each program computes, at the least, of one section of heads, where tiles differ in
             length (see schedule.py).
     """
@@ -54,6 +56,8 @@ class PrefillRow(NamedTuple):
     short_masks: bool = False
     one_copy: bool = False
     turns: bool = False
+    bias_bits: int = 0
+    masked: bool = False
     least_rounds: int = 2
 
 
@@ -77,13 +81,13 @@ ROWS = (
     ),
     PrefillRow(
         head_dim=(64, 0), value_dim=(64, 0), consumers=2, block_n=128, stages=3, query_buffers=2, scores_ahead=True,
-        consumer_registers=240, producer_registers=24, short_masks=True,
+        consumer_registers=240, producer_registers=24, short_masks=True, bias_bits=32,
         why="1.5 % more than not ahead, padded 4 %; short masks 2 to 3 % more at S = 512, at 1024 1 % less causal, "
         "5 % more full; with 2 stages 367 of 368",
     ),
     PrefillRow(
         head_dim=(64, 32), value_dim=(64, 32), consumers=2, block_n=128, stages=2, query_buffers=2,
-        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True, bias_bits=32,
         why="1 % more than not ahead; with 64 keys 431 of 509; short masks 6 % more where it is causal at S = 2048, "
         "padded 2 %, 2 % less in full at 8192; 3 stages 2 % less",
     ),
@@ -94,9 +98,14 @@ ROWS = (
     ),
     PrefillRow(
         head_dim=(128, 0), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=2,
-        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True, bias_bits=16,
         why="padded at S = 512, 2048, 8192 161, 313, 1039 us, without short masks 172, 322, 1052, not ahead 175, "
         "329, 1083",
+    ),
+    PrefillRow(
+        head_dim=(128, 0), value_dim=(128, 0), consumers=2, block_n=64, stages=3, query_buffers=2,
+        scores_ahead=True, consumer_registers=240, producer_registers=24, short_masks=True, bias_bits=32, masked=True,
+        why="never timed; a bias of 128 queries and 128 keys in fp32 has no room beside K and V",
     ),
     PrefillRow(
         head_dim=(128, 64), value_dim=(128, 0), consumers=2, block_n=128, stages=2, query_buffers=1,
@@ -125,18 +134,23 @@ ROWS = (
 
 
 def prefill_row_for(
-    head_dim: int, value_dim: int, num_queries: int, *, plain: bool, causal: bool, one_copy: bool
-) -> PrefillRow | None:
+    head_dim: int, value_dim: int, num_queries: int, *, plain: bool, causal: bool, one_copy: bool,
+    masked: bool = False, bias_bits: int = 0,
+) -> PrefillRow | None:  # fmt: skip
     """The row for these head dimensions and so many queries, or None where none fits.
 
     Args:
-        plain: there is neither a key range nor softcap.
+        plain: there is neither a key range, nor softcap, nor a dense mask.
         causal: keys behind each query are hidden.
         one_copy: this Triton can have both consumers run one copy of the code.
+        masked: there is a dense mask or a bias.
+        bias_bits: of an element of a bias that differs from query to query, 0 without one.
     """
     for row in ROWS:
         fits = head_dim <= sum(row.head_dim) and value_dim <= sum(row.value_dim)
         if not fits or num_queries < row.min_queries[0 if causal else 1]:
+            continue
+        if row.bias_bits < bias_bits or row.masked and not masked or masked and row.one_copy:
             continue
         if (plain or not row.plain) and (causal or not row.causal) and (one_copy or not row.one_copy):
             return row

@@ -34,7 +34,7 @@ def row_for(
         arch: compute capability as major * 10 + minor; 0: the interpreter.
         dtype: of query.
         head_dim: the larger of K's and V's.
-        gaps: there is a dense mask, or a key range for each query.
+        gaps: there is a dense mask, or a key range for each query (see `Row`).
         fp8: keys and values are in e4m3. Beside 16-bit queries a row of 8 bits serves them where there is one, else one
             of the queries' size does.
         full_columns: the head dimensions fill the columns of their tiles.

@@ -15,7 +15,8 @@ class Row(NamedTuple):
         why: what speaks for it: a measurement, or the limit that forces it.
         min_chunk: decode: least keys of a chunk.
         chunks: decode: into how many chunks one long sequence is cut, over all of its KV heads: enough to fill the GPU.
-        gaps: it serves calls with a dense mask or a key range for each query, and only those. Between the first and the
+        gaps: it serves calls with a dense mask that differs from query to query, a decode's with any dense mask, and
+            those with a key range for each query; and only those. Between the first and the
             last key that a tile sees there may be keys that none of its rows sees.
         full_columns: it serves only head dimensions that fill the columns of their tiles (see `choose.two_powers`).
             Others are loaded with a look at each column, which takes registers. Such rows stand before the others.

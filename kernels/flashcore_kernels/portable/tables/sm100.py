@@ -39,6 +39,16 @@ _OWN = (
     ),
     Row(
         kernel="flashcore_forward",
+        bits=16,
+        head_dim=512,
+        block_m=32,
+        block_n=64,
+        num_warps=8,
+        num_stages=2,
+        why="as for 9.0",
+    ),
+    Row(
+        kernel="flashcore_forward",
         bits=8,
         head_dim=128,
         block_m=64,

@@ -88,7 +88,7 @@ def reports(features: str, rows) -> list[dict]:
         problem = Problem(
             batch_size=2, num_heads=32, num_kv_heads=8, num_queries=4096, num_keys=4096, head_dim=row.head_dim,
             value_dim=row.value_dim, dtype=torch.bfloat16, device_type="cuda", mask_kind=None, scale=1.0, left=-1,
-            right=0, query_start=0, has_sinks=False, needs_grad=True, aligned=True,
+            right=0, query_start=0, has_sinks=False, aligned=True,
             range_layout="sequence" if features == "range" else None, softcap=30.0 if row.softcap else 0.0,
         )  # fmt: skip
         for kernel, constants in (

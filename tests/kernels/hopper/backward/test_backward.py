@@ -8,7 +8,7 @@ import pytest
 import torch
 from flashcore_kernels import make_key_range
 from flashcore_kernels.device import Device
-from flashcore_kernels.hopper.backward.choose import hopper_backward_config, hopper_backward_reason
+from flashcore_kernels.hopper.backward.choose import choose_hopper_backward
 from flashcore_kernels.hopper.backward.table import ROWS
 from flashcore_kernels.key_range import visible
 from flashcore_kernels.problem import Inputs, Problem
@@ -37,7 +37,7 @@ def problem(**changed) -> Problem:
     fields = dict(
         batch_size=2, num_heads=4, num_kv_heads=2, num_queries=300, num_keys=300, head_dim=64, value_dim=64,
         dtype=torch.bfloat16, device_type="cuda", range_layout=None, mask_kind=None, scale=0.125, softcap=0.0, left=-1,
-        right=0, query_start=0, has_sinks=False, needs_grad=True, aligned=True,
+        right=0, query_start=0, has_sinks=False, aligned=True,
     )  # fmt: skip
     return Problem(**{**fields, **changed})
 
@@ -123,7 +123,7 @@ def test_rows(name, with_lse):
     """What `preprocess` leaves of each query: lse and delta, at its place; nothing at places without a query."""
     key_range = RANGES[name]()
     call = problem(range_layout=None if key_range is None else "sequence", value_dim=40)
-    config = hopper_backward_config(call, H200)
+    config = choose_hopper_backward(call, H200).config
     generator = torch.Generator().manual_seed(0)
     out, grad = (torch.randn(2, 300, 4, 40, generator=generator).half() for _ in range(2))
     out, grad = out.transpose(1, 2), grad.permute(1, 0, 2, 3).contiguous().permute(1, 2, 0, 3)
@@ -151,7 +151,7 @@ def test_sink_gradient(softcap):
     """Against float64 autograd of the formula, rows without a key too."""
     key_range = make_key_range(2, 40, first=torch.tensor([0, 7]), right=0)
     call = problem(num_queries=40, num_keys=40, has_sinks=True, range_layout="sequence", softcap=softcap)
-    config = hopper_backward_config(call, H200)
+    config = choose_hopper_backward(call, H200).config
     generator = torch.Generator().manual_seed(0)
     scores, value = (torch.randn(2, 4, 40, n, generator=generator).double() for n in (40, 64))
     sinks = torch.randn(4, generator=generator).double().requires_grad_()
@@ -170,8 +170,6 @@ def test_sink_gradient(softcap):
 
 
 REASONS = {
-    "another GPU": ({}, Device("cuda", 80, triton=(3, 6)), "8.0"),
-    "no GPU": ({}, Device("interpreter"), "9.0"),
     "older Triton": ({}, Device("cuda", 90, triton=(3, 4)), "Triton 3.5"),
     "fp32": ({"dtype": torch.float32}, H200, "float32"),
     "fp8": ({"fp8": True}, H200, "fp8"),
@@ -181,18 +179,20 @@ REASONS = {
     "odd head_dim": ({"head_dim": 68}, H200, "68"),
     "odd value_dim": ({"value_dim": 60}, H200, "60"),
     "scale": ({"scale": -1.0}, H200, "scale"),
+    "dropout": ({"dropout": 0.1}, H200, "dropped"),
 }
 
 
 @pytest.mark.parametrize("name", REASONS)
 def test_what_is_left_to_the_portable_backward(name):
     changed, device, said = REASONS[name]
-    assert said in hopper_backward_reason(problem(**changed), device)
-    assert hopper_backward_reason(problem(), H200) is None
+    assert said in choose_hopper_backward(problem(**changed), device)
+    assert choose_hopper_backward(problem(), H200).kernel == "flashcore_hopper_backward"
 
 
-def test_dropout_is_left_to_the_portable_backward():
-    assert "dropped" in hopper_backward_reason(problem(), H200, dropout=True)
+def test_other_gpus_are_not_asked_twice():
+    for device in (Device("cuda", 80, triton=(3, 6)), Device("cuda", 100, triton=(3, 6)), Device("interpreter")):
+        assert choose_hopper_backward(problem(), device) is None
 
 
 def test_rows_of_the_same_heads_give_the_same_bits():
@@ -241,8 +241,8 @@ def launched(monkeypatch):
         inputs = Inputs(of["query"], of["key"], of["value"], key_range, sinks=torch.zeros(4))
         grad_output = torch.zeros((), dtype=torch.bfloat16).expand(2, 4, 300, 64)
         lse = torch.zeros(2, 4, 300)
-        config = hopper_backward_config(call, H200)
-        return caught, launch.run_hopper_backward(call, config, inputs, of["output"], lse, grad_output)
+        config = choose_hopper_backward(call, H200).config
+        return caught, launch.run_backward(call, config, inputs, of["output"], lse, grad_output)
 
     return run
 
@@ -262,7 +262,7 @@ def test_launches(padded, launched):
     assert caught["flashcore_hopper_backward_dq"][0] == 2 * 4 * 3
     assert caught["flashcore_hopper_backward_dkdv"][0] == 2 * 2 * (4 if padded else 3)
     query, grad_output, key, value = caught["flashcore_hopper_backward_dkdv"][1][:4]
-    row = hopper_backward_config(problem(), H200).row
+    row = choose_hopper_backward(problem(), H200).config.row
     assert [list(d.block_shape) for d in (query, key)] == [[1, 1, row.dkdv.block_m, 64], [1, 1, 64, 64]]
     assert grad_output.base.is_contiguous() and list(value.base.shape) == [2, 2, 300, 64]
     assert [tuple(gradient.shape) for gradient in gradients[:3]] == [(2, 4, 300, 64), (2, 2, 300, 64), (2, 2, 300, 64)]

@@ -40,7 +40,10 @@ class TestHopper:
         [
             ({"device": Device("cuda", 90, triton=(3, 4))}, "needs Triton 3.5 or newer, and this is 3.4"),
             ({"dtype": torch.float32}, "takes float16 and bfloat16, not torch.float32"),
-            ({"mask_kind": "bool"}, "there is a dense mask"),
+            (
+                {"mask_kind": "float", "mask_bits": 16, "mask_rows": True, "head_dim": 256, "value_dim": 256},
+                "room for a bias of 16 bits",
+            ),
             ({"aligned": False}, "no multiple of 16 bytes"),
             ({"value_dim": 36}, "rows of 36 values"),
         ],
@@ -67,6 +70,7 @@ class TestHopper:
             if row.query_buffers == 1:
                 assert row.value_dim[1] == 0
                 size += queries * row.value_dim[0]
+            size += 64 * row.consumers * row.block_n * row.bias_bits // 8
             assert all(v <= k for k, v in zip(row.head_dim, row.value_dim))
             assert size + 2048 <= 232448, row
 
@@ -83,10 +87,11 @@ class TestHopper:
         # Of one size: the special rows first, and last one for every call.
         order = [
             (sum(row.head_dim), sum(row.value_dim), -max(row.min_queries), not row.plain, not row.one_copy)
-            for row in ROWS
+            for row in (row for row in ROWS if not row.masked)
         ]
         assert order == sorted(order) and len(set(order)) == len(order)
-        for last, following in zip(ROWS, [*ROWS[1:], None]):
+        rows = [row for row in ROWS if not row.masked]
+        for last, following in zip(rows, [*rows[1:], None]):
             if following is None or (last.head_dim, last.value_dim) != (following.head_dim, following.value_dim):
                 assert not (last.plain or any(last.min_queries) or last.one_copy or last.causal)
 
@@ -110,7 +115,7 @@ class TestHopper:
     def test_rows_of_one_size_give_the_same_bits(self):
         """Their blocks of keys are the same: test_same_bits_by_all_rows shows on a GPU that the bits are."""
         blocks = {}
-        for row in ROWS:
+        for row in (row for row in ROWS if not row.masked):
             assert blocks.setdefault((row.head_dim, row.value_dim), row.block_n) == row.block_n
 
     @pytest.mark.parametrize("sizes", [(128, 128), (192, 128)])
@@ -120,6 +125,29 @@ class TestHopper:
             assert not self.chosen(**size, **plain).config.row.short_masks
         for more in ({"range_layout": "sequence"}, {"range_layout": "rows"}, {"softcap": 5.0}):
             assert self.chosen(**size, **more).config.row.short_masks
+
+    def test_dense_masks(self):
+        """Bits need no shared memory; a bias has a tile for each consumer, in fp32 of fewer keys."""
+        bias = {"mask_kind": "float", "mask_rows": True}
+        for head_dim in (64, 96, 128, 192, 256):
+            for more in ({}, {"right": 0}, {"range_layout": "sequence"}, {"num_queries": 4096, "num_keys": 4096}):
+                sizes = {"head_dim": head_dim, "value_dim": min(head_dim, 128) if head_dim == 192 else head_dim, **more}
+                row = self.chosen(**sizes, mask_kind="bool", mask_bits=8, mask_rows=True).config.row
+                assert not row.one_copy and not row.plain and row.consumers == 2
+                shared = self.chosen(**sizes, mask_kind="float", mask_bits=16).config.row
+                assert shared == row, "a bias that all queries share is loaded without shared memory"
+        for bits, rows in ((16, (128, 128)), (32, (128, 64)), (64, (128, 64))):
+            for head_dim, block_n in zip((64, 128), rows):
+                chosen = self.chosen(head_dim=head_dim, value_dim=head_dim, mask_bits=bits, **bias)
+                assert chosen.config.row.bias_bits >= min(bits, 32) and chosen.config.row.block_n == block_n
+
+    def test_a_row_for_masks_is_for_nothing_else(self):
+        masked = [row for row in ROWS if row.masked]
+        assert masked
+        for row in masked:
+            sizes = {"head_dim": sum(row.head_dim), "value_dim": sum(row.value_dim)}
+            for more in ({}, {"right": 0}, {"range_layout": "rows"}, {"softcap": 5.0}):
+                assert self.chosen(**sizes, **more).config.row not in masked
 
     def test_three_consumers_for_many_queries_of_head_dim_64(self):
         assert self.chosen(num_queries=2048, num_keys=2048).config.row.consumers == 3

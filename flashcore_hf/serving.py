@@ -1,0 +1,329 @@
+"""Continuous batching without gathering keys: every batch is given block tables, and layers read pages.
+
+Transformers gathers all past keys of a batch in every layer, and hands out block tables only where each request has one
+new token, no layer has a window, and the backend is one that it knows. Here the objects that it makes for a model under
+our name are changed, and they alone: a manager's batch processor is taken over when it has been made. Then
+
+- whatever is in a batch, its tensors are prepared as for that fast path, in `_Tables`;
+- key lengths count all keys, in layers with a window too, which keep the last keys of a request in a ring;
+- the cache's `update` gathers and writes nothing: it says where a layer's pages are (`pages.PagedCall`);
+- CUDA graphs are kept apart for batches of single tokens and for others.
+"""
+
+import functools
+import inspect
+import types
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from flashcore_kernels import Pages
+
+from . import compat
+from .models import NAME
+from .pages import PagedCall, in_batch
+
+SUPPORTED = "Transformers 5.17 to 5.24"
+# Managers that were made while a generate_batch() of ours runs in this context.
+_managers: ContextVar[list | None] = ContextVar("flashcore_managers", default=None)
+
+
+def is_ours(model) -> bool:
+    """Whether some part of the model has our name."""
+    config = model.config
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    names = (getattr(part, "_attn_implementation", None) or "" for part in parts)
+    return any(isinstance(name, str) and name.rpartition("|")[2] == NAME for name in names)
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why this Transformers' continuous batching cannot be taken over, or None where it can."""
+    if compat.VERSION < (5, 17):
+        return f"it is supported for {SUPPORTED}"
+    module = compat.batching_module()
+    wanted = {
+        (module.ContinuousBatchingManager, "_create_batch_processor"): ("self",),
+        (module.input_outputs.ContinuousBatchingIOs, "prepare_batch_tensors"): (
+            "self", "requests_in_batch", "logits_processors", "use_decode_fast_path", "num_q_tokens", "max_kv_read",
+            "use_padding",
+        ),
+        (module.input_outputs.ContinuousBatchingIOs, "get_model_kwargs"): ("self", "use_padding"),
+        (module.input_outputs.ContinuousBatchingIOs, "_transfer_inputs"): ("self", "other", "stream", "non_blocking"),
+        (module.input_outputs.ContinuousBatchingIOs, "_get_graph_key"): ("self",),
+        (module.model_runner.ModelRunner, "_get_forward_fn"): ("self", "use_block_table"),
+        (module.PagedAttentionCache, "fill_block_table"): (
+            "self", "request_id", "past_length", "query_length", "block_table",
+        ),
+    }  # fmt: skip
+    for (owner, name), parameters in wanted.items():
+        method = getattr(owner, name, None)
+        if method is None or tuple(inspect.signature(method).parameters) != parameters:
+            return f"{owner.__name__}.{name} is not what it was in {SUPPORTED}"
+    return None
+
+
+def check(model) -> None:
+    """Raise, in the caller's thread, where continuous batching cannot work for a model of ours.
+
+    Raises:
+        NotImplementedError: says what was asked and what to do.
+    """
+    reason = why_not()
+    if reason is not None:
+        other = "sdpa_paged" if "sdpa_paged" in compat.attention_registry() else "sdpa"
+        raise NotImplementedError(
+            f"continuous batching (generate_batch) was asked of {type(model).__name__} with "
+            f'attn_implementation="{NAME}" on Transformers {compat.transformers.__version__}: {reason}. Supported here '
+            f'is model.generate(). For continuous batching call model.set_attn_implementation("{other}") first.'
+        )
+
+
+def made(manager) -> None:
+    """Note a manager of one of our models, for the `answers_or_raises` that runs."""
+    if _managers.get() is not None:
+        _managers.get().append(manager)
+
+
+@contextmanager
+def watched():
+    """The managers that are made meanwhile: a list."""
+    managers: list = []
+    token = _managers.set(managers)
+    try:
+        yield managers
+    finally:
+        _managers.reset(token)
+
+
+def raise_what_failed(model, managers: list, answers: dict, num_prompts: int) -> None:
+    """Raise in the caller's thread what the serving thread ran into; Transformers writes it to a log.
+
+    Raises:
+        RuntimeError: requests failed because the model's forward raised, or the pages were not used.
+    """
+    for manager in managers:
+        served = getattr(manager, "_flashcore_served", None)
+        error = manager.background_thread_status.fatal_error or (served and served.error)
+        failed = len(answers) < num_prompts or any(answer.error is not None for answer in answers.values())
+        if error is not None and failed:
+            raise RuntimeError(f"continuous batching of {type(model).__name__} failed: {error}") from error
+        if answers and not failed and (served is None or not served.calls):
+            raise RuntimeError(
+                f"continuous batching of {type(model).__name__} did not reach flashcore: no layer asked for its pages "
+                f"on Transformers {compat.transformers.__version__}. Call model.set_attn_implementation('sdpa') first"
+            )
+
+
+class Served:
+    """A batch processor that was taken over.
+
+    Attributes:
+        calls: how often a layer asked for its pages.
+        error: the first exception of the model's forward.
+    """
+
+    def __init__(self, processor):
+        self.calls = 0
+        self.error: BaseException | None = None
+        cache = processor.cache
+        self._groups, self._layers = _layers_of(cache)
+        width = max(_most_pages(cache, group) for group in self._groups)
+        for group in self._groups:
+            group.fill_block_table = types.MethodType(_fill_block_table, group)
+            group.get_seqlen_k = _all_keys
+        cache.get_seqlens_k = functools.partial(_all_keys_by_type, tuple(_types_of(cache)))
+        cache.flashcore_pages = self.pages
+        cache.update = self.update
+        cache.max_blocks_per_request = width
+        cache.max_decode_fast_path_length = width * _page_size(self._groups[0])
+        processor.scheduler.max_decode_fast_path_length = cache.max_decode_fast_path_length
+        for io in _ios_of(processor.inputs_and_outputs):
+            _take_over_io(io, len(self._groups), width)
+        self._take_over_runner(processor.model_runner)
+
+    @torch.compiler.disable  # as the cache's own update is
+    def pages(self, layer_idx: int, kwargs: dict) -> PagedCall:
+        """Where a layer's keys and values are, in the batch that `kwargs` describes."""
+        self.calls += 1
+        group, key, value, layer_type, ring = self._layers[layer_idx]
+        lengths = kwargs["cu_seq_lens_k"]
+        if isinstance(lengths, dict):
+            lengths = lengths[layer_type]
+        most = kwargs["max_length_q"] if "max_length_q" in kwargs else kwargs["max_seqlen_q"]
+        return PagedCall(
+            Pages(key, value, kwargs["block_table"][group], kwargs["cu_seq_lens_q"], lengths, ring), most == 1
+        )
+
+    @torch.compiler.disable
+    def update(self, key_states, value_states, layer_idx, kwargs):
+        """In place of the cache's own: nothing is gathered. Attention writes the new states, which come back as is."""
+        kwargs["flashcore_pages"] = self.pages(layer_idx, kwargs)
+        return key_states, value_states
+
+    def _take_over_runner(self, runner) -> None:
+        get_forward_fn, compute_batch = runner._get_forward_fn, runner.compute_batch
+
+        def _get_forward_fn(use_block_table: bool):
+            return get_forward_fn(use_block_table=_current(runner.inputs_and_outputs).flashcore_single)
+
+        def compute_and_note(*args, **kwargs):
+            token = in_batch.set(True)
+            try:
+                return compute_batch(*args, **kwargs)
+            except Exception as error:
+                self.error = self.error or error
+                raise
+            finally:
+                in_batch.reset(token)
+
+        runner._get_forward_fn, runner.compute_batch = _get_forward_fn, compute_and_note
+
+
+def take_over(manager, processor):
+    """Change the batch processor of a manager of ours, once."""
+    if getattr(processor, "_flashcore_served", None) is None:
+        processor._flashcore_served = Served(processor)
+    manager._flashcore_served = processor._flashcore_served
+    return processor
+
+
+def _layers_of(cache) -> tuple[list, dict]:
+    """(groups of layers, layer -> (its group's number, K pages, V pages, layer type, ring))."""
+    layers = {}
+    if hasattr(cache, "cache_allocators"):  # from 5.23 on
+        groups = list(cache.cache_allocators.values())
+        for allocator in groups:
+            ring = getattr(allocator, "sliding_window", 0)
+            for layer, (key, value) in allocator._kv_page_views.items():
+                layers[layer] = (allocator.index, key, value, allocator.layer_type, ring)
+        return groups, layers
+    shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
+    groups = cache.group_cache_managers
+    for layer, (group, place) in cache.layer_index_to_group_indices.items():
+        ring = getattr(groups[group], "sliding_window", 0)
+        key, value = (stored[place].view(shape) for stored in (cache.key_cache, cache.value_cache))
+        layers[layer] = (group, key, value, "sliding_attention" if ring else "full_attention", ring)
+    return groups, layers
+
+
+def _page_size(group) -> int:
+    return group.tokens_per_page if hasattr(group, "tokens_per_page") else group.block_size
+
+
+def _most_pages(cache, group) -> int:
+    """Most pages that a request may have of a group of layers."""
+    ring = getattr(group, "sliding_window", 0)
+    most = group.num_blocks if hasattr(group, "num_blocks") else cache.num_blocks
+    if ring:
+        return -(-ring // _page_size(group))
+    # Texts longer than four times what the model was made for: such a table would take long to copy in every step.
+    positions = getattr(cache.config, "max_position_embeddings", None)
+    return most if positions is None else min(most, -(-4 * positions // _page_size(group)))
+
+
+def _types_of(cache) -> list[str]:
+    if hasattr(cache, "cache_allocators"):
+        return list(cache.cache_allocators)
+    full, sliding = cache.num_full_attention_groups, cache.num_sliding_attention_groups
+    return ["full_attention"] * bool(full) + ["sliding_attention"] * bool(sliding)
+
+
+def _all_keys(past_length: int, query_length: int) -> int:
+    """In place of the allocators' own, which do not count keys that a window has passed."""
+    return past_length + query_length
+
+
+def _all_keys_by_type(types_: tuple[str, ...], past_length: int, query_length: int) -> dict[str, int]:
+    return dict.fromkeys(types_, past_length + query_length)
+
+
+def _fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: torch.Tensor) -> None:
+    """A request's line of the block table, of any group of layers."""
+    blocks = self.block_table[request_id]
+    if len(blocks) > block_table.shape[0]:
+        raise ValueError(
+            f"request {request_id} has {past_length + query_length} tokens, more than four times the model's "
+            "max_position_embeddings"
+        )
+    # A block of 5.23 and later holds a page for each layer of the group; layers' own pages are that far apart.
+    step = self.block_physical_stride // self.tokens_per_page if hasattr(self, "block_physical_stride") else 1
+    entries = [block * step for block in blocks]
+    if block_table.device.type == "cpu":
+        block_table.numpy()[: len(entries)] = entries  # a third of the time that a tensor takes, for each request
+    else:
+        block_table[: len(entries)] = torch.tensor(entries, dtype=block_table.dtype)
+
+
+def _ios_of(inputs_and_outputs) -> list:
+    """The tensors of batches: one set, or for asynchronous batching two pairs of the host's and the device's."""
+    if not hasattr(inputs_and_outputs, "io_pairs"):
+        return [inputs_and_outputs]
+    return [io for pair in inputs_and_outputs.io_pairs for io in (pair.host_io, pair.device_io)]
+
+
+def _current(inputs_and_outputs):
+    """The host's tensors of the batch at hand."""
+    if not hasattr(inputs_and_outputs, "io_pairs"):
+        return inputs_and_outputs
+    return inputs_and_outputs.io_pairs[inputs_and_outputs.current_pair].host_io
+
+
+class _Tables:
+    """Mixed into the class that prepares a batch's tensors: it always fills block tables."""
+
+    flashcore_single = False  # every request in the batch has one new token
+
+    def prepare_batch_tensors(
+        self, requests_in_batch, logits_processors, use_decode_fast_path, num_q_tokens, max_kv_read, use_padding
+    ):
+        self.flashcore_single = use_decode_fast_path
+        return super().prepare_batch_tensors(
+            requests_in_batch, logits_processors, True, num_q_tokens, max_kv_read, use_padding
+        )
+
+    def _reset_static_tensors(self, full_reset=False):
+        # What is left of an earlier batch lies past the lengths of this one, where nobody reads.
+        table, self.block_table = self.block_table, self.block_table[:0]
+        try:
+            super()._reset_static_tensors(full_reset)
+        finally:
+            self.block_table = table
+
+    def get_model_kwargs(self, use_padding=False):
+        kwargs = super().get_model_kwargs(use_padding=use_padding)
+        if not self.flashcore_single:
+            name = "max_length_q" if "max_length_q" in kwargs else "max_seqlen_q"
+            kwargs[name] = max(self.num_q_tokens, 2)
+        return kwargs
+
+    def _transfer_inputs(self, other, stream, non_blocking=False):
+        other.flashcore_single = self.flashcore_single
+        # Of the tables, the lines that this batch has; they are long.
+        tables, others = self.block_table, other.block_table
+        lines = min(self.num_q_tokens, self.max_requests_per_batch)
+        self.block_table, other.block_table = tables[:0], others[:0]
+        try:
+            super()._transfer_inputs(other, stream, non_blocking)
+        finally:
+            self.block_table, other.block_table = tables, others
+        with torch.cuda.stream(stream):
+            for here, there in zip(tables, others):
+                there[:lines].copy_(here[:lines], non_blocking=non_blocking)
+
+    def _get_graph_key(self):
+        return (self.flashcore_single, *super()._get_graph_key())
+
+
+@functools.cache
+def _with_tables(kind: type) -> type:
+    return type(f"Flashcore{kind.__name__}", (_Tables, kind), {})
+
+
+def _take_over_io(io, num_groups: int, width: int) -> None:
+    io.__class__ = _with_tables(type(io))
+    lines, like = io.max_requests_per_batch, io.block_table
+    pinned = like.device.type == "cpu" and io._bulk_input_tensor.is_pinned()
+    io.block_table = torch.full(
+        (num_groups, lines, width), -1, dtype=torch.int32, device=like.device, pin_memory=pinned
+    )

@@ -1,0 +1,288 @@
+"""Continuous batching: tokens a second of generate_batch(), time between tokens under arrivals, and the paged kernels.
+
+usage: python scripts/bench_serving.py [--json FILE] [--only TEXT ...] [--fa3 FOLDER] [--budget SECONDS] [--tiny]
+
+Models have random weights, made on the GPU. A backend's first run of a case compiles and records CUDA graphs; it is not
+counted but named ("seconds" is flashcore's). The second has other prompts of the same lengths. sdpa, which is many
+times slower, runs once, on every fourth request. FOLDER holds a module `fa3_interface`, whose `install()` makes
+Transformers find FlashAttention-3, and `peers`, which loads its binaries with `setup(FOLDER)`.
+
+Kernel rows are microseconds in CUDA graphs: "flashcore" on pages of 256 keys, "without pages" this library's own on
+contiguous keys. Cases that the budget leaves no time for are left out, and say so.
+"""
+
+import argparse
+import contextlib
+import gc
+import inspect
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import benchmarking
+import torch
+from flashcore_kernels import Pages, attention, paged_attention
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import flashcore_hf  # noqa: F401
+from tests.gpu.large_models import SHAPES, make_model
+
+PAGE = 256
+
+
+class Case(NamedTuple):
+    """A workload.
+
+    Attributes:
+        name: as in the row.
+        model: of SHAPES.
+        requests, shortest, longest: how many prompts, and tokens of each.
+        tokens: new ones for each.
+        rate: requests that arrive in a second; 0: all at once.
+        backends: who runs it.
+    """
+
+    name: str
+    model: str
+    requests: int
+    shortest: int
+    longest: int
+    tokens: int
+    rate: float = 0.0
+    backends: tuple[str, ...] = ("flashcore", "fa3")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the prompts, the same at every call."""
+        chance = random.Random(0)
+        return [chance.randint(self.shortest, self.longest) for _ in range(self.requests)]
+
+
+LLAMA, MISTRAL = "Llama-3.1-8B", "Mistral-7B-v0.1"
+CASES = (
+    Case("generate_batch 8B 192 requests", LLAMA, 192, 64, 1023, 128, backends=("flashcore", "fa3", "sdpa")),
+    Case("arrivals 8B 16 a second", LLAMA, 128, 64, 1023, 128, rate=16.0),
+    Case("generate_batch 8B 32 requests of 8K", LLAMA, 32, 8192, 8192, 256),
+    Case("generate_batch 7B window 4096, 32 requests of 6K", MISTRAL, 32, 6144, 6144, 128),
+)
+# (name, sequences, keys of each, query heads, KV heads)
+KERNELS = (
+    ("paged decode B1 S8192", 1, 8192, 32, 8),
+    ("paged decode B16 S2048", 16, 2048, 32, 8),
+    ("paged decode B64 S4096", 64, 4096, 32, 8),
+    ("paged decode B192 S640", 192, 640, 32, 8),
+)
+PREFILL = (("paged prefill B8 S2048", 8, 2048, 32, 8), ("paged prefill B1 S8192", 1, 8192, 32, 8))
+
+
+def prompts_of(case: Case, vocabulary: int, seed: int) -> list[list[int]]:
+    """Random ones: nothing is shared between them, nor with those of another seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in case.lengths]
+
+
+def batching_config(tiny: bool) -> ContinuousBatchingConfig:
+    page = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
+    return ContinuousBatchingConfig(**({"num_blocks": 32, "max_batch_tokens": 64, page: 16} if tiny else {page: PAGE}))
+
+
+def generation_config(case: Case) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=case.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+def batch_seconds(model, case: Case, prompts: list[list[int]], tiny: bool) -> float:
+    """Of a whole generate_batch(); its graphs are kept for the next one."""
+    began = time.perf_counter()
+    answers = model.generate_batch(
+        prompts, generation_config=generation_config(case), continuous_batching_config=batching_config(tiny),
+        persistent_manager=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    made = sum(len(answer.generated_tokens) for answer in answers.values())
+    if made != len(prompts) * case.tokens:
+        raise RuntimeError(f"{made} tokens came back of {len(prompts) * case.tokens}")
+    return seconds
+
+
+def arrival_times(model, case: Case, prompts: list[list[int]], tiny: bool) -> dict[str, float]:
+    """Percentiles of the time between tokens and to the first one, milliseconds, with requests that arrive in time."""
+    chance, gaps, first = random.Random(1), [], []
+    with model.continuous_batching_context_manager(
+        generation_config=generation_config(case), continuous_batching_config=batching_config(tiny),
+        persistent_manager=True,
+    ) as manager:  # fmt: skip
+        submitted, due = {}, time.perf_counter()
+        for prompt in prompts:
+            due += chance.expovariate(case.rate)
+            time.sleep(max(due - time.perf_counter(), 0.0))
+            began = time.perf_counter()
+            name = manager.add_request(prompt, max_new_tokens=case.tokens, record_timestamps=True)
+            submitted[name] = began
+        for _ in prompts:
+            answer = manager.get_result(timeout=120)
+            if answer is None or answer.error is not None:
+                raise RuntimeError(f"a request failed: {answer and answer.error}")
+            stamps = answer.timestamps
+            gaps += [(b - a) * 1e3 for a, b in zip(stamps, stamps[1:])]
+            first.append((stamps[0] - submitted[answer.request_id]) * 1e3)
+    percentile = lambda values, p: round(statistics.quantiles(values, n=100)[p - 1], 2)  # noqa: E731
+    return {"p50": percentile(gaps, 50), "p99": percentile(gaps, 99), "first p99": percentile(first, 99)}
+
+
+def run_case(model, case: Case, backend: str, tiny: bool) -> dict:
+    """What a backend's columns of a row hold."""
+    model.set_attn_implementation({"fa3": "flash_attention_3", "sdpa": "sdpa"}.get(backend, backend))
+    if backend == "sdpa" and "paged|sdpa" in flashcore_hf.compat.attention_registry():
+        model.set_attn_implementation("paged|sdpa")  # before 5.22
+    column = "" if backend == "flashcore" else f" {backend}"
+    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    vocabulary = model.config.vocab_size
+    try:
+        if case.rate:
+            times = []
+            for seed in (0, 1):
+                times.append(arrival_times(model, case, prompts_of(case, vocabulary, seed), tiny))
+            return {backend: times[1]["p99"], **{f"{name}{column}": value for name, value in times[1].items()}}
+        if backend == "sdpa":
+            prompts = prompts_of(case, vocabulary, 0)[::4]
+            return {backend: round(len(prompts) * case.tokens / batch_seconds(model, case, prompts, tiny), 1)}
+        first = batch_seconds(model, case, prompts_of(case, vocabulary, 0), tiny)
+        again = batch_seconds(model, case, prompts_of(case, vocabulary, 1), tiny)
+        answer = {backend: round(case.requests * case.tokens / again, 1), f"seconds{column}": round(first, 2)}
+        if torch.cuda.is_available():
+            answer[f"peak GiB{column}"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        return answer
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+        gc.collect()
+
+
+def make_pages(batch_size: int, length: int, heads: int, tokens: int, device: str) -> tuple[torch.Tensor, Pages]:
+    """(queries, pages) with every sequence's pages all over the pool."""
+    width = -(-length // PAGE)
+    pool = torch.randn(2, batch_size * width, PAGE, heads, 128, dtype=torch.bfloat16, device=device)
+    table = torch.randperm(batch_size * width, device=device).view(batch_size, width).int()
+    cu = torch.arange(batch_size + 1, device=device, dtype=torch.int32) * tokens
+    lengths = torch.full((batch_size,), length, device=device, dtype=torch.int32)
+    return cu, Pages(pool[0], pool[1], table, cu, lengths)
+
+
+def kernel_row(name: str, batch_size: int, length: int, heads: int, kv_heads: int, prefill: bool, fa3) -> dict:
+    """Times of one layer's attention."""
+    device, tokens = "cuda", length if prefill else 1
+    size = 2 * 2 * batch_size * length * kv_heads * 128
+    calls: dict[str, list] = {"flashcore": [], "without pages": [], "fa3": []}
+    for _ in range(2 if prefill else benchmarking.rotations(size, most=16)):
+        cu, pages = make_pages(batch_size, length, kv_heads, tokens, device)
+        query = torch.randn(batch_size * tokens, heads, 128, dtype=torch.bfloat16, device=device)
+        most = 1 if tokens == 1 else None
+        calls["flashcore"].append(lambda q=query, p=pages, m=most: paged_attention(q, p, max_queries=m))
+        whole = torch.randn(2, batch_size, kv_heads, length, 128, dtype=torch.bfloat16, device=device)
+        one = query.view(batch_size, tokens, heads, 128).transpose(1, 2)
+        calls["without pages"].append(lambda q=one, w=whole: attention(q, w[0], w[1], is_causal=True))
+        if fa3 is not None:
+            calls["fa3"].append(
+                lambda q=query, p=pages, c=cu: fa3.fa3_varlen(
+                    q, p.key, p.value, c, tokens, length, seqused_k=p.key_lengths, page_table=p.block_table
+                )
+            )
+    times = benchmarking.graph_times({who: each for who, each in calls.items() if each}, calls=16)
+    row = {"case": name, "unit": "us", **{who: round(us, 2) for who, us in times.items()}}
+    if not prefill:
+        row["TB/s"] = round(size / times["flashcore"] / 1e6, 2)
+    return row
+
+
+def tiny(case: Case) -> Case:
+    """The same on a model of two small layers and few tokens: whether the script runs."""
+    return case._replace(
+        requests=4, shortest=min(case.shortest, 9) // 2 + 1, longest=12, tokens=3, rate=min(case.rate, 100.0)
+    )
+
+
+def tiny_model(name: str, implementation: str = "sdpa"):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        **SHAPES[name], "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    if "sliding_window" in shape:
+        shape["sliding_window"] = 8
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape, eos_token_id=None, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+
+
+@contextlib.contextmanager
+def keeping(row: dict, what: str):
+    """A case that fails says so in its row, and the others go on."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        row[f"{what} failed"] = f"{type(error).__name__}: {error}"[:300]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "serving-h200.json")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries and a module fa3_interface")
+    parser.add_argument("--backends", nargs="+", default=["flashcore", "fa3", "sdpa"])
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no case begins")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
+    parser.add_argument("--tiny", action="store_true", help="small models on any device: whether the script runs")
+    arguments = parser.parse_args()
+    began, rows, fa3, model, loaded = time.perf_counter(), [], None, None, None
+    if arguments.fa3 is not None:
+        sys.path.insert(0, str(arguments.fa3.resolve()))
+        import fa3_interface
+        import peers as fa3
+
+        fa3.setup(str(arguments.fa3.resolve()))
+        fa3_interface.install()
+    backends = [name for name in arguments.backends if name != "fa3" or fa3 is not None]
+    more = {"model": "random weights", "dtype": "bfloat16"}
+
+    def done(row: dict) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        benchmarking.write(arguments.json, rows, **more)
+
+    def wanted(name: str) -> bool:
+        return any(text in name for text in arguments.only)
+
+    for prefill, cases in ((False, KERNELS), (True, PREFILL)):
+        for case in cases if torch.cuda.is_available() else ():
+            if wanted(case[0]):
+                row = {"case": case[0]}
+                with keeping(row, "kernel"):
+                    row = kernel_row(*case, prefill, fa3)
+                done(row)
+    for case in CASES:
+        if not wanted(case.name):
+            continue
+        row = {"case": case.name, "unit": "ms between tokens, p99" if case.rate else "tokens/s"}
+        small = tiny(case) if arguments.tiny else case
+        for backend in (name for name in backends if name in case.backends):
+            if time.perf_counter() - began > arguments.budget:
+                row[f"{backend} left out"] = f"the budget of {arguments.budget:g} s is used up"
+                continue
+            if loaded != case.model:
+                model = None
+                gc.collect()
+                torch.cuda.empty_cache()
+                model = tiny_model(case.model) if arguments.tiny else make_model(case.model, layers=arguments.layers)
+                loaded = case.model
+            with keeping(row, backend):
+                row |= run_case(model, small, backend, arguments.tiny)
+        done(row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
