@@ -3,10 +3,9 @@
 import torch
 
 from ..document_ranges import document_rows, make_document_ranges, seen_from
-from ..fallback import note_fallback, torch_attention
 from ..key_range import make_key_range, make_row_ranges
-from ..op import attend, count_path
-from ..problem import Inputs, any_requires_grad, check_problem
+from ..op import attend
+from ..problem import Inputs, any_requires_grad
 from .options import Options
 
 # An ALiBi bias is written down; larger ones are refused, before they take a GPU's memory.
@@ -106,20 +105,13 @@ def attend_packed(
 
 def _run(q, k, v, options, key_range, bias, descales, return_lse):
     """(out `[B, Q, H, Dv]`, lse `[B, H, Q]`) of q, k, v `[B, S, heads, D]`."""
-    scale = options.scale
     if options.qv is not None:
         _check_qv(q, v, options.qv)
         # q k + qv v is one product of the two behind each other.
         q, k = torch.cat([q, options.qv], dim=-1), torch.cat([k, v], dim=-1)
     window = None if key_range is not None else (options.left, options.right)
     inputs = Inputs(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key_range, bias, options.sinks, *descales)
-    if not options.dropout:
-        return attend(inputs, False, window, scale, options.softcap, return_lse)
-    note_fallback("dropout is asked for, which the kernels do not have")
-    count_path("torch")
-    problem = check_problem(inputs, False, window, scale, options.softcap)
-    out, lse = torch_attention(problem, inputs, return_lse, options.dropout)
-    return out.transpose(1, 2).contiguous(), lse
+    return attend(inputs, False, window, options.scale, options.softcap, return_lse, options.dropout)
 
 
 def _bounds(first, end, batch_size: int, num_queries: int, num_keys: int, device) -> tuple[torch.Tensor, ...]:
