@@ -1,5 +1,7 @@
 """FlashAttention's functions by compiled kernels: against its definition in float64, without a synchronisation."""
 
+import itertools
+
 import pytest
 import torch
 from flashcore_kernels import make_document_ranges, visible
@@ -143,11 +145,13 @@ FORMS = [("own", 0), ("rows", 0), ("pages", 16), ("pages", 64), ("pages", 256)]
 @pytest.mark.parametrize("form, page_size", FORMS, ids=str)
 def test_caches(form, page_size, new, dtype):
     dtype = DTYPES[dtype]
-    for pattern in ("causal", "causal-window"):
+    for pattern, leftpad in itertools.product(("causal", "causal-window"), (False, True)):
         case = Case(
-            form, (300, 0, 411, 5, 128), True, dtype, (128, 128), page_size or 4, capacity=512, new=new
+            form, (300, 0, 411, 5, 128), leftpad, dtype, (128, 128), page_size or 4, capacity=512, new=new
         ).to("cuda")  # fmt: skip
         pattern = pattern_of(pattern)
+        if form != "pages" and new == 5:
+            case.caches = [cache.contiguous() for cache in case.caches]  # whose rows are pages too
         out, lse = strictly(
             flash_attn_with_kvcache, case.q, *case.caches, case.k, case.v, return_softmax_lse=True, **case.arguments,
             **arguments(pattern),
@@ -158,6 +162,33 @@ def test_caches(form, page_size, new, dtype):
         for b, held in enumerate(case.held):
             assert torch.equal(case.stored(b, held + new, 0)[-new:], case.k[b])
             assert torch.equal(case.stored(b, held + new, 1)[-new:], case.v[b])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form, page_size", FORMS, ids=str)
+def test_prompts_and_single_tokens_in_one_call(form, page_size, dtype):
+    """Queries, and new tokens, behind each other; tokens behind a cache's end, and of no sequence, go nowhere."""
+    held, new = (300, 0, 411, 5, 128), (1, 70, 1, 33, 1)
+    case = Case(form, held, False, DTYPES[dtype], (128, 128), page_size or 4, capacity=512, new=70).to("cuda")
+    case.caches = [cache.contiguous() for cache in case.caches]
+    cu = offsets(new).cuda()
+    q, k, v = (torch.cat([t[b, :n] for b, n in enumerate(new)]) for t in (case.q, case.k, case.v))
+    out, lse = strictly(
+        flash_attn_with_kvcache, q, *case.caches, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k_new=cu,
+        return_softmax_lse=True, **case.arguments,
+    )  # fmt: skip
+    for b, n in enumerate(new):
+        keys, values = (torch.cat([p, t[b, :n].cpu()]) for p, t in zip(case.past[b], (case.k, case.v)))
+        want, want_lse = definition.attend(case.q[b, :n].cpu(), keys, values, causal=True)
+        peer = definition.attend(case.q[b, :n].cpu(), keys, values, causal=True, dtype=DTYPES[dtype])[0]
+        own = slice(int(cu[b]), int(cu[b + 1]))
+        assert off(out[own].cpu(), want) <= allowed(peer, want) and off(lse[:, own].cpu(), want_lse) < 1e-3
+        assert torch.equal(case.stored(b, held[b] + n, 0)[-n:], case.k[b, :n])
+    before = [cache.clone() for cache in case.caches]
+    nowhere = torch.tensor([-1, -1, 512, -1, -1], dtype=torch.int32, device="cuda")
+    given = {**case.arguments, "cache_seqlens": nowhere}
+    flash_attn_with_kvcache(q, *case.caches, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k_new=cu, **given)
+    assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(case.caches, before))
 
 
 @pytest.mark.parametrize("form, page_size", FORMS, ids=str)

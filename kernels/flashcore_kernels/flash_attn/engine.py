@@ -36,7 +36,7 @@ def attend_batch(
     """
     _check_dims(q, k, v, 4)
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        return _nothing_seen(q, k, v)
+        return _nothing_seen(q, k, v, options.sinks)
     batch_size, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
     key_range = None
     if options.chunk:
@@ -83,7 +83,7 @@ def attend_packed(
     """
     _check_dims(q, k, v, 3)
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        out, lse = _nothing_seen(q[None], k[None], v[None])
+        out, lse = _nothing_seen(q[None], k[None], v[None], options.sinks)
         return out[0], lse[0]
     num_keys, documents = k.shape[0], cu_queries.shape[0] - 1
     pattern = {
@@ -105,14 +105,13 @@ def attend_packed(
 
 def _run(q, k, v, options, key_range, bias, descales, return_lse):
     """(out `[B, Q, H, Dv]`, lse `[B, H, Q]`) of q, k, v `[B, S, heads, D]`."""
-    scale = options.scale
     if options.qv is not None:
         _check_qv(q, v, options.qv)
         # q k + qv v is one product of the two behind each other.
         q, k = torch.cat([q, options.qv], dim=-1), torch.cat([k, v], dim=-1)
     window = None if key_range is not None else (options.left, options.right)
     inputs = Inputs(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key_range, bias, options.sinks, *descales)
-    return attend(inputs, False, window, scale, options.softcap, return_lse, options.dropout)
+    return attend(inputs, False, window, options.scale, options.softcap, return_lse, options.dropout)
 
 
 def _bounds(first, end, batch_size: int, num_queries: int, num_keys: int, device) -> tuple[torch.Tensor, ...]:
@@ -199,13 +198,15 @@ def _check_qv(q, v, qv) -> None:
         )
 
 
-def _nothing_seen(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
-    """What queries without a key get: zeros, and an lse of -inf. Gradients are zeros."""
+def _nothing_seen(q, k, v, sinks) -> tuple[torch.Tensor, torch.Tensor]:
+    """What queries without a key get: zeros, and an lse of -inf, or of the sinks. Gradients are zeros."""
     dtype = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
     batch_size, num_queries, num_heads = q.shape[:3]
     out = torch.zeros(batch_size, num_queries, num_heads, v.shape[3], dtype=dtype, device=q.device)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     lse = torch.full((batch_size, num_heads, num_queries), -torch.inf, dtype=lse_dtype, device=q.device)
+    if sinks is not None:
+        lse = sinks.to(lse_dtype)[:, None].expand_as(lse).contiguous()
     if torch.is_grad_enabled() and any_requires_grad(q, k, v):
         for tensor in (q, k, v):  # zeros of theirs, so that a backward finds its way to them
             out = out + tensor.masked_fill(torch.ones_like(tensor, dtype=torch.bool), 0.0).sum()

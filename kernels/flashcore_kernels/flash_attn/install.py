@@ -5,7 +5,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import dense, kvcache, padding, varlen
+from . import dense, fa3, kvcache, padding, varlen
 
 # The release whose functions these are: callers compare it.
 FLASH_ATTN_VERSION = "2.8.4"
@@ -30,6 +30,12 @@ _MODULES = {
     "flash_attn": _FUNCTIONS,
     "flash_attn.flash_attn_interface": _FUNCTIONS,
     "flash_attn.bert_padding": _PADDING,
+    "flash_attn_interface": (
+        fa3.flash_attn_func,
+        fa3.flash_attn_qkvpacked_func,
+        fa3.flash_attn_varlen_func,
+        fa3.flash_attn_with_kvcache,
+    ),
 }
 _installed: dict[str, ModuleType] = {}
 
@@ -37,23 +43,24 @@ _installed: dict[str, ModuleType] = {}
 def install_as_flash_attn() -> None:
     """Let `import flash_attn` find flashcore's functions in this process, until `uninstall_as_flash_attn`.
 
-    There are then `flash_attn`, `flash_attn.flash_attn_interface` and `flash_attn.bert_padding`, and nothing else of
-    FlashAttention's. Who looks for an installed distribution, as Transformers does, finds none, as before: there, load
-    models with attn_implementation="flashcore".
+    There are then `flash_attn`, `flash_attn.flash_attn_interface`, `flash_attn.bert_padding`, and FlashAttention-3's
+    `flash_attn_interface`; nothing else of theirs. Who looks for an installed distribution, as Transformers does, finds
+    none, as before: there, load models with attn_implementation="flashcore".
 
     Raises:
         RuntimeError: FlashAttention is installed, or something else is imported under its name.
     """
     if _installed:
         return
-    loaded = sys.modules.get("flash_attn")
-    found = importlib.util.find_spec("flash_attn") if loaded is None else loaded.__spec__
-    if loaded is not None or found is not None:
-        where = getattr(found, "origin", None) or getattr(loaded, "__file__", None) or "an unknown place"
-        raise RuntimeError(
-            f"install_as_flash_attn: there is a flash_attn already, at {where}. flashcore does not take its place: "
-            "uninstall it, or import from flashcore_kernels.flash_attn"
-        )
+    for name in ("flash_attn", "flash_attn_interface"):
+        loaded = sys.modules.get(name)
+        found = importlib.util.find_spec(name) if loaded is None else loaded.__spec__
+        if loaded is not None or found is not None:
+            where = getattr(found, "origin", None) or getattr(loaded, "__file__", None) or "an unknown place"
+            raise RuntimeError(
+                f"install_as_flash_attn: there is a {name} already, at {where}. flashcore does not take its place: "
+                "uninstall it, or import from flashcore_kernels.flash_attn"
+            )
     for name, functions in _MODULES.items():
         module = ModuleType(name, f"flashcore's functions, in the place of {name} (flashcore_kernels.flash_attn).")
         module.__spec__ = ModuleSpec(name, loader=None, origin=__file__, is_package=name == "flash_attn")

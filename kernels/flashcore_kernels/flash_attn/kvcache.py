@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..cache.paged import Pages, paged_attention, write_pages
 from .engine import attend_batch, attend_packed
 from .options import Window, options_of
+from .paged import pages_of, rows_as_pages
 from .pages import gather_pages, places, write
 from .rotary import check_rotary, rotate
 from .varlen import check_ints
@@ -129,9 +131,9 @@ def flash_attn_with_kvcache(
             start = _per_sequence(cache.lengths if rotary_seqlens is None else rotary_seqlens, batch_size, q.device)
             q = _rotated(q, rotary_cos, rotary_sin, start, cu_seqlens_q, moving, rotary_interleaved)
             k = _rotated(k, rotary_cos, rotary_sin, start, cu_seqlens_k_new, True, rotary_interleaved)
-        _append(cache, k, v, cu_seqlens_k_new)
-    attend = _attend_rows if cu_seqlens_q is None else _attend_documents
-    out, lse = attend(q, cache, end, cache_leftpad, cu_seqlens_q, options, return_softmax_lse)
+        if not _append_pages(q, cache, k, v, cu_seqlens_k_new, end, options):
+            _append(cache, k, v, cu_seqlens_k_new)
+    out, lse = _attend(q, cache, end, cache_leftpad, cu_seqlens_q, options, return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -254,6 +256,66 @@ def _append(cache: _Cache, k: torch.Tensor, v: torch.Tensor, cu_seqlens_k_new: t
     there = there & (held >= 0) & real
     write(cache.k, k, row, offset, there)
     write(cache.v, v, row, offset, there)
+
+
+def _paged(q, cache: _Cache, cu_tokens: torch.Tensor | None, count: int, lengths, options) -> Pages | None:
+    """The cache in pages, or None where no kernel for pages serves the call.
+
+    Args:
+        cu_tokens: where each sequence's tokens lie, or None where each has `count`.
+        lengths: int `[B]`, keys of each sequence.
+    """
+    k, v, table = cache.k, cache.v, cache.table
+    device = q.device
+    if table is None:
+        k, v = rows_as_pages(k), rows_as_pages(v)
+        if k is None or v is None:
+            return None
+        each = cache.k.shape[1] // k.shape[1]
+        row = torch.arange(cache.batch_size, device=device) if cache.row is None else cache.row
+        table = row[:, None] * each + torch.arange(each, device=device)
+    elif cache.row is not None:
+        table = table.index_select(0, cache.row)
+    if cu_tokens is None:
+        cu_tokens = torch.arange(cache.batch_size + 1, device=device) * count
+    return pages_of(q, k, v, table, cu_tokens, lengths, options)
+
+
+def _append_pages(q, cache: _Cache, k, v, cu_seqlens_k_new, end, options) -> bool:
+    """New tokens into their pages in one launch; False where no kernel does it, and nothing was written."""
+    if not k.is_cuda or k.numel() == 0 or k.dtype == torch.float8_e4m3fn:
+        return False
+    # Not cut to the cache's end: it says where a token goes, and those behind the end are left out.
+    lengths = _per_sequence(end, cache.batch_size, k.device)
+    pages = _paged(q, cache, cu_seqlens_k_new, k.shape[1], lengths, options)
+    if pages is None:
+        return False
+    if cu_seqlens_k_new is None:
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    write_pages(pages, k, v)
+    return True
+
+
+def _attend(q, cache: _Cache, end, leftpad, cu_seqlens_q, options, return_lse):
+    """(out, lse) of q `[B, Sq, H, D]`, or `[T, H, D]` with cu_seqlens_q."""
+    packed = cu_seqlens_q is not None
+    # Rows of their own, with as many queries each, are what kernels without pages are quickest at.
+    if leftpad is None and (packed or cache.table is not None or cache.row is not None):
+        held = cache.capacity if end is None else end
+        lengths = _per_sequence(held, cache.batch_size, q.device).clamp(0, cache.capacity)
+        pages = _paged(q, cache, cu_seqlens_q, q.shape[1], lengths, options)
+        if pages is not None:
+            said = paged_attention(
+                q if packed else q.flatten(0, 1), pages, max_queries=None if packed else q.shape[1], is_causal=False,
+                window=(options.left, options.right), scale=options.scale, softcap=options.softcap,
+                sinks=options.sinks, return_lse=return_lse,
+            )  # fmt: skip
+            out, lse = said if return_lse else (said, None)
+            if packed:
+                return out, lse
+            return out.unflatten(0, q.shape[:2]), None if lse is None else lse.unflatten(1, q.shape[:2]).transpose(0, 1)
+    attend = _attend_documents if packed else _attend_rows
+    return attend(q, cache, end, leftpad, cu_seqlens_q, options, return_lse)
 
 
 def _gathered(cache: _Cache) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ import torch
 def gather_pages(pool: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
     """The pages of each sequence behind each other: `[B, blocks * page_size, heads, D]`.
 
-    Right, and slow: every key is copied. What a block -1 stands for is some page's, and must not be seen.
+    Right, and slow: every key is copied, which `paged.py` spares most calls. What a block -1 stands for is some page's,
+    and must not be seen.
 
     Args:
         pool: `[pages, page_size, heads, D]`, any strides with a unit innermost one.

@@ -2,9 +2,11 @@
 
 import torch
 
+from ..cache.paged import paged_attention
 from .dense import answer, unpacked
 from .engine import attend_packed
 from .options import Window, options_of
+from .paged import pages_of
 from .pages import gather_pages
 
 
@@ -65,10 +67,18 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     batch_size = _check_lengths(q, cu_seqlens_q, cu_seqlens_k, block_table, seqused_q, seqused_k)
     if block_table is not None:
+        lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
+        pages = None if seqused_q is not None else pages_of(q, k, v, block_table, cu_seqlens_q, lengths, options)
+        if pages is not None:
+            said = paged_attention(
+                q, pages, is_causal=False, window=(options.left, options.right), scale=options.scale,
+                softcap=options.softcap, sinks=options.sinks, return_lse=return_attn_probs,
+            )  # fmt: skip
+            return answer(*(said if return_attn_probs else (said, None)), options, return_attn_probs)
         room = block_table.shape[1] * k.shape[1]  # tokens that a sequence's pages hold
         k, v = (gather_pages(pool, block_table).flatten(0, 1) for pool in (k, v))
         first = torch.arange(batch_size, device=q.device) * room
-        end = first + (cu_seqlens_k.diff() if seqused_k is None else seqused_k)
+        end = first + lengths
     else:
         first = cu_seqlens_k[:-1]
         end = cu_seqlens_k[1:] if seqused_k is None else first + seqused_k

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 from flashcore_kernels import flash_attn as ours
-from flashcore_kernels.flash_attn import install_as_flash_attn, uninstall_as_flash_attn
+from flashcore_kernels.flash_attn import fa3, install_as_flash_attn, uninstall_as_flash_attn
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def put_back():
         pytest.skip("FlashAttention is installed here")
     yield
     uninstall_as_flash_attn()
-    assert not [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]
+    assert not [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]
 
 
 def test_imports_find_our_functions():
@@ -31,6 +31,9 @@ def test_imports_find_our_functions():
     assert flash_attn.flash_attn_func is ours.flash_attn_func is interface.flash_attn_func
     assert interface.flash_attn_with_kvcache is ours.flash_attn_with_kvcache and unpad_input is ours.unpad_input
     assert flash_attn.bert_padding.pad_input is ours.pad_input
+    import flash_attn_interface
+
+    assert flash_attn_interface.flash_attn_func is fa3.flash_attn_func
     assert tuple(int(part) for part in flash_attn.__version__.split(".")) >= (2, 1, 0)
     assert importlib.util.find_spec("flash_attn") is not None
 
@@ -47,14 +50,15 @@ def test_what_is_missing_says_where():
         import flash_attn.layers.rotary  # noqa: F401
 
 
-def test_the_real_one_stays(tmp_path, monkeypatch):
-    package = tmp_path / "flash_attn"
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
+def test_the_real_one_stays(name, tmp_path, monkeypatch):
+    package = tmp_path / name
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RuntimeError, match=f"there is a flash_attn already, at {package}"):
+    with pytest.raises(RuntimeError, match=f"there is a {name} already, at {package}"):
         install_as_flash_attn()
-    assert "flash_attn" not in sys.modules
+    assert name not in sys.modules
     monkeypatch.undo()
     sys.path_importer_cache.pop(str(tmp_path), None)
 

@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+from flashcore_kernels import path_counts
 from flashcore_kernels.flash_attn import flash_attn_with_kvcache
+from flashcore_kernels.flash_attn.paged import rows_as_pages
 
 from . import definition
 from .definition import allowed, off
@@ -347,14 +349,52 @@ def test_rotary_needs_new_keys():
         flash_attn_with_kvcache(case.q, *case.caches, rotary_cos=torch.ones(9, 4), rotary_sin=torch.ones(9, 4))
 
 
+KERNELS = [
+    # form, capacity, packed, leftpad -> whether the kernel for pages serves it
+    ("own", 18, False, True, False), ("rows", 18, False, False, False), ("pages", 18, False, True, False),
+    ("pages", 18, False, False, True), ("pages", 18, True, False, True), ("rows", 48, False, False, True),
+    ("rows", 48, True, False, True), ("own", 48, True, False, True), ("own", 48, False, False, False),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_kernels(form, dtype, monkeypatch):
+@pytest.mark.parametrize("form, capacity, packed, leftpad, paged", KERNELS)
+def test_kernels(form, capacity, packed, leftpad, paged, dtype, monkeypatch):
+    """By kernels alone, those for pages where they can: with a sequence that is none, a window and sinks."""
     monkeypatch.setenv("FLASHCORE_STRICT", "1")
-    case = Case(form, leftpad=True, dtype=dtype, dims=(16, 16)).to(DEVICE)
+    case = Case(form, leftpad=leftpad, dtype=dtype, dims=(16, 16), capacity=capacity).to(DEVICE)
+    case.caches = [c.contiguous() for c in case.caches] if form != "pages" else case.caches
+    case.arguments["cache_seqlens"][1] = -1
+    q, k, v = (t.flatten(0, 1) if packed else t for t in (case.q, case.k, case.v))
+    cu = offsets([NEW] * len(HELD)).to(DEVICE)
+    more = {"cu_seqlens_q": cu, "cu_seqlens_k_new": cu} if packed else {}
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)
+    before = path_counts["flashcore_paged"]
     out, lse = flash_attn_with_kvcache(
-        case.q, *case.caches, case.k, case.v, causal=True, return_softmax_lse=True, **case.arguments
-    )
-    want, want_lse = case.expected(causal=True)
-    assert off(out.cpu(), want) < allowed(case.expected(causal=True, dtype=dtype)[0], want)
-    assert off(lse.cpu(), want_lse) < 1e-3
+        q, *case.caches, k, v, causal=True, window_size=(5, 0), s_aux=sinks, return_softmax_lse=True, **more,
+        **case.arguments,
+    )  # fmt: skip
+    assert (path_counts["flashcore_paged"] > before) == paged
+    options = {"causal": True, "window": (5, 0), "sinks": sinks.cpu()}
+    want, want_lse = case.expected(**options)
+    peer = case.expected(dtype=dtype, **options)[0]
+    out, others = out.cpu().view(want.shape), [0, 2, 3]
+    lse = lse.cpu().view(4, len(HELD), NEW).transpose(0, 1) if packed else lse.cpu()
+    assert off(out[others], want[others]) <= allowed(peer, want) and off(lse[others], want_lse[others]) < 1e-3
+    assert (out[1] == 0).all()
+    for b in others:
+        assert torch.equal(case.stored(b, HELD[b] + NEW, 1)[-NEW:], case.v[b])
+
+
+@pytest.mark.parametrize("length, page_size", [(48, 16), (1024, 1024), (4096, 1024), (24, None), (33, None)])
+def test_rows_as_pages(length, page_size):
+    cache = torch.randn(3, length, 2, 4)
+    pages = rows_as_pages(cache)
+    if page_size is None:
+        assert pages is None
+        return
+    assert pages.shape == (3 * length // page_size, page_size, 2, 4) and pages.data_ptr() == cache.data_ptr()
+    assert torch.equal(pages.reshape(cache.shape), cache)
+    layer = torch.randn(3, length, 2, 2, 4)[:, :, 1]  # one of several in a piece of memory
+    assert torch.equal(rows_as_pages(layer).reshape(layer.shape), layer)
+    assert rows_as_pages(torch.randn(3, length + 1, 2, 4)[:, :length]) is None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from flashcore_kernels import path_counts
 from flashcore_kernels.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -226,3 +227,21 @@ def test_kernels(pattern, dtype, monkeypatch):
     tensors = [t.to(device) for t in (q, k, v, cu_q, cu_k)]
     out, lse, _ = flash_attn_varlen_func(*tensors, 20, 30, return_attn_probs=True, **arguments(PATTERNS[pattern]))
     assert off(out.cpu(), want) < allowed(peer, want) and off(lse.cpu(), want_lse) < 1e-3
+
+
+@pytest.mark.parametrize("page_size, paged_kernel", [(4, True), (3, False)])
+def test_kernels_on_pages(page_size, paged_kernel, monkeypatch):
+    """By the kernel for pages where they are a power of two, else on a copy."""
+    monkeypatch.setenv("FLASHCORE_STRICT", "1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    q, k, v, cu_q, cu_k = packed([(5, 17), (1, 30), (0, 5), (9, 9), (2, 1)], dims=(16, 16), dtype=torch.float32)
+    want, want_lse = alone(q, k, v, cu_q, cu_k, causal=True, softcap=2.0)
+    peer = alone(q, k, v, cu_q, cu_k, causal=True, softcap=2.0, dtype=torch.float32)[0]
+    pools, table = paged([k, v], cu_k, page_size)
+    tensors = [t.to(device) for t in (q, *pools, cu_q, cu_k)]
+    before = path_counts["flashcore_paged"]
+    out, lse, _ = flash_attn_varlen_func(
+        *tensors, 9, 30, causal=True, softcap=2.0, block_table=table.to(device), return_attn_probs=True
+    )
+    assert (path_counts["flashcore_paged"] > before) == paged_kernel
+    assert off(out.cpu(), want) <= allowed(peer, want) and off(lse.cpu(), want_lse) < 1e-3
