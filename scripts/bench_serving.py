@@ -4,8 +4,8 @@ usage: python scripts/bench_serving.py [--json FILE] [--only TEXT ...] [--fa3 FO
 
 Models have random weights, made on the GPU. A backend's first run of a case compiles and records CUDA graphs; it is not
 counted but named ("seconds" is flashcore's). The second has other prompts of the same lengths. sdpa, which is many
-times slower, runs once, on every fourth request. FOLDER holds a module `fa3_interface`, whose `install()` makes Transformers
-find FlashAttention-3, and `peers`, which loads its binaries with `setup(FOLDER)`.
+times slower, runs once, on every fourth request. FOLDER holds a module `fa3_interface`, whose `install()` makes
+Transformers find FlashAttention-3, and `peers`, which loads its binaries with `setup(FOLDER)`.
 
 Kernel rows are microseconds in CUDA graphs: "flashcore" on pages of 256 keys, "without pages" this library's own on
 contiguous keys. Cases that the budget leaves no time for are left out, and say so.
@@ -85,8 +85,12 @@ def prompts_of(case: Case, vocabulary: int, seed: int) -> list[list[int]]:
 
 
 def batching_config(tiny: bool) -> ContinuousBatchingConfig:
-    page = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
-    return ContinuousBatchingConfig(**({"num_blocks": 32, "max_batch_tokens": 64, page: 16} if tiny else {page: PAGE}))
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    page = "page_size" if "page_size" in known else "block_size"
+    options = {"num_blocks": 32, "max_batch_tokens": 64, page: 16} if tiny else {page: PAGE}
+    if "auto_switch_to_flash" in known:
+        options["auto_switch_to_flash"] = False  # sdpa is to stay what it is
+    return ContinuousBatchingConfig(**options)
 
 
 def generation_config(case: Case) -> GenerationConfig:
