@@ -29,11 +29,11 @@ _managers: ContextVar[list | None] = ContextVar("flashcore_managers", default=No
 
 
 def is_ours(model) -> bool:
-    """Whether some part of the model has our name."""
+    """Whether the model's text part, which alone has pages, has our name."""
     config = model.config
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    names = (getattr(part, "_attn_implementation", None) or "" for part in parts)
-    return any(isinstance(name, str) and name.rpartition("|")[2] == NAME for name in names)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    name = getattr(text, "_attn_implementation", None)
+    return isinstance(name, str) and name.rpartition("|")[2] == NAME
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def check(model) -> None:
 
 
 def made(manager) -> None:
-    """Note a manager of one of our models, for the `answers_or_raises` that runs."""
+    """Note a manager of one of our models, where a generate_batch() is `watched`."""
     if _managers.get() is not None:
         _managers.get().append(manager)
 
@@ -103,29 +103,36 @@ def raise_what_failed(model, managers: list, answers: dict, num_prompts: int) ->
         RuntimeError: requests failed because the model's forward raised, or the pages were not used.
     """
     for manager in managers:
-        served = getattr(manager, "_flashcore_served", None)
-        error = manager.background_thread_status.fatal_error or (served and served.error)
+        outcome = getattr(manager, "_flashcore_outcome", None)
+        error = manager.background_thread_status.fatal_error or (outcome and outcome.error)
         failed = len(answers) < num_prompts or any(answer.error is not None for answer in answers.values())
         if error is not None and failed:
             raise RuntimeError(f"continuous batching of {type(model).__name__} failed: {error}") from error
-        if answers and not failed and (served is None or not served.calls):
+        if answers and not failed and (outcome is None or not outcome.calls):
             raise RuntimeError(
                 f"continuous batching of {type(model).__name__} did not reach flashcore: no layer asked for its pages "
                 f"on Transformers {compat.transformers.__version__}. Call model.set_attn_implementation('sdpa') first"
             )
 
 
-class Served:
-    """A batch processor that was taken over.
+class Outcome:
+    """What came of a batch processor that was taken over. It outlives the pages, and so holds on to none of them.
 
     Attributes:
         calls: how often a layer asked for its pages.
         error: the first exception of the model's forward.
     """
 
-    def __init__(self, processor):
+    def __init__(self):
         self.calls = 0
         self.error: BaseException | None = None
+
+
+class Served:
+    """A batch processor that was taken over."""
+
+    def __init__(self, processor):
+        self.outcome = Outcome()
         cache = processor.cache
         self._groups, self._layers = _layers_of(cache)
         width = max(_most_pages(cache, group) for group in self._groups)
@@ -145,7 +152,7 @@ class Served:
     @torch.compiler.disable  # as the cache's own update is
     def pages(self, layer_idx: int, kwargs: dict) -> PagedCall:
         """Where a layer's keys and values are, in the batch that `kwargs` describes."""
-        self.calls += 1
+        self.outcome.calls += 1
         group, key, value, layer_type, ring = self._layers[layer_idx]
         lengths = kwargs["cu_seq_lens_k"]
         if isinstance(lengths, dict):
@@ -172,7 +179,7 @@ class Served:
             try:
                 return compute_batch(*args, **kwargs)
             except Exception as error:
-                self.error = self.error or error
+                self.outcome.error = self.outcome.error or error
                 raise
             finally:
                 in_batch.reset(token)
@@ -184,7 +191,8 @@ def take_over(manager, processor):
     """Change the batch processor of a manager of ours, once."""
     if getattr(processor, "_flashcore_served", None) is None:
         processor._flashcore_served = Served(processor)
-    manager._flashcore_served = processor._flashcore_served
+    # A stopped manager lets go of its processor, and Transformers counts on the memory of its pages then.
+    manager._flashcore_outcome = processor._flashcore_served.outcome
     return processor
 
 

@@ -85,8 +85,12 @@ def prompts_of(case: Case, vocabulary: int, seed: int) -> list[list[int]]:
 
 
 def batching_config(tiny: bool) -> ContinuousBatchingConfig:
-    page = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
-    return ContinuousBatchingConfig(**({"num_blocks": 32, "max_batch_tokens": 64, page: 16} if tiny else {page: PAGE}))
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    page = "page_size" if "page_size" in known else "block_size"
+    options = {"num_blocks": 32, "max_batch_tokens": 64, page: 16} if tiny else {page: PAGE}
+    if "auto_switch_to_flash" in known:
+        options["auto_switch_to_flash"] = False  # sdpa is to stay what it is
+    return ContinuousBatchingConfig(**options)
 
 
 def generation_config(case: Case) -> GenerationConfig:

@@ -3,8 +3,10 @@
 Transformers runs the model in a thread of its own there, and hands what it raises to a log: ours reaches the caller.
 """
 
+import gc
 import inspect
 import time
+import weakref
 
 import pytest
 import torch
@@ -213,6 +215,16 @@ class TestManager:
             while (answer is None or answer.request_id != "stays") and time.monotonic() < deadline:
                 answer = manager.get_result(timeout=1)
             assert answer.generated_tokens == each_alone(eager, prompts[1:])[0]
+
+    def test_a_stopped_manager_frees_its_pages(self):
+        """While somebody still holds the manager: the next one plans with that memory."""
+        _, model = model_pair("llama")
+        with manager_of(model) as manager:
+            manager.add_request(PROMPTS[0], max_new_tokens=2)
+            assert manager.get_result(timeout=60).error is None
+            pool = weakref.ref(manager.batch_processor.cache)
+        gc.collect()
+        assert manager is not None and pool() is None
 
     def test_what_was_changed_is_the_managers_own(self):
         """Nothing of the classes: a model under another name, at the same time, has its own."""

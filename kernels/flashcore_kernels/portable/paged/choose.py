@@ -96,21 +96,24 @@ def choose_paged(problem: PagedProblem, device: Device) -> PagedConfig:
     # On Hopper other kernels serve what has no pages, whose bits are others anyway. So chunks begin where pages may,
     # and are long: of a batch most programs then take a sequence each, and hardly any has partial sums to write.
     hopper = device.arch == 90
-    num_warps = decode.num_warps
+    num_warps, block_n, num_stages = decode.num_warps, forward.block_n, forward.num_stages
     if hopper and largest > 128 and problem.dtype.itemsize == 2:
-        num_warps = 8  # with 4 a prompt's tile of 64 rows spills 440 bytes
+        # With 4 warps a prompt's tile of 64 rows spills 440 bytes. With 64 keys, or with new keys beside the pool 32,
+        # ptxas 12.8 waits for each wgmma by itself.
+        num_warps = 8
+        block_n, num_stages = (64, 2) if problem.new_keys else (32, 3)
     return PagedConfig(
         # One launch has one number of warps: a prompt's tile takes as many rows for each as without pages, but no more
         # than 64, since addresses of keys take registers here. With 128 rows of head_dim 64 424 bytes spill.
         block_m=min(max(forward.block_m * num_warps // forward.num_warps, 16), 64),
-        block_n=forward.block_n,
+        block_n=block_n,
         decode_m=min(max(power_of_2_from(problem.group), 16), decode.block_m),
         decode_n=decode.block_n,
         block_d=block_d,
         block_dv=block_dv,
         num_warps=num_warps,
         # A page is looked up before its keys are: two loads in a row, of which Triton has each run half as far ahead.
-        num_stages=2 * forward.num_stages - 1,
+        num_stages=2 * num_stages - 1,
         decode_stages=5 if hopper and problem.dtype.itemsize == 2 else 2 * decode.num_stages - 1,
         min_chunk=256 if hopper else decode.min_chunk,
         max_chunks=power_of_2_from(-(-decode.chunks // problem.num_kv_heads)),

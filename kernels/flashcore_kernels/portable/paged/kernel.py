@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..blocks import FAR, finish_rows, load_tile, normalised
+from ..blocks import FAR, attend_block, finish_rows, load_tile, normalised
 from ..decode import merge
 from .pages import attend_pages
 
@@ -115,6 +115,7 @@ def flashcore_paged(
     DECODE_M: tl.constexpr,  # rows and keys of a single token's
     DECODE_N: tl.constexpr,
     DECODE_STAGES: tl.constexpr,
+    NEW_STAGES: tl.constexpr,  # of a loop without a look at the table
     MERGE_ROWS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -324,7 +325,11 @@ def flashcore_paged(
             acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M], tl.float32)
-            for n in range(n_begin, hi, BLOCK_N):
+            # From there on a block's keys are all new, and need no look at the table.
+            n_new = hi
+            if NewK is not None:
+                n_new = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(start, 0), BLOCK_N) * BLOCK_N, n_begin), hi)
+            for n in range(n_begin, n_new, BLOCK_N):
                 edge = (n < n_full) | (n >= n_edge)
                 acc, m, l = attend_pages(
                     q, acc, m, l, k_head, v_head, new_k, new_v, table, table_width, num_pages, start, stride_kp,
@@ -332,6 +337,16 @@ def flashcore_paged(
                     score_scale, cap_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
                     RING, WHOLE, NewK is not None, EXACT, 2, SOFTCAP,
                 )  # fmt: skip
+            if NewK is not None:
+                new_k -= start.to(tl.int64) * stride_nkt
+                new_v -= start.to(tl.int64) * stride_nvt
+                for n in tl.range(n_new, hi, BLOCK_N, num_stages=NEW_STAGES):
+                    edge = (n < n_full) | (n >= n_edge)
+                    acc, acc1, m, l = attend_block(
+                        q, q, acc, 0.0, m, l, new_k, new_v, stride_nkt, stride_nvt, n, lo, hi, row_lo, row_hi, table,
+                        0, row_lo, row_valid, 0, score_scale, cap_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                        BLOCK_DV, 0, 0, BLOCK_N, EXACT, 2, False, 0, False, SOFTCAP,
+                    )  # fmt: skip
             write_tokens(
                 acc, m, l, Out, Lse, Sinks, ValueScale, kv_head, first_token, r, row_valid, group, num_tokens,
                 stride_ot, stride_oh, VALUE_DIM, BLOCK_DV, HAS_SINKS, HAS_LSE, EXACT,

@@ -94,6 +94,7 @@ def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool) 
         "DECODE_M": config.decode_m,
         "DECODE_N": config.decode_n,
         "DECODE_STAGES": config.decode_stages,
+        "NEW_STAGES": (config.num_stages + 1) // 2,
         "MERGE_ROWS": max(min(config.decode_m, 512 // config.block_dv), 1),
         "MIN_CHUNK": config.min_chunk,
         "MAX_SPLITS": config.max_chunks,
