@@ -101,7 +101,7 @@ def _any(words):
     return tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0)
 
 
-@triton.jit(do_not_specialize=["heads", "tiles", "num_rows", "num_keys", "num_blocks"])
+@triton.jit(do_not_specialize=["heads", "tiles", "num_rows", "num_blocks"])
 def flashcore_mask_map(
     Mask,
     Lines,
@@ -110,10 +110,10 @@ def flashcore_mask_map(
     stride_mh,
     stride_mq,
     stride_mk,
+    num_keys,
     heads,
     tiles,
     num_rows,
-    num_keys,
     num_blocks,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -183,14 +183,14 @@ def make_map_launch(problem: Problem, mask: torch.Tensor, shape: MapShape) -> La
     """The launch of `flashcore_mask_map` for a mask `[B, H, Q, K]`, each 1 where it is broadcast; bool as bytes."""
     mask = distinct(mask)
     batch, heads, tiles = shape.lines
-    # A single key's stride may be anything; 1 is what lets vectors be loaded.
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
     return Launch(
         kernel=flashcore_mask_map,
         grid=(batch * heads * tiles, 1),
         operands=("mask", "mask_lines", "mask_bits"),
-        integers=strides,
-        scalars=(heads, tiles, mask.shape[2], problem.num_keys, shape.num_blocks),
+        # Vectors are loaded where rows and their ends are known to be multiples of them.
+        integers=(*strides, problem.num_keys),
+        scalars=(heads, tiles, mask.shape[2], shape.num_blocks),
         constants=(shape.block_m, shape.block_n, problem.mask_kind == "float"),
         num_warps=8,
         num_stages=1,
