@@ -125,12 +125,19 @@ class TestBlockSizes:
         assert [power_of_2_from(n) for n in (1, 2, 3, 16, 17, 255, 256)] == [1, 2, 4, 16, 32, 256, 256]
 
     @pytest.mark.parametrize(
-        "changed", [{"mask_kind": "bool"}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str
+        "changed",
+        [{"mask_kind": "bool", "mask_rows": True}, {"mask_kind": "float", "mask_rows": True}, {"range_layout": "rows"}],
+        ids=str,
     )
     def test_masks_have_rows_of_their_own(self, changed):
         row = row_for("flashcore_forward", 90, torch.float16, 64, gaps=True)
         chosen = choose(problem(**changed), H200)
         assert (chosen.config.block_m, chosen.config.block_n) == (row.block_m, row.block_n)
+
+    @pytest.mark.parametrize("kind", ["bool", "float"])
+    def test_a_mask_that_all_queries_share_is_like_a_key_range(self, kind):
+        shared, ranged = (choose(problem(**one), H200) for one in ({"mask_kind": kind}, {"range_layout": "sequence"}))
+        assert shared.config == ranged.config
 
     def test_fp8_has_rows_of_its_own_where_the_table_has_some(self):
         wide = {"head_dim": 256, "value_dim": 256, "num_queries": 100}
@@ -180,7 +187,7 @@ class TestTables:
         assert row_for("flashcore_decode", 87, torch.float16, 64) in TABLES[86]
 
     def test_nothing_fits(self):
-        with pytest.raises(LookupError, match="sm_90, 16 bits, head_dim 300"):
-            row_for("flashcore_decode", 90, torch.float16, 300)
+        with pytest.raises(LookupError, match="sm_90, 16 bits, head_dim 600"):
+            row_for("flashcore_decode", 90, torch.float16, 600)
         with pytest.raises(LookupError, match="64 bits"):
             row_for("flashcore_decode", 90, torch.float64, 64)

@@ -90,7 +90,18 @@ def _bits(seen):
     return tl.sum(words << tl.arange(0, 32)[None, None, :], axis=2)
 
 
-@triton.jit(do_not_specialize=["heads", "tiles", "num_rows", "num_keys", "num_blocks"])
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _any(words):
+    """1 where a bit of int32 `[M, W]` is 1, else 0."""
+    return tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit(do_not_specialize=["heads", "tiles", "num_rows", "num_blocks"])
 def flashcore_mask_map(
     Mask,
     Lines,
@@ -99,10 +110,10 @@ def flashcore_mask_map(
     stride_mh,
     stride_mq,
     stride_mk,
+    num_keys,
     heads,
     tiles,
     num_rows,
-    num_keys,
     num_blocks,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,29 +146,31 @@ def flashcore_mask_map(
     count = 0
     for block in range(num_blocks):
         x = ahead  # [M, N]
-        there = valid[:, None] & (block * BLOCK_N + offs_n < num_keys)[None, :]
-        cols = (block + 1) * BLOCK_N + offs_n
+        present = block * BLOCK_N + offs_n < num_keys  # [N]
         ahead = tl.load(
-            mask_rows[:, None] + cols.to(tl.int64)[None, :] * stride_mk,
-            mask=valid[:, None] & (cols < num_keys)[None, :], other=0,
+            mask_rows[:, None] + ((block + 1) * BLOCK_N + offs_n).to(tl.int64)[None, :] * stride_mk,
+            mask=valid[:, None] & ((block + 1) * BLOCK_N + offs_n < num_keys)[None, :], other=0,
         )  # fmt: skip
+        there = valid[:, None] & present[None, :]
+        # From here on in words: whatever is summed up over a tile goes through shared memory.
         if FLOAT:
             x = x.to(tl.float32)
-            seen = there & (x > float("-inf"))
-            read = tl.max(tl.max((there & (x != 0.0)).to(tl.int32), axis=1), axis=0)
-            far = tl.max(tl.max((seen & (x < FAR_BELOW)).to(tl.int32), axis=1), axis=0)
+            seen = _bits(there & (x > float("-inf")))  # [M, N / 32]
+            read = _any(_bits(there & (x != 0.0)))
+            far = _any(_bits(there & (x < FAR_BELOW) & (x > float("-inf"))))
         else:
-            seen = there & (x != 0)
-            read = tl.max(tl.max((there & (x == 0)).to(tl.int32), axis=1), axis=0)
+            seen = _bits(there & (x != 0))
+            read = 0
             far = 0
-        columns = tl.max(seen.to(tl.int32), axis=0)  # [N]
-        some = tl.max(columns, axis=0)
-        gaps = tl.max(((columns == 0) & (block * BLOCK_N + offs_n < num_keys)).to(tl.int32), axis=0)
-        hides = read
-        if FLOAT:
-            hides = tl.max(tl.max((there & (seen == 0)).to(tl.int32), axis=1), axis=0)
+        exist = tl.reshape(_bits(tl.reshape(present, [1, BLOCK_N])), [BLOCK_N // 32])
+        hides = _any((seen ^ exist[None, :]) & tl.where(valid, -1, 0)[:, None])
+        if not FLOAT:
+            read = hides
+        columns = tl.reduce(seen, 0, _either)  # [N / 32]
+        some = tl.max((columns != 0).to(tl.int32), axis=0)
+        gaps = tl.max((columns != exist).to(tl.int32), axis=0)
         at = (bit_rows + block)[:, None] * (BLOCK_N // 32) + word[None, :]
-        tl.store(Bits + at, _bits(seen), mask=(valid & (rows * 0 + hides != 0))[:, None])
+        tl.store(Bits + at, seen, mask=(valid & (rows * 0 + hides != 0))[:, None])
         tl.store(counts + block, count)
         # Written over by the next one where no query sees the block.
         tl.store(blocks + count, read * READ + hides * HIDES + gaps * GAPS + far * FAR_BIAS + block * FLAGS)
@@ -170,14 +183,14 @@ def make_map_launch(problem: Problem, mask: torch.Tensor, shape: MapShape) -> La
     """The launch of `flashcore_mask_map` for a mask `[B, H, Q, K]`, each 1 where it is broadcast; bool as bytes."""
     mask = distinct(mask)
     batch, heads, tiles = shape.lines
-    # A single key's stride may be anything; 1 is what lets vectors be loaded.
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
     return Launch(
         kernel=flashcore_mask_map,
         grid=(batch * heads * tiles, 1),
         operands=("mask", "mask_lines", "mask_bits"),
-        integers=strides,
-        scalars=(heads, tiles, mask.shape[2], problem.num_keys, shape.num_blocks),
+        # Vectors are loaded where rows and their ends are known to be multiples of them.
+        integers=(*strides, problem.num_keys),
+        scalars=(heads, tiles, mask.shape[2], shape.num_blocks),
         constants=(shape.block_m, shape.block_n, problem.mask_kind == "float"),
         num_warps=8,
         num_stages=1,

@@ -45,7 +45,7 @@ _OWN = (
         block_n=64,
         num_warps=8,
         num_stages=2,
-        why="as for 9.0",
+        why="as for 9.0, never timed",
     ),
     Row(
         kernel="flashcore_forward",
