@@ -68,7 +68,7 @@ def attend_as_sdpa(
         if causal and num_queries > 1:
             return None
         mask = add_bias(position_bias, mask)
-    if mask is not None:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (query.shape[0], 1, num_queries, num_keys)):
         mask = fit_mask(mask, query, key)
         if not _broadcasts(mask, query, key) or (mask.dtype != torch.bool and mask.dtype != query.dtype):
             return None
@@ -97,10 +97,14 @@ def _is_clean(output: torch.Tensor, key: torch.Tensor, value: torch.Tensor, requ
     A key that is not finite shows in the sum of keys, such a value in the output, to which all values contribute. With
     gradients values so large that their product with an output's gradient overflows count too: their norm overflows.
     """
-    total = output.detach().sum(dtype=torch.float32) + key.detach().sum(dtype=torch.float32)
     if requires_grad:
-        total = total + torch.linalg.vector_norm(key.detach()) + torch.linalg.vector_norm(value.detach())
-    return math.isfinite(total.item())
+        output, key, value = output.detach(), key.detach(), value.detach()
+        norms = torch.linalg.vector_norm(key) + torch.linalg.vector_norm(value)
+        if not math.isfinite(norms.item()):
+            return False
+    # Half precision is added up in float32, whose sum of finite numbers is finite.
+    dtype = torch.float32 if output.dtype.itemsize < 4 else None
+    return math.isfinite(output.sum(dtype=dtype).item()) and math.isfinite(key.sum(dtype=dtype).item())
 
 
 @functools.cache

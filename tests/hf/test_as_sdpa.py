@@ -68,6 +68,8 @@ needs_switch = pytest.mark.skipif(compat.VERSION < (4, 54), reason="set_attn_imp
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "phi", "bert"])
 def test_a_forward_makes_sdpas_calls(model_type, padding, grad, calls):
+    if model_type == "bert" and compat.VERSION < (5, 0):
+        pytest.skip("BERT has attention of its own before 5.0")
     model = encoder("Bert") if model_type == "bert" else model_pair(model_type)[1]
     ids, mask = prompts(3, 11, padding)
     with torch.set_grad_enabled(grad):
