@@ -53,9 +53,10 @@ def graphed(model, enabled: bool = True):
     greedily, sampling or with beams. The cache and its graph are used again for the next text of the same batch size;
     the memory stays taken until `graphed(model, False)`. Candidates of assisted and prompt-lookup decoding are replayed
     too, with a graph for each number of them that comes again. On Hopper the prompt's kernel begins to be compiled
-    here, in the background, where it is not on disk: call it early. Prompts run as they always do. So does a one-token step
-    that a graph cannot serve, and one FlashcoreGraphWarning says why (FLASHCORE_STRICT=1 makes it an error): weights of
-    attention asked for, another cache, layers that are not plain attention, a model spread over devices, a CPU.
+    here, in the background, where it is not on disk: call it early. Prompts run as they always do. So does a one-token
+    step that a graph cannot serve, and one FlashcoreGraphWarning says why (FLASHCORE_STRICT=1 makes it an error):
+    weights of attention asked for, another cache, layers that are not plain attention, a model spread over devices, a
+    CPU.
 
     Args:
         model: loaded with `attn_implementation="flashcore"`. Only this object is changed.
