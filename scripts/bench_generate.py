@@ -144,15 +144,11 @@ class Benchmark:
     def measure(self, case: Case, backends: list[str]) -> dict[str, dict]:
         """{backend: {"ms": milliseconds a token, "seconds": of the first call, "brought": tokens a forward}}.
 
-        The backends are taken in turn.
-
-        In turn, because a step of the default cache waits for Python, whose speed changes from minute to minute.
+        The backends are taken in turn, because a step of the default cache waits for Python, whose speed changes from minute to minute.
         """
         self.static = None
         torch.compiler.reset()
         inputs = self.inputs(case)
-        forwards = []
-        counting = self.models[case.model].register_forward_pre_hook(lambda *rest: forwards.append(1))
         first: dict[str, float] = {}
         times: dict[str, list[tuple[float, float]]] = {backend: [] for backend in backends}
         with self.graphed(case):
@@ -163,13 +159,8 @@ class Benchmark:
                         first[backend] = self.seconds(inputs, case, 2)
                         self.seconds(inputs, case, self.tokens)
                     else:
-                        forwards.clear()
-                        whole, brought = (
-                            self.seconds(inputs, case, self.tokens),
-                            (self.tokens - 1) / (len(forwards) - 1),
-                        )
-                        each.append((whole, self.seconds(inputs, case, 1)))
-        counting.remove()
+                        each.append((self.seconds(inputs, case, self.tokens), self.seconds(inputs, case, 1)))
+            brought = self.brought(inputs, case) if "lookup" in case.cache else 1.0
         result = {}
         for backend, each in times.items():
             whole, prefill = (statistics.median(column) for column in zip(*each))
@@ -178,6 +169,14 @@ class Benchmark:
                 "ms": round(milliseconds, 3), "seconds": round(first[backend], 2), "brought": round(brought, 2)
             }  # fmt: skip
         return result
+
+    def brought(self, inputs: dict, case: Case) -> float:
+        """Tokens that a forward after the first brings, on average."""
+        forwards = []
+        hook = self.models[case.model].register_forward_pre_hook(lambda *rest: forwards.append(1))
+        self.seconds(inputs, case, self.tokens)
+        hook.remove()
+        return (self.tokens - 1) / (len(forwards) - 1)
 
     @contextlib.contextmanager
     def graphed(self, case: Case):
