@@ -144,7 +144,8 @@ class Benchmark:
     def measure(self, case: Case, backends: list[str]) -> dict[str, dict]:
         """{backend: {"ms": milliseconds a token, "seconds": of the first call, "brought": tokens a forward}}.
 
-        The backends are taken in turn, because a step of the default cache waits for Python, whose speed changes from minute to minute.
+        The backends are taken in turn, because a step of the default cache waits for Python, whose speed changes from
+        minute to minute.
         """
         self.static = None
         torch.compiler.reset()
