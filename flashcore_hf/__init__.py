@@ -33,6 +33,7 @@ except Exception as error:  # noqa: BLE001 - `env` must be able to report whatev
 _LAZY = {
     "allow_argument": "arguments",
     "FlashCoreCache": "cache.flashcore_cache",
+    "FlashCoreEncoderDecoderCache": "cache.encoder_decoder",
     "use_flashcore_cache": "cache.switch",
     "graphed": "graphs",
     "replace_attention_with_flashcore": "legacy",

@@ -8,6 +8,10 @@ warm up. One graph serves every length, because all that changes lies in device 
 mask are copied to fixed addresses, lengths advance inside the graph, and the KeyRange that the kernels read is computed
 from them there. The keys and values lie in a FlashCoreCache, whose buffers keep their addresses; when they double, the
 next step is recorded anew.
+
+An encoder-decoder has two of them. Once keys and values of the source are there, its steps read nothing else of the
+encoder; models that are known to mask the source (`models.MASKED_SOURCE_MODELS`) get a mask over whole buffers, so that
+one graph serves sources of every length.
 """
 
 import inspect

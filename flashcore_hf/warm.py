@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from .cache.switch import use_flashcore_cache
-from .graphs import graphed
+from .graphs import decoder_config, graphed
 from .models import NAME
 
 # Rows of the output embedding that are made: kernels of attention do not depend on it.
@@ -98,7 +105,10 @@ def small_model(config, dtype: str | None):
         if getattr(text, name, None) is not None:
             setattr(text, name, 0)
     text.vocab_size = min(text.vocab_size, VOCABULARY)
-    model = _kind(config).from_config(text, dtype=dtype, attn_implementation=NAME).eval()
+    # Where there is no class for the text alone, the whole: what sees images runs without one.
+    alone = config is text or type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = _kind(config) if alone else AutoModelForImageTextToText
+    model = kind.from_config(text if alone else config, dtype=dtype, attn_implementation=NAME).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -123,7 +133,7 @@ def _shorten(config) -> None:
 
 def inputs(model, batch_size: int) -> dict[str, torch.Tensor]:
     """Prompts of 100 tokens and fewer, or sound of the length that the model takes."""
-    config = model.config
+    config = decoder_config(model)
     generator = torch.Generator().manual_seed(0)
     if hasattr(config, "num_mel_bins"):
         shape = batch_size, config.num_mel_bins, 2 * config.max_source_positions

@@ -38,7 +38,8 @@ class Case(NamedTuple):
 
     Attributes:
         batch_size, prompt: sequences, and tokens of the longest prompt or source; with several, others are padded.
-        cache: "default graphed", "graphed liger", "default" or "static".
+        cache: "default graphed", "graphed liger", "default" or "static"; "lookup graphed" and "lookup" are with
+            prompt-lookup decoding, and their rows say how many tokens a forward brought.
         slots: of a static cache made by hand, where it is larger than what is generated.
         model: of an encoder-decoder, its name; else "".
         backends: those that are worth a row.
@@ -67,10 +68,16 @@ class Case(NamedTuple):
         """The name of the row with another cache."""
         return self._replace(cache=cache).name
 
+    @property
+    def plain(self) -> str:
+        """The name of the row that `sdpa` is taken from."""
+        return self.beside("lookup" if "lookup" in self.cache else "default")
+
 
 PAIRS = [(model, length, batch) for model, length in ((WHISPER, 1500), (T5, 512)) for batch in (1, 16)]
 CASES = [
     *(Case(b, 2048, cache) for cache in ("default graphed", LIGER, "default") for b in (1, 16)),
+    Case(1, 2048, "lookup graphed"), Case(1, 2048, "lookup"),
     *(Case(b, length, cache, model=m) for cache in ("default graphed", "default") for m, length, b in PAIRS),
     Case(1, 2048, "static"), Case(16, 2048, "static"), Case(1, 16384, "static"), Case(1, 2048, "static", 32768),
     *(Case(b, length, "static", model=m, backends=("sdpa",)) for m, length, b in PAIRS),
@@ -118,6 +125,8 @@ class Benchmark:
     def seconds(self, inputs: dict, case: Case, tokens: int) -> float:
         model = self.models[case.model]
         options = {"cache_implementation": "static"} if case.cache == "static" else {}
+        if "lookup" in case.cache:
+            options = {"prompt_lookup_num_tokens": 4}
         if case.slots:
             # One cache for all calls: a new one would be compiled for anew.
             if self.static is None:
@@ -133,9 +142,10 @@ class Benchmark:
         return time.perf_counter() - began
 
     def measure(self, case: Case, backends: list[str]) -> dict[str, dict]:
-        """{backend: {"ms": milliseconds a token, "seconds": of the first call}}, the backends taken in turn.
+        """{backend: {"ms": milliseconds a token, "seconds": of the first call, "brought": tokens a forward}}.
 
-        In turn, because a step of the default cache waits for Python, whose speed changes from minute to minute.
+        The backends are taken in turn, because a step of the default cache waits for Python, whose speed changes from
+        minute to minute.
         """
         self.static = None
         torch.compiler.reset()
@@ -151,12 +161,23 @@ class Benchmark:
                         self.seconds(inputs, case, self.tokens)
                     else:
                         each.append((self.seconds(inputs, case, self.tokens), self.seconds(inputs, case, 1)))
+            brought = self.brought(inputs, case) if "lookup" in case.cache else 1.0
         result = {}
         for backend, each in times.items():
             whole, prefill = (statistics.median(column) for column in zip(*each))
             milliseconds = (whole - prefill) / (self.tokens - 1) * 1e3
-            result[backend] = {"ms": round(milliseconds, 3), "seconds": round(first[backend], 2)}
+            result[backend] = {
+                "ms": round(milliseconds, 3), "seconds": round(first[backend], 2), "brought": round(brought, 2)
+            }  # fmt: skip
         return result
+
+    def brought(self, inputs: dict, case: Case) -> float:
+        """Tokens that a forward after the first brings, on average."""
+        forwards = []
+        hook = self.models[case.model].register_forward_pre_hook(lambda *rest: forwards.append(1))
+        self.seconds(inputs, case, self.tokens)
+        hook.remove()
+        return (self.tokens - 1) / (len(forwards) - 1)
 
     @contextlib.contextmanager
     def graphed(self, case: Case):
@@ -265,13 +286,15 @@ def main() -> int:
                 row[backend] = times["ms"]
                 if case.graphed:
                     row["seconds"] = times["seconds"]
+                if "lookup" in case.cache:
+                    row["tokens a forward"] = times["brought"]
         print(row, f"after {(time.monotonic() - began) / 60:.1f} min", flush=True)
         benchmarking.write(arguments.json, rows, **more)
     # The one line is held against sdpa's default cache.
     plain = {row["case"]: row for row in rows}
     for case, row in zip(chosen, rows):
-        if case.graphed and "sdpa" in plain.get(case.beside("default"), {}):
-            row["sdpa"] = plain[case.beside("default")]["sdpa"]
+        if case.graphed and "sdpa" in plain.get(case.plain, {}):
+            row["sdpa"] = plain[case.plain]["sdpa"]
     if arguments.memory_steps and not all(case.model for case in chosen):
         with _keeping(more, "memory"):
             more["memory"] = benchmark.memory_of_steps(arguments.memory_steps)

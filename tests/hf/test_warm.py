@@ -40,6 +40,17 @@ def test_encoder_decoders(model_type, tmp_path, through_torch):
     assert warm.run(warm.WAYS[1], str(tmp_path), "float32", "cpu") > 0
 
 
+def test_a_model_that_sees_images(through_torch):
+    """Its text's layers, in the whole where the text has no class of its own."""
+    if Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("these models have other configurations")
+    from .vision import gemma, qwen
+
+    for family in (qwen, gemma):
+        model = warm.small_model(family()[1], "float32")
+        assert model.generate(**warm.inputs(model, 2), max_new_tokens=2, do_sample=False).shape == (2, 102)
+
+
 def test_command(tmp_path, capfd, monkeypatch):
     """In a process of its own, which tells what went wrong in it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
