@@ -242,6 +242,49 @@ class TestManager:
 
 
 @works
+class TestPadding:
+    """With graphs, whose shapes must not be too many. Without a GPU none are recorded; the shapes are the same."""
+
+    def test_coarse(self):
+        steps = {serving._coarsely(tokens, 8192) for tokens in range(64, 8193, 64)}
+        assert len(steps) < 64 and max(steps) == 8192
+        assert all(tokens <= serving._coarsely(tokens, 8192) <= tokens * 1.125 for tokens in range(1, 8193))
+
+    def test_padded_batches_give_the_same(self, monkeypatch):
+        """Padding behind the tokens, sequences without any, tables of -1."""
+        package = compat.batching_module()
+        init = package.model_runner.ModelRunner.__init__
+
+        def padded(self, *arguments, **keywords):
+            init(self, *arguments, **keywords)
+            self.pad_inputs = True
+
+        monkeypatch.setattr(package.model_runner.ModelRunner, "__init__", padded)
+        eager, model = model_pair("gemma2")
+        prompts = some_prompts()
+        assert tokens_of(batched(model, prompts)) == each_alone(eager, prompts)
+
+    def test_warm_up(self, monkeypatch):
+        """Both kinds of batches run, of the largest sizes, and what they wrote is nobody's."""
+        package = compat.batching_module()
+        init = package.model_runner.ModelRunner.__init__
+        warned = []
+
+        def padded(self, *arguments, **keywords):
+            init(self, *arguments, **keywords)
+            self.pad_inputs = True
+
+        monkeypatch.setattr(package.model_runner.ModelRunner, "__init__", padded)
+        monkeypatch.setattr(package.model_runner.logger, "warning", lambda *said: warned.append(said))
+        eager, model = model_pair("mistral")
+        prompts = some_prompts((9, 21))
+        with interpreter_pace(keys=16, queries=16):
+            answers = model.generate_batch(prompts, generation_config=generation_config(), **small())
+        assert tokens_of(answers.values()) == each_alone(eager, prompts)
+        assert not warned
+
+
+@works
 class TestErrors:
     def test_of_the_forward_reach_the_caller(self, monkeypatch):
         _, model = model_pair("llama")
