@@ -150,6 +150,20 @@ class TestTokens:
             assert cache.use_prefix_sharing
         assert got == each_alone(eager, prompts)
 
+    @pytest.mark.parametrize("family, blocks", [("llama", 7), ("gemma2", 9)])
+    def test_fewer_pages_than_requests_need(self, family, blocks, monkeypatch):
+        """Some are taken out, their pages given to others, and begun anew."""
+        from transformers.generation.continuous_batching import offloading_manager
+
+        taken_out, manager = [], offloading_manager.OffloadingManager
+        offload = manager.offload_requests
+        monkeypatch.setattr(manager, "offload_requests", lambda *a, **k: taken_out.append(1) or offload(*a, **k))
+        eager, model = model_pair(family)
+        prompts = some_prompts((30, 33, 20, 28, 31))
+        answers = batched(model, prompts, small(blocks=blocks), generation_config(max_new_tokens=20))
+        assert tokens_of(answers) == each_alone(eager, prompts, 20)
+        assert taken_out
+
     def test_forks(self):
         """num_return_sequences copies a request's pages when its prompt is done."""
         eager, model = model_pair("mistral")
