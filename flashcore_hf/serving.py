@@ -52,6 +52,10 @@ def why_not() -> str | None:
         (module.input_outputs.ContinuousBatchingIOs, "_transfer_inputs"): ("self", "other", "stream", "non_blocking"),
         (module.input_outputs.ContinuousBatchingIOs, "_get_graph_key"): ("self",),
         (module.model_runner.ModelRunner, "_get_forward_fn"): ("self", "use_block_table"),
+        (module.model_runner.ModelRunner, "maybe_pad_inputs"): (
+            "self", "num_q_tokens", "max_kv_read", "use_decode_fast_path",
+        ),
+        (module.model_runner.ModelRunner, "run_one_warmup"): ("self", "model", "num_q_tokens", "max_kv_read"),
         (module.PagedAttentionCache, "fill_block_table"): (
             "self", "request_id", "past_length", "query_length", "block_table",
         ),
@@ -170,6 +174,17 @@ class Served:
 
     def _take_over_runner(self, runner) -> None:
         get_forward_fn, compute_batch = runner._get_forward_fn, runner.compute_batch
+        pad, warm_up, page_size = runner.maybe_pad_inputs, runner.run_one_warmup, _page_size(self._groups[0])
+
+        def maybe_pad_inputs(num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool):
+            tokens, keys = pad(num_q_tokens, max_kv_read, use_decode_fast_path)
+            if runner.pad_inputs and not use_decode_fast_path:
+                tokens = _coarsely(tokens, runner.cache.max_batch_tokens)
+            return tokens, keys
+
+        def run_one_warmup(model, num_q_tokens: int, max_kv_read: int | None):
+            # A graph serves all lengths: there is no need to attend to a whole pool of keys, as 5.17 has it.
+            return warm_up(model, num_q_tokens, None if max_kv_read is None else min(max_kv_read, page_size))
 
         def _get_forward_fn(use_block_table: bool):
             return get_forward_fn(use_block_table=_current(runner.inputs_and_outputs).flashcore_single)
@@ -185,6 +200,13 @@ class Served:
                 in_batch.reset(token)
 
         runner._get_forward_fn, runner.compute_batch = _get_forward_fn, compute_and_note
+        runner.maybe_pad_inputs, runner.run_one_warmup = maybe_pad_inputs, run_one_warmup
+
+
+def _coarsely(tokens: int, most: int) -> int:
+    """A number of tokens up to an eighth larger: recording a graph for each multiple of 64 stops a server that long."""
+    step = max((1 << (tokens.bit_length() - 1)) // 8, 1)
+    return min(-(-tokens // step) * step, most)
 
 
 def take_over(manager, processor):

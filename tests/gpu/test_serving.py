@@ -5,7 +5,7 @@ import torch
 from flashcore_kernels import paged_attention, path_counts, write_pages
 
 from ..hf.models import model_pair
-from ..hf.test_serving import WORKS, batched, small, some_prompts, tokens_of
+from ..hf.test_serving import WORKS, batched, generation_config, small, some_prompts, tokens_of
 from ..kernels.cache.test_paged import MIXED, SINGLE, assert_all_right, build
 
 LARGE = ((1, 5000), (600, 600), (1, 1), (0, 0), (1, -1), (37, 3000), (1, 257), (129, 129), (1, 9000))
@@ -112,6 +112,22 @@ def test_generate_batch(family, graphs):
         )  # fmt: skip
         assert tokens_of(answers.values()) == want
     assert set(path_counts) == {"flashcore_paged"}
+
+
+@pytest.mark.skipif(not WORKS, reason="this Transformers is not supported")
+@pytest.mark.parametrize("family, blocks", [("llama", 7), ("gemma2", 9)])
+def test_pages_on_the_host(family, blocks):
+    """Requests that find no pages wait with theirs in the host's memory."""
+    eager, model = (each.cuda() for each in model_pair(family))
+    prompts = some_prompts((30, 33, 20, 28, 31))
+    answers = batched(
+        model, prompts, small(blocks=blocks, cpu_offload_space=0.1), generation_config(max_new_tokens=20)
+    )  # fmt: skip
+    want = [
+        eager.generate(torch.tensor([p], device="cuda"), max_new_tokens=20, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    assert tokens_of(answers) == want
 
 
 @pytest.mark.skipif(not WORKS, reason="this Transformers is not supported")

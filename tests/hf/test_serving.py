@@ -150,6 +150,20 @@ class TestTokens:
             assert cache.use_prefix_sharing
         assert got == each_alone(eager, prompts)
 
+    @pytest.mark.parametrize("family, blocks", [("llama", 7), ("gemma2", 9)])
+    def test_fewer_pages_than_requests_need(self, family, blocks, monkeypatch):
+        """Some are taken out, their pages given to others, and begun anew."""
+        from transformers.generation.continuous_batching import offloading_manager
+
+        taken_out, manager = [], offloading_manager.OffloadingManager
+        offload = manager.offload_requests
+        monkeypatch.setattr(manager, "offload_requests", lambda *a, **k: taken_out.append(1) or offload(*a, **k))
+        eager, model = model_pair(family)
+        prompts = some_prompts((30, 33, 20, 28, 31))
+        answers = batched(model, prompts, small(blocks=blocks), generation_config(max_new_tokens=20))
+        assert tokens_of(answers) == each_alone(eager, prompts, 20)
+        assert taken_out
+
     def test_forks(self):
         """num_return_sequences copies a request's pages when its prompt is done."""
         eager, model = model_pair("mistral")
@@ -239,6 +253,49 @@ class TestManager:
             assert "update" in vars(processor.cache)
         assert "flashcore" not in package.PagedAttentionCache.update.__code__.co_filename
         assert "flashcore" not in package.input_outputs.ContinuousBatchingIOs.get_model_kwargs.__code__.co_filename
+
+
+@works
+class TestPadding:
+    """With graphs, whose shapes must not be too many. Without a GPU none are recorded; the shapes are the same."""
+
+    def test_coarse(self):
+        steps = {serving._coarsely(tokens, 8192) for tokens in range(64, 8193, 64)}
+        assert len(steps) < 64 and max(steps) == 8192
+        assert all(tokens <= serving._coarsely(tokens, 8192) <= tokens * 1.125 for tokens in range(1, 8193))
+
+    def test_padded_batches_give_the_same(self, monkeypatch):
+        """Padding behind the tokens, sequences without any, tables of -1."""
+        package = compat.batching_module()
+        init = package.model_runner.ModelRunner.__init__
+
+        def padded(self, *arguments, **keywords):
+            init(self, *arguments, **keywords)
+            self.pad_inputs = True
+
+        monkeypatch.setattr(package.model_runner.ModelRunner, "__init__", padded)
+        eager, model = model_pair("gemma2")
+        prompts = some_prompts()
+        assert tokens_of(batched(model, prompts)) == each_alone(eager, prompts)
+
+    def test_warm_up(self, monkeypatch):
+        """Both kinds of batches run, of the largest sizes, and what they wrote is nobody's."""
+        package = compat.batching_module()
+        init = package.model_runner.ModelRunner.__init__
+        warned = []
+
+        def padded(self, *arguments, **keywords):
+            init(self, *arguments, **keywords)
+            self.pad_inputs = True
+
+        monkeypatch.setattr(package.model_runner.ModelRunner, "__init__", padded)
+        monkeypatch.setattr(package.model_runner.logger, "warning", lambda *said: warned.append(said))
+        eager, model = model_pair("mistral")
+        prompts = some_prompts((9, 21))
+        with interpreter_pace(keys=16, queries=16):
+            answers = model.generate_batch(prompts, generation_config=generation_config(), **small())
+        assert tokens_of(answers.values()) == each_alone(eager, prompts)
+        assert not warned
 
 
 @works
