@@ -42,10 +42,10 @@ _OWN = (
         bits=16,
         head_dim=512,
         block_m=32,
-        block_n=64,
+        block_n=32,
         num_warps=8,
         num_stages=2,
-        why="as for 9.0, never timed",
+        why="180 registers, 98 KiB; 32x64 spills 112 bytes",
     ),
     Row(
         kernel="flashcore_forward",
