@@ -344,7 +344,8 @@ def flashcore_paged(
                     edge = (n < n_full) | (n >= n_edge)
                     acc, acc1, m, l = attend_block(
                         q, q, acc, 0.0, m, l, new_k, new_v, stride_nkt, stride_nvt, n, lo, hi, row_lo, row_hi, table,
-                        0, row_lo, row_valid, 0, score_scale, cap_scale, one, edge, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                        0, row_lo, row_valid, 0, score_scale, cap_scale, one, edge, None, None, 0, 0,
+                        HEAD_DIM, VALUE_DIM, BLOCK_D,
                         BLOCK_DV, 0, 0, BLOCK_N, EXACT, 2, False, 0, False, SOFTCAP,
                     )  # fmt: skip
             write_tokens(
