@@ -56,7 +56,7 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
         an int32 KeyRange (see flashcore_kernels.key_range), or bool `[B, 1, Q, K]` (a RangeMask, or dense), or for a
         few models the same in floating point, 0 and the lowest number; or None.
     """
-    if in_batch.get():
+    if not torch.compiler.is_compiling() and in_batch.get():
         return None  # pages are read by lengths (Transformers 5.24 no longer asks)
     call = mask_call(kwargs)
     mask = _answer(kwargs, call)
@@ -80,10 +80,11 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
         # For a static cache, which Transformers tells by this keyword in what is causal, generate() makes masks ahead
         # and compiles the model that takes them.
         made_ahead = pattern.right == 0 and not every_slot_filled
-        key_range = _key_range(call, pattern) if handed_on or not made_ahead else None
+        if not handed_on and pattern == EVERYTHING and call.key_mask is None:
+            return RangeMask.of_everything(call.batch_size, call.num_queries, call.num_keys, call.device)
+        key_range = _key_range(call, pattern, handed_on) if handed_on or not made_ahead else None
         if key_range is not None:
-            hides_nothing = pattern == EVERYTHING and call.key_mask is None
-            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys, hides_nothing)
+            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
     whole = {**kwargs, "allow_is_causal_skip": False}
     if not takes_no_mask(kwargs.get("config")):
         whole["allow_is_bidirectional_skip"] = False
@@ -111,7 +112,7 @@ def _answer_as_sdpa(kwargs: dict, call: MaskCall, pattern: Pattern, handed_on: b
         return mask
     if handed_on and _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
         return None
-    mask = _key_range(call, pattern) if handed_on else None
+    mask = _key_range(call, pattern, handed_on) if handed_on else None
     if mask is None:
         mask = masking_utils.sdpa_mask(
             **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -142,11 +143,13 @@ def _range_mask_may_serve(kwargs: dict) -> bool:
     return not (takes_no_mask(config) or wants_additive_mask(config))
 
 
-def _key_range(call: MaskCall, pattern: Pattern) -> torch.Tensor | None:
+def _key_range(call: MaskCall, pattern: Pattern, handed_on: bool) -> torch.Tensor | None:
     """The KeyRange of a pattern, or None for packed rows that it cannot say."""
     if pattern.documents is not None:
         return _packed_ranges(call, pattern)
-    make = make_step_key_range if call.num_queries == 1 else make_key_range
+    # A prompt must not wait until its kernel is compiled. Whoever trains or encodes makes many such masks.
+    once = call.num_queries > 1 and handed_on and not torch.is_grad_enabled()
+    make = make_key_range if once else make_step_key_range
     return make(
         call.batch_size, call.num_keys, query_start=call.query_start, left=pattern.left, right=pattern.right,
         key_mask=call.key_mask, device=call.device,

@@ -1,7 +1,7 @@
 """A mask that is held as a KeyRange, and becomes the dense mask where anything but attention looks at it."""
 
 import torch
-from flashcore_kernels import visible
+from flashcore_kernels import make_key_range, visible
 from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
@@ -14,32 +14,51 @@ class RangeMask(torch.Tensor):
 
     It has the shape, dtype and device of the mask that `sdpa` would get. Models that hand their mask on unread keep it
     small; in those that slice it, add to it or copy it, the first operator gets the dense mask, and so does everything
-    after. Nothing records gradients through it: masks.flashcore_mask makes none while gradients are on.
+    after.
 
     Attributes:
-        key_range: int32, the KeyRange (see flashcore_kernels.key_range).
         hides_nothing: every query sees every key, as whoever made this knew without looking at values. Attention then
-            needs no KeyRange either, and its kernels are quicker without.
+            needs no KeyRange, and its kernels are quicker without.
     """
 
-    key_range: torch.Tensor
     hides_nothing: bool
+    _key_range: torch.Tensor | None
     _dense: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, key_range: torch.Tensor, num_queries: int, num_keys: int, hides_nothing: bool = False):
-        shape = (key_range.shape[0], 1, num_queries, num_keys)
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=key_range.device)
-        mask.key_range, mask._dense, mask.hides_nothing = key_range, None, hides_nothing
+    def __new__(cls, key_range: torch.Tensor, num_queries: int, num_keys: int):
+        return cls._of(key_range, key_range.shape[0], num_queries, num_keys, key_range.device)
+
+    @classmethod
+    def of_everything(cls, batch_size: int, num_queries: int, num_keys: int, device: torch.device) -> "RangeMask":
+        """The mask that hides nothing, whose KeyRange is made where somebody wants it."""
+        return cls._of(None, batch_size, num_queries, num_keys, device)
+
+    @classmethod
+    def _of(cls, key_range, batch_size: int, num_queries: int, num_keys: int, device: torch.device) -> "RangeMask":
+        shape = (batch_size, 1, num_queries, num_keys)
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask._key_range, mask._dense, mask.hides_nothing = key_range, None, key_range is None
         return mask
+
+    @property
+    def key_range(self) -> torch.Tensor:
+        """int32, the KeyRange (see flashcore_kernels.key_range)."""
+        if self._key_range is None:
+            self._key_range = make_key_range(self.shape[0], self.shape[3], device=self.device)
+        return self._key_range
 
     def dense(self) -> torch.Tensor:
         """The mask with its values, bool `[B, 1, Q, K]`: made once, and the same tensor each time."""
         if self._dense is None:
             self._dense = visible(self.key_range, *self.shape[2:])
         return self._dense
+
+    def _with(self, key_range: torch.Tensor | None, device: torch.device) -> "RangeMask":
+        """The same mask in another tensor."""
+        return self._of(None if self.hides_nothing else key_range, self.shape[0], *self.shape[2:], device)
 
     def is_read(self) -> bool:
         """Whether the dense mask was given out. Whoever has it may have written into it, which no KeyRange shows."""
@@ -51,12 +70,13 @@ class RangeMask(torch.Tensor):
         unread = isinstance(mask, RangeMask) and not mask.is_read()
         if unread and function in _HANDED_ON:
             # A tensor of its own, as PyTorch wants of a view.
-            return cls(mask.key_range, *mask.shape[2:], mask.hides_nothing)
+            return mask._with(mask._key_range, mask.device)
         if unread and function is _aten._to_copy.default and (kwargs or {}).get("dtype") in (None, torch.bool):
             # A device_map's hooks move masks to where their layer is.
-            device = kwargs.get("device")
-            key_range = mask.key_range.to(device, copy=True, non_blocking=kwargs.get("non_blocking", False))
-            return cls(key_range, *mask.shape[2:], mask.hides_nothing)
+            device, key_range = kwargs.get("device") or mask.device, mask._key_range
+            if not mask.hides_nothing:
+                key_range = key_range.to(device, copy=True, non_blocking=kwargs.get("non_blocking", False))
+            return mask._with(key_range, device)
         args, kwargs = tree_map_only(RangeMask, RangeMask.dense, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -93,7 +113,9 @@ class RangeMask(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict, hides_nothing: bool, outer_size, outer_stride) -> "RangeMask":
-        return RangeMask(inner["key_range"], *outer_size[2:], hides_nothing)
+        mask = RangeMask(inner["key_range"], *outer_size[2:])
+        mask.hides_nothing = hides_nothing
+        return mask
 
 
 def can_be_made() -> bool:

@@ -170,6 +170,7 @@ def test_what_hides_nothing_is_not_passed(padded, monkeypatch):
     assert dense is None and causal is False and window is None
     assert key_range is (mask.key_range if padded else None)
     if not padded:
+        assert mask._key_range is None, "nobody has asked for one"
         assert mask.dense().all()
 
 
