@@ -90,8 +90,8 @@ def graphed(model, enabled: bool = True):
         if model.config.is_encoder_decoder and not compat.CHANGES_ENCODER_DECODERS:
             raise ValueError(
                 f"graphed was asked for {type(model).__name__}, an encoder-decoder, in Transformers "
-                f"{compat.transformers.__version__}. Supported are decoders there, and encoder-decoders from 5.17 on; it "
-                f"runs with attn_implementation='{NAME}' and its own cache"
+                f"{compat.transformers.__version__}. Supported are decoders there, and encoder-decoders from 5.17 on; "
+                f"it runs with attn_implementation='{NAME}' and its own cache"
             )
         GraphedSteps(model)
     return whole
