@@ -25,10 +25,10 @@ from functools import partial, wraps
 import torch
 from flashcore_kernels import Prompt, begin_compiling, steps_follow
 
+from . import compat
 from .cache.encoder_decoder import halves
 from .cache.flashcore_cache import FlashCoreCache
 from .cache.switch import converted
-from .compat import CACHE_NAME
 from .decode_graph import DecodeGraph
 from .hooks import did_not_hold, on_new_cache, owner, reached
 from .model_state import ModelState
@@ -86,6 +86,12 @@ def graphed(model, enabled: bool = True):
             raise ValueError(
                 f"graphed needs a model loaded with attn_implementation='{NAME}'; this {type(model).__name__} has "
                 f"'{implementation}'"
+            )
+        if model.config.is_encoder_decoder and not compat.CHANGES_ENCODER_DECODERS:
+            raise ValueError(
+                f"graphed was asked for {type(model).__name__}, an encoder-decoder, in Transformers "
+                f"{compat.transformers.__version__}. Supported are decoders there, and encoder-decoders from 5.17 on; "
+                f"it runs with attn_implementation='{NAME}' and its own cache"
             )
         GraphedSteps(model)
     return whole
@@ -191,7 +197,9 @@ class GraphedSteps:
         if name is None:
             unknown = unknown_cache_in(kwargs)
             if unknown:
-                raise did_not_hold(self.model, ["graphs"], f"forward() got a cache as {unknown!r}, not {CACHE_NAME!r}")
+                raise did_not_hold(
+                    self.model, ["graphs"], f"forward() got a cache as {unknown!r}, not {compat.CACHE_NAME!r}"
+                )
             return self.original(**kwargs)
         tokens, cache = kwargs.get(self.names.tokens), halves(kwargs[name])[0]
         if tokens is None or tokens.dim() != 2 or torch.is_grad_enabled():

@@ -90,17 +90,8 @@ def on_new_cache(model, name: str, change: Callable | None) -> None:
     Args:
         model: an `owner`.
         name: one of SWITCHES. A `change` of None takes it away, and with the last one every trace of them.
-
-    Raises:
-        ValueError: an encoder-decoder before Transformers 5.17.
     """
     if change is not None:
-        if model.config.is_encoder_decoder and not compat.CHANGES_ENCODER_DECODERS:
-            raise ValueError(
-                f"the cache of {type(model).__name__}, an encoder-decoder, was to be changed in Transformers "
-                f"{compat.transformers.__version__}. Supported are 5.17 and newer; here it runs with "
-                "attn_implementation='flashcore' and its own cache"
-            )
         prepare = StandIn.on(model, PREPARE, PrepareCache)
         prepare.changes[name] = change
         StandIn.on(model, "generate", Generate).switches = prepare.changes
@@ -206,7 +197,8 @@ class PrepareCache(StandIn):
         users_own = caches(model_kwargs) or any(model_kwargs.get(name) is not None for name in compat.CACHE_NAMES)
         cache_asked_for = generation_config.cache_implementation is not None
         answer = self.original(generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
-        if users_own or generation_config.use_cache is False:
+        theirs_stays = model.config.is_encoder_decoder and not compat.CHANGES_ENCODER_DECODERS
+        if users_own or generation_config.use_cache is False or theirs_stays:
             return answer
         made = model_kwargs.get(compat.CACHE_NAME)
         if made is None and not cache_asked_for and model._supports_default_dynamic_cache():

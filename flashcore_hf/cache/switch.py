@@ -17,7 +17,7 @@ def use_flashcore_cache(
     """Let `model.generate()` make a FlashCoreCache wherever it would have made a DynamicCache.
 
     Encoder-decoders get two, in a FlashCoreEncoderDecoderCache; `max_length` and `dtype` are the first one's, that of
-    the tokens which are written.
+    the tokens which are written. Before Transformers 5.17 they keep theirs.
 
     Args:
         model: with Transformers' generate(), or a wrapper around one such as PEFT's. Only this object is changed.

@@ -144,6 +144,8 @@ def test_prompt_lookup_takes_tokens_back(pair, recorded):
     # Up to 5.4, sliding layers of a DynamicCache cannot be cropped.
     expected = greedy(plain, ids, mask, 60, **named(DynamicCache()), **options)
     assert torch.equal(greedy(model, ids, mask, 60, **options), expected)
+    if Version(transformers.__version__) < Version("5.17"):
+        return  # whose cache of assisted decoding learns its layers as it goes, and is not used again
     several = [key for _, graphs in model.forward.graphed_steps.stock.values() for key in graphs if "calls of" in key]
     assert several and recorded["replayed"] > 10
 
@@ -165,6 +167,7 @@ def test_several_tokens_at_once(model_type, recorded, monkeypatch):
                     input_ids=ids[:, length : length + 4], **named(cache), use_cache=True,
                     attention_mask=torch.ones(1, length + 4, dtype=torch.long),
                     position_ids=torch.arange(length, length + 4)[None],
+                    cache_position=torch.arange(length, length + 4),
                 )  # fmt: skip
                 logits.append(out.logits)
                 cache.crop(length + 2 if CROP_TAKES_LENGTH else -2)
