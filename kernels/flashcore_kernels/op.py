@@ -125,9 +125,15 @@ def attend(
     return output.transpose(1, 2), lse
 
 
+@torch.compiler.assume_constant_result
+def _known_device(device: torch.device) -> Device:
+    """`device_of`, which torch.compile cannot trace."""
+    return device_of(device)
+
+
 def _dropped(problem: Problem, inputs: Inputs, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend` with dropout."""
-    reason = backward_fallback_reason(problem, device_of(inputs.query.device))
+    reason = backward_fallback_reason(problem, _known_device(inputs.query.device))
     if any_tangent(*(t for t in inputs if t is not None)):
         reason = TANGENTS
     if reason is None:
