@@ -37,8 +37,9 @@ KEY_RANGE_MODELS = frozenset(
 ADDITIVE_MASK_MODELS = frozenset({"bigbird_pegasus", "deepseek_v4", "informer"})
 
 # Models whose masks have the wrong length (up to 5.22; Informer's between its layers) and only work because eager
-# leaves out what hides nothing; None then means that everything is seen.
-MAYBE_NO_MASK_MODELS = frozenset({"bridgetower", "bridgetower_text_model", "informer"})
+# leaves out what hides nothing; None then means that everything is seen. BEiT adds its position bias, one for the whole
+# batch, to whatever mask there is: that would make one for each image of it, and round it as a number between 1 and 2.
+MAYBE_NO_MASK_MODELS = frozenset({"beit", "bridgetower", "bridgetower_text_model", "informer"})
 
 # Files whose layers are, or by default seem, causal where no mask means that everything is seen; eager does not ask.
 NEVER_CAUSAL_FILES = frozenset({"modeling_bridgetower", "modeling_chinese_clip", "modeling_kosmos2"})

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from flashcore_kernels import key_range
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModel
 
 from flashcore_hf import compat, masks, models
 
@@ -83,3 +83,32 @@ def test_negative_controls(model_type, monkeypatch):
 
         monkeypatch.setattr(masks, "make_key_range", window_off_by_one)
         assert logit_error(eager, model, ids, mask) > 100 * TOLERANCE
+
+
+def test_one_bias_for_all_images(monkeypatch):
+    """BEiT adds its position bias to its mask: to none, or attention would get a bias for each image, and a rough one."""
+    config = CONFIG_MAPPING["beit"](
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=64,
+        use_relative_position_bias=True,
+    )  # fmt: skip
+    model = AutoModel.from_config(config).eval()
+    if "create_bidirectional_mask" not in inspect.getsource(sys.modules[type(model).__module__]):
+        pytest.skip("this version's BEiT makes no mask")
+    sizes = []
+
+    def listen(_, args, kwargs):
+        sizes.append(kwargs["attention_mask"].shape[0])
+
+    for module in model.modules():
+        if type(module).__name__ == "BeitAttention":
+            module.register_forward_pre_hook(listen, with_kwargs=True)
+    pixels = torch.randn(3, 3, 64, 64)
+    outputs = {}
+    with torch.no_grad():
+        for implementation in ("sdpa", "flashcore"):
+            model.set_attn_implementation(implementation)
+            outputs[implementation] = model(pixels).last_hidden_state
+        monkeypatch.setattr(models, "MAYBE_NO_MASK_MODELS", models.MAYBE_NO_MASK_MODELS - {"beit"})
+        model(pixels)
+    assert sizes == [1, 1, 3]
+    torch.testing.assert_close(outputs["flashcore"], outputs["sdpa"], atol=1e-4, rtol=1e-4)

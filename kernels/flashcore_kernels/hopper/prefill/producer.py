@@ -77,14 +77,17 @@ def produce(call, C: gl.constexpr):
             begin, count = listed_blocks(call.mask, b, h, tile, begin, count, BN)
             entries = block_list(call.mask, b, h, tile) + begin
             next_entry = gl.load(entries)
-        # Values of keys outside of [clean_lo, clean_hi) may be NaN. Where `any_key` holds, so may any key's.
-        if RANGE == 2:
+        # Values of keys outside of [clean_lo, clean_hi) may be NaN. Where `any_key` holds, so may any key's. With a mask
+        # that holds of what this tile's range hides: it may hide from the tiles that a key is left to.
+        if RANGE == 2 or C.mask != NO_MASK:
             clean_lo = lo
             clean_hi = hi
-            any_key = may_have_gaps(Range, b, m0, visibility, BM)
         else:
             clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
             clean_hi = gl.minimum(bounds.end, bounds.start + visibility.num_queries + bounds.right)
+        if RANGE == 2:
+            any_key = may_have_gaps(Range, b, m0, visibility, BM)
+        else:
             any_key = bounds.holes != 0
         # The copy engine itself gives zeros behind the last key.
         dirty_from = gl.where(clean_hi < visibility.num_keys, clean_hi, FAR)
