@@ -48,7 +48,6 @@ class DkdvConstants:
         d, dv: columns of the tiles of Q and K, and of dO and V: powers of two.
         block_m: queries of a block.
         query_stages, grad_stages: blocks of Q and of dO in shared memory.
-        key_buffers: tiles of K and V there.
         range_layout: 0 no KeyRange, 1 a line a sequence.
         softcap: whether there is any.
         consumer_registers, producer_registers: of a thread.
@@ -59,7 +58,6 @@ class DkdvConstants:
     block_m: int
     query_stages: int
     grad_stages: int
-    key_buffers: int
     range_layout: int
     softcap: bool
     consumer_registers: int
@@ -173,6 +171,8 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
     key_strides = pointers.key_strides
     value_strides = pointers.value_strides
     dtype: gl.constexpr = buffers.q.dtype
+    k = buffers.k.index(CONSUMER).reshape([KEYS, D])
+    v = buffers.v.index(CONSUMER).reshape([KEYS, DV])
     position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
     tiles_done = 0
     use = 0
@@ -186,10 +186,7 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         own_end = gl.maximum(own_begin, own_end)
         dk = gl.zeros([KEYS, D], gl.float32, DK_LAYOUT)
         dv = gl.zeros([KEYS, DV], gl.float32, DV_LAYOUT)
-        buffer = tiles_done % C.key_buffers * 2 + CONSUMER
-        k = buffers.k.index(buffer).reshape([KEYS, D])
-        v = buffers.v.index(buffer).reshape([KEYS, DV])
-        mbarrier.wait(barriers.kv_full.index(buffer), tiles_done // C.key_buffers & 1)
+        mbarrier.wait(barriers.kv_full.index(CONSUMER), tiles_done & 1)
         for _ in range(call.heads.group):
             use = _pass_over_blocks(own_begin - begin, use, barriers, C)
             for i in range(own_begin, own_end):
@@ -197,8 +194,7 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
                 dk, dv = _step(dk, dv, use, i * BM - shift, edge, k, v, k0, bounds, call, C)
                 use += 1
             use = _pass_over_blocks(end - own_end, use, barriers, C)
-        if C.key_buffers == 1:
-            release(barriers.kv_empty.index(buffer))
+        release(barriers.kv_empty.index(CONSUMER))
         keys = k0 + gl.arange(0, KEYS, gl.SliceLayout(1, DK_LAYOUT))
         line = pointers.key_range
         if C.range_layout == 1:
@@ -211,8 +207,6 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         head = head + kv_head.to(gl.int64) * (value_strides.stride_h * 8)
         store_rows(head, dv, keep, k0, num_keys, value_strides, dtype, VALUE_LAYOUTS)
         position = next_position(call.queue, tiles_done, 4)
-        if C.key_buffers == 2:  # not before the position was read, see `hand_out`
-            release(barriers.kv_empty.index(buffer))
         tiles_done += 1
 
 
@@ -238,12 +232,11 @@ def _load_keys(call, b, kv_head, n0, tiles_done, C: gl.constexpr):
     """Copy a tile's keys and values, each consumer's when it has done with those before."""
     descriptors = call.descriptors
     for c in gl.static_range(2):
-        buffer = tiles_done % C.key_buffers * 2 + c
-        mbarrier.wait(call.barriers.kv_empty.index(buffer), (tiles_done // C.key_buffers & 1) ^ 1)
-        kv_full = call.barriers.kv_full.index(buffer)
+        mbarrier.wait(call.barriers.kv_empty.index(c), (tiles_done & 1) ^ 1)
+        kv_full = call.barriers.kv_full.index(c)
         mbarrier.expect(kv_full, KEYS * (C.d + C.dv) * 2)
-        tma_load(descriptors.k, [b, kv_head, n0 + c * KEYS, 0], kv_full, call.buffers.k.index(buffer))
-        tma_load(descriptors.v, [b, kv_head, n0 + c * KEYS, 0], kv_full, call.buffers.v.index(buffer))
+        tma_load(descriptors.k, [b, kv_head, n0 + c * KEYS, 0], kv_full, call.buffers.k.index(c))
+        tma_load(descriptors.v, [b, kv_head, n0 + c * KEYS, 0], kv_full, call.buffers.v.index(c))
 
 
 @gluon.jit
@@ -360,17 +353,16 @@ def flashcore_hopper_backward_dkdv(
         Range = num_keys
     q_smem = gl.allocate_shared_memory(dtype, [QS, 1, 1, BM, C.d], q_desc.layout)
     g_smem = gl.allocate_shared_memory(dtype, [GS, 1, 1, BM, C.dv], g_desc.layout)
-    KB: gl.constexpr = 2 * C.key_buffers
-    k_smem = gl.allocate_shared_memory(dtype, [KB, 1, 1, KEYS, C.d], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [KB, 1, 1, KEYS, C.dv], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, C.d], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, C.dv], v_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [QS, BM], PLAIN)
     delta_smem = gl.allocate_shared_memory(gl.float32, [GS, BM], PLAIN)
     q_full = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
     g_full = gl.allocate_shared_memory(gl.int64, [GS, 1], mbarrier.MBarrierLayout())
     g_empty = gl.allocate_shared_memory(gl.int64, [GS, 1], mbarrier.MBarrierLayout())
-    kv_full = gl.allocate_shared_memory(gl.int64, [KB, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [KB, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     positions = gl.allocate_shared_memory(gl.int32, [6, 1], PLAIN)
     position_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     position_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -381,10 +373,9 @@ def flashcore_hopper_backward_dkdv(
     for stage in gl.static_range(GS):
         mbarrier.init(g_full.index(stage), count=33)
         mbarrier.init(g_empty.index(stage), count=256)
-    for c in gl.static_range(KB):
+    for c in gl.static_range(2):
         mbarrier.init(kv_full.index(c), count=1)
         mbarrier.init(kv_empty.index(c), count=128)
-    for c in gl.static_range(2):
         mbarrier.init(position_full.index(c), count=1)
     mbarrier.init(position_asked, count=1)
     fence_async_shared()

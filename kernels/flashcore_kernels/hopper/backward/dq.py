@@ -41,7 +41,6 @@ class DqConstants:
         d, dv: columns of the tiles of Q and K, and of dO and V: powers of two.
         block_n: keys of a block.
         stages: blocks of K and V in shared memory.
-        query_buffers: tiles of Q and dO there.
         query_block: queries of a block of `dkdv`, on whose grid lse and delta lie.
         range_layout: 0 no KeyRange, 1 a line a sequence.
         softcap: whether there is any.
@@ -52,7 +51,6 @@ class DqConstants:
     dv: int
     block_n: int
     stages: int
-    query_buffers: int
     query_block: int
     range_layout: int
     softcap: bool
@@ -145,6 +143,8 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
     pointers = call.pointers
     visibility = call.visibility
     strides = pointers.query_strides
+    q = buffers.q.index(CONSUMER).reshape([ROWS, D])
+    g = buffers.g.index(CONSUMER).reshape([ROWS, DV])
     position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
     tile = tile_of(position, call, CONSUMER, C)
     lse, delta = _row_numbers(tile, call, C)
@@ -155,30 +155,21 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         if C.range_layout == 1:
             line = pointers.key_range + tile.b.to(gl.int64) * visibility.stride_rb
         dq = gl.zeros([ROWS, D], gl.float32, DQ_LAYOUT)
-        buffer = tiles_done % C.query_buffers * 2 + CONSUMER
-        q = buffers.q.index(buffer).reshape([ROWS, D])
-        g = buffers.g.index(buffer).reshape([ROWS, DV])
-        mbarrier.wait(barriers.q_full.index(buffer), tiles_done // C.query_buffers & 1)
+        mbarrier.wait(barriers.q_full.index(CONSUMER), tiles_done & 1)
         for j in range(tile.own_blocks):
             edge = (j < tile.left_edge) | (j >= tile.right_edge)
             dq = _step(dq, use, tile.begin + j * BN, edge, q, g, lse, delta, tile, line, call, C)
             use += 1
         use = pass_over_blocks(use, tile, barriers, C)
-        if C.query_buffers == 1:
-            release(barriers.q_empty.index(buffer))
+        release(barriers.q_empty.index(CONSUMER))
         position = next_position(call.queue, tiles_done, 4)
-        if C.query_buffers == 2:  # not before the position was read, see `hand_out`
-            release(barriers.q_empty.index(buffer))
-        # What the next tile starts from is on its way while this one's dQ is stored.
-        next_tile = tile_of(position, call, CONSUMER, C)
-        next_lse, next_delta = _row_numbers(next_tile, call, C)
         head = pointers.grad_query + tile.b.to(gl.int64) * (strides.stride_b * 8)
         head = head + tile.h.to(gl.int64) * (strides.stride_h * 8)
         keep = lse != float("-inf")
         dq = dq * call.grad_scale
         store_rows(head, dq, keep, tile.r0, visibility.num_queries, strides, buffers.q.dtype, LAYOUTS)
-        tile = next_tile
-        lse, delta = next_lse, next_delta
+        tile = tile_of(position, call, CONSUMER, C)
+        lse, delta = _row_numbers(tile, call, C)
         tiles_done += 1
 
 
@@ -265,12 +256,11 @@ def _produce(call, C: gl.constexpr):
             )  # fmt: skip
             if j == 0:  # behind the first keys, which need not wait for the tile before
                 for c in gl.static_range(2):
-                    buffer = tiles_done % C.query_buffers * 2 + c
-                    mbarrier.wait(barriers.q_empty.index(buffer), (tiles_done // C.query_buffers & 1) ^ 1)
-                    q_full = barriers.q_full.index(buffer)
+                    mbarrier.wait(barriers.q_empty.index(c), (tiles_done & 1) ^ 1)
+                    q_full = barriers.q_full.index(c)
                     mbarrier.expect(q_full, ROWS * (C.d + C.dv) * 2)
-                    tma_load(descriptors.q, [b, h, m0 + c * ROWS, 0], q_full, buffers.q.index(buffer))
-                    tma_load(descriptors.g, [b, h, m0 + c * ROWS, 0], q_full, buffers.g.index(buffer))
+                    tma_load(descriptors.q, [b, h, m0 + c * ROWS, 0], q_full, buffers.q.index(c))
+                    tma_load(descriptors.g, [b, h, m0 + c * ROWS, 0], q_full, buffers.g.index(c))
             mbarrier.wait(barriers.v_empty.index(stage), phase ^ 1)
             scrubs = _load_block(
                 descriptors.v, b, kv_head, n, buffers.v.index(stage), barriers.v_full.index(stage), scrubs, dirty,
@@ -335,14 +325,13 @@ def flashcore_hopper_backward_dq(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     if C.range_layout == 0:
         Range = num_keys
-    QB: gl.constexpr = 2 * C.query_buffers
-    q_smem = gl.allocate_shared_memory(dtype, [QB, 1, 1, ROWS, C.d], q_desc.layout)
-    g_smem = gl.allocate_shared_memory(dtype, [QB, 1, 1, ROWS, C.dv], g_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.d], q_desc.layout)
+    g_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.dv], g_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, C.d], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, C.dv], v_desc.layout)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BN], PLAIN)
-    q_full = gl.allocate_shared_memory(gl.int64, [QB, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [QB, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -356,10 +345,9 @@ def flashcore_hopper_backward_dq(
         mbarrier.init(k_empty.index(stage), count=256)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=256)
-    for c in gl.static_range(QB):
+    for c in gl.static_range(2):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=128)
-    for c in gl.static_range(2):
         mbarrier.init(position_full.index(c), count=1)
     mbarrier.init(raw, count=1)
     mbarrier.init(position_asked, count=1)

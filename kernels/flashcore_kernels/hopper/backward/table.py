@@ -8,22 +8,20 @@ from typing import NamedTuple
 
 
 class DqRow(NamedTuple):
-    """How `dq` works: keys of a block, blocks of K and V and tiles of Q in shared memory, registers of a thread."""
+    """How `dq` works: keys of a block, blocks of K and V in shared memory, registers of a thread."""
 
     block_n: int
     stages: int
-    query_buffers: int = 1
     consumer_registers: int = 240
     producer_registers: int = 24
 
 
 class DkdvRow(NamedTuple):
-    """How `dkdv` works: queries of a block, blocks of Q and dO, tiles of K in shared memory, registers of a thread."""
+    """How `dkdv` works: queries of a block, blocks of Q and of dO in shared memory, registers of a thread."""
 
     block_m: int
     query_stages: int
     grad_stages: int
-    key_buffers: int = 1
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -51,8 +49,8 @@ class BackwardRow(NamedTuple):
 ROWS = (
     BackwardRow(
         head_dim=64, value_dim=64, softcap=False,
-        dq=DqRow(block_n=128, stages=3, query_buffers=2),
-        dkdv=DkdvRow(block_m=128, query_stages=2, grad_stages=2, key_buffers=2),
+        dq=DqRow(block_n=128, stages=3),
+        dkdv=DkdvRow(block_m=128, query_stages=2, grad_stages=2),
         why="354, 402, 391, 417; blocks of 64 keys and 64 queries 322, 385, 378, 373",
     ),
     BackwardRow(
