@@ -234,6 +234,10 @@ def _with_derivatives(keyset, *arguments):
     tangents = any_tangent(*tensors)
     if tangents:
         reason = TANGENTS
+    elif torch._C._functorch.peek_interpreter_stack() is not None and any_requires_grad(*tensors):
+        reason = (
+            "a function transform (grad, vmap, jacrev) wants gradients, and the kernels' backward has no rule for it"
+        )
     elif torch.is_grad_enabled() and any_requires_grad(*tensors):
         inputs, problem = _asked(*arguments)
         reason = backward_fallback_reason(problem, device_of(inputs.query.device))

@@ -29,6 +29,7 @@ FEATURES = {
     "sinks": {"sinks": True, "lse": True},
     "range-all": {"range": "sequence", "softcap": True, "sinks": True, "lse": True},
     "fp8": {"range": "sequence", "fp8": True},
+    "dropout": {"range": "sequence", "lse": True, "dropout": True},
     # From here on keys may be seen by no row, and `choose` takes other rows of the tables.
     "rows": {"range": "rows"},
     "rows-all": {"range": "rows", "softcap": True, "sinks": True, "lse": True},
@@ -86,7 +87,8 @@ def chosen_plan(variant: Variant):
         dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype],
         device_type="cuda", range_layout=features.get("range"), mask_kind=features.get("mask"), scale=1.0,
         softcap=30.0 if features.get("softcap") else 0.0, left=-1, right=0, query_start=4096 - queries,
-        has_sinks=bool(features.get("sinks")), aligned=True, fp8=bool(features.get("fp8")),
+        has_sinks=bool(features.get("sinks")), dropout=0.1 if features.get("dropout") else 0.0,
+        aligned=True, fp8=bool(features.get("fp8")),
         mask_bits={None: 0, "bool": 8, "float": BITS[_mask_dtype(variant)]}[features.get("mask")],
         mask_rows="mask" in features and not features.get("shared-by-queries"),
     )  # fmt: skip
@@ -137,9 +139,10 @@ def source(variant: Variant, config):
         "Sinks": None if features.get("sinks") else "absent",
         "KeyScale": None if features.get("fp8") else "absent",
         "ValueScale": None if features.get("fp8") else "absent",
+        "Philox": None if features.get("dropout") else "absent",
     }
     pointers |= {"Lse": "fp32", "Range": "i32", "Sinks": "fp32", "Partial": "fp32", "Count": "i32"}
-    pointers |= {"KeyScale": "fp32", "ValueScale": "fp32"}
+    pointers |= {"KeyScale": "fp32", "ValueScale": "fp32", "Philox": "i64"}
     pointers["Mask"] = "u8" if features.get("mask") == "bool" else _mask_dtype(variant)
 
     signature, attributes = {}, {}

@@ -252,7 +252,9 @@ class TestServedAgain:
         assert (one, stream, function, metadata) == (1, 77, "function", "metadata")
         assert tuple(programs) == long_programs and programs[1] == 1
         assert arguments[6:9] == (None, None, None)
-        descriptors, pointers, rest = arguments[9:17], arguments[17:22], arguments[22:]
+        operands, rest = arguments[9 : 9 + len(long)], arguments[9 + len(long) :]
+        descriptors, pointers = operands[:8], operands[8:13]
+        assert set(operands[13:]) == {None}, "those of a dense mask"
         assert rest == (*scalars, *constants)
         assert len(arguments) - 9 == len(kernel.arg_names)
         one_copy = triton == (3, 6) and not with_range
@@ -263,7 +265,7 @@ class TestServedAgain:
             assert {**vars(descriptor), "base": None} == {**vars(before), "base": None}
             assert descriptor.strides == list(tensor.stride())
         assert descriptors[1::2] == (None,) * 4
-        given = (lse, options.get("key_range"), options["sinks"], output if one_copy else None, long[-1])
+        given = (lse, options.get("key_range"), options["sinks"], output if one_copy else None, long[12])
         assert pointers == tuple(None if t is None else t.data_ptr() for t in given)
 
     def test_a_launch_that_fails_takes_its_counter_with_it(self, launches, compiled, monkeypatch):
@@ -352,7 +354,10 @@ class TestServedAgain:
             for tensor, descriptor in zip(tensors, arguments[9:15:2]):
                 assert (descriptor.shape, descriptor.strides) == (list(tensor.shape), list(tensor.stride()))
                 assert descriptor.base is tensor
-        assert [arguments[28] for arguments in compiled.launches] == [0] * (len(others) - 1) + [-1], "causal and not"
+        # `right`, the seventh number behind the operands.
+        place = 9 + len(launches[0][2]) + 6
+        rights = [arguments[place] for arguments in compiled.launches]
+        assert rights == [0] * (len(others) - 1) + [-1], "causal and not"
         compiled.launches.clear()
 
         launches.clear()

@@ -122,7 +122,9 @@ def unscrubbed(call, monkeypatch):
         rows=64, mask=masks.BOOL if mask.dtype == torch.bool else masks.BIAS,
     )  # fmt: skip
     of_mask = SimpleNamespace(
-        lines=Memory([*lines.flatten().tolist(), 0]), num_blocks=shape.num_blocks, **dict(zip(("line_b", "line_h", "line_t"), shape.line_strides))
+        lines=Memory([*lines.flatten().tolist(), 0]),
+        num_blocks=shape.num_blocks,
+        **dict(zip(("line_b", "line_h", "line_t"), shape.line_strides)),
     )
     visibility = SimpleNamespace(
         num_queries=problem.num_queries, num_keys=num_keys, query_start=problem.query_start, window_left=problem.left,
