@@ -77,8 +77,8 @@ def produce(call, C: gl.constexpr):
             begin, count = listed_blocks(call.mask, b, h, tile, begin, count, BN)
             entries = block_list(call.mask, b, h, tile) + begin
             next_entry = gl.load(entries)
-        # Values of keys outside of [clean_lo, clean_hi) may be NaN. Where `any_key` holds, so may any key's. With a mask
-        # that holds of what this tile's range hides: it may hide from the tiles that a key is left to.
+        # Values of keys outside of [clean_lo, clean_hi) may be NaN. Where `any_key` holds, so may any key's. With a
+        # mask this is the tile's own range: the mask may hide a key from just those tiles that the range leaves it to.
         if RANGE == 2 or C.mask != NO_MASK:
             clean_lo = lo
             clean_hi = hi
