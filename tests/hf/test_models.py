@@ -86,7 +86,7 @@ def test_negative_controls(model_type, monkeypatch):
 
 
 def test_one_bias_for_all_images(monkeypatch):
-    """BEiT adds its position bias to its mask: to none, or attention would get a bias for each image, rounded."""
+    """BEiT adds its position bias to its mask: to none, or attention would get a rough bias for each image."""
     config = CONFIG_MAPPING["beit"](
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=64,
         use_relative_position_bias=True,

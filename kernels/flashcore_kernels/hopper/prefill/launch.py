@@ -8,7 +8,7 @@ from ..descriptors import descriptor
 from ..schedule import heads_in_section
 from .choose import PrefillConfig
 from .kernel import PrefillConstants, flashcore_hopper
-from .mask_map import MapShape, distinct, make_map_launch, map_shape
+from .mask_map import MapShape, distinct, make_map_launch, map_shape, vector_unit
 from .masks import BIAS, BIAS_ROW, BOOL, NO_MASK
 
 
@@ -53,20 +53,18 @@ def _mask_kind(problem: Problem) -> int:
 
 
 def fitted(problem: Problem, inputs: Inputs) -> Inputs:
-    """`inputs`, a bias copied where the copy engine cannot fetch it: into rows of a multiple of 16 bytes, without gaps.
+    """`inputs`, with a mask copied where its rows cannot be fetched in units of 16 bytes: into such rows, without gaps.
 
-    It is copied as it is, without what `expand` made of it. float64 becomes float32.
+    It is copied as it is, without what `expand` made of it. float64 becomes float32. One row for all queries, whose
+    elements are read one by one, is not copied, and neither is one value for all keys that is no bias.
     """
-    mask = inputs.mask
-    if problem.mask_kind != "float":
-        return inputs
-    mask = distinct(mask)
+    mask = distinct(inputs.mask)
+    is_bias = problem.mask_kind == "float"
     if mask.dtype == torch.float64:
         mask = mask.float()
-    unit = 16 // mask.element_size()
-    strides = [stride for size, stride in zip(mask.shape, mask.stride()[:3]) if size > 1]
-    fetched = mask.shape[3] == problem.num_keys and mask.stride(3) == 1 and mask.data_ptr() % 16 == 0
-    if problem.mask_rows and not (fetched and all(stride % unit == 0 for stride in strides)):
+    has_columns = mask.shape[3] == problem.num_keys
+    if problem.mask_rows and (has_columns or is_bias) and not (has_columns and vector_unit(mask) > 1):
+        unit = 16 // mask.element_size()
         whole = mask.new_empty(*mask.shape[:3], -(-problem.num_keys // unit) * unit)
         mask = whole[..., : problem.num_keys].copy_(mask)
     return inputs._replace(mask=mask)
@@ -138,7 +136,7 @@ def make_launch(problem: Problem, config: PrefillConfig, inputs: Inputs, output:
         constants=(kernel_constants(problem, config, has_lse),),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        counters=1,
+        counters=1 if before is None else max(1, before.counters),
         map_words=map_words,
         before=before,
     )  # fmt: skip

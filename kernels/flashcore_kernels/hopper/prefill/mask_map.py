@@ -96,20 +96,36 @@ def _either(a, b):
 
 
 @triton.jit
-def _any(words):
-    """1 where a bit of int32 `[M, W]` is 1, else 0."""
-    return tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0)
+def _load(Mask, rows, cols, stride_mq, stride_mk, width, num_rows, UNIT: tl.constexpr):
+    """A mask's elements `[M, N]`, 0 where there are none."""
+    at = rows.to(tl.int64)[:, None] * stride_mq * UNIT + cols.to(tl.int64)[None, :] * stride_mk
+    return tl.load(Mask + at, mask=(rows < num_rows)[:, None] & (cols < width * UNIT)[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=["heads", "tiles", "num_rows", "num_blocks"])
+@triton.jit
+def _shows(x, FLOAT: tl.constexpr):
+    """Whether elements of a mask show their key."""
+    if FLOAT:
+        return x.to(tl.float32) > float("-inf")
+    else:
+        return x != 0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_mb", "stride_mh", "stride_mq", "width", "num_keys", "heads", "tiles", "num_rows", "num_blocks",
+    ]
+)  # fmt: skip
 def flashcore_mask_map(
     Mask,
     Lines,
     Bits,
+    Done,
+    stride_mk,
     stride_mb,
     stride_mh,
     stride_mq,
-    stride_mk,
+    width,
     num_keys,
     heads,
     tiles,
@@ -118,80 +134,105 @@ def flashcore_mask_map(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLOAT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """A line of the map, and the bits of its rows.
 
-    Shapes: Mask `[B', H', Q', K]`, bool as bytes, or floating point. A line of Lines: int32 `[num_blocks + 1]`: how
-    many blocks before each one are seen by a query, and `[num_blocks + 1]`: those blocks with their flags, and behind
-    them one without a key. Bits: int32 `[B', H', Q', num_blocks, BLOCK_N / 32]`, written where a block HIDES: the bit
-    of a key is 1 where the query sees it. Grid: a program a line, `(B' * H' * T',)`.
+    Shapes: Mask `[B', H', Q', K]`, bool as bytes, or floating point; its strides but the last, and how many elements of
+    a row may be read, come in units of UNIT elements. A line of Lines: int32 `[num_blocks + 1]`: how many blocks before
+    each one are seen by a query, and `[num_blocks + 1]`: those blocks with their flags, and behind them one without a
+    key. Bits: int32 `[B', H', Q', num_blocks, BLOCK_N / 32]`, written where a block HIDES: the bit of a key is 1 where
+    the query sees it. Done: int32 `[lines]`, 0, and 0 again at the end.
+    Grid: a program a block, `(B' * H' * T' * num_blocks,)`; the last of a line to end makes the line.
     """
-    line = tl.program_id(0)
+    line = tl.program_id(0) // num_blocks
+    block = tl.program_id(0) % num_blocks
     bh = line // tiles
     b = (bh // heads).to(tl.int64)
     h = (bh % heads).to(tl.int64)
-    rows = line % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = rows < num_rows
+    STEP: tl.constexpr = 32 if BLOCK_M >= 32 else BLOCK_M
+    WORDS: tl.constexpr = BLOCK_N // 32
+    rows = line % tiles * BLOCK_M + tl.arange(0, STEP)
+    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = cols < num_keys  # [N]
     counts = Lines + line.to(tl.int64) * (2 * num_blocks + 2)
     blocks = counts + num_blocks + 1
-    mask_rows = Mask + b * stride_mb + h * stride_mh + rows.to(tl.int64) * stride_mq  # [M]
-    bit_rows = (bh.to(tl.int64) * num_rows + rows) * num_blocks  # [M]
-    word = tl.arange(0, BLOCK_N // 32)
-    offs_n = tl.arange(0, BLOCK_N)
-    # One block ahead: otherwise each waits for memory.
-    ahead = tl.load(
-        mask_rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_mk,
-        mask=valid[:, None] & (offs_n < num_keys)[None, :], other=0,
-    )  # fmt: skip
-    count = 0
-    for block in range(num_blocks):
-        x = ahead  # [M, N]
-        present = block * BLOCK_N + offs_n < num_keys  # [N]
-        ahead = tl.load(
-            mask_rows[:, None] + ((block + 1) * BLOCK_N + offs_n).to(tl.int64)[None, :] * stride_mk,
-            mask=valid[:, None] & ((block + 1) * BLOCK_N + offs_n < num_keys)[None, :], other=0,
-        )  # fmt: skip
-        there = valid[:, None] & present[None, :]
-        # From here on in words: whatever is summed up over a tile goes through shared memory.
+    Mask += (b * stride_mb + h * stride_mh) * UNIT
+    # A bit for each question, so that all are answered by one look over the tile.
+    found = tl.zeros([STEP, BLOCK_N], tl.int32)
+    for r in range(0, BLOCK_M, STEP):
+        x = _load(Mask, rows + r, cols, stride_mq, stride_mk, width, num_rows, UNIT)
+        there = (rows + r < num_rows)[:, None] & present[None, :]
+        seen = there & _shows(x, FLOAT)
+        found |= seen.to(tl.int32) * FLAGS | (there & (seen == 0)).to(tl.int32) * HIDES
         if FLOAT:
-            x = x.to(tl.float32)
-            seen = _bits(there & (x > float("-inf")))  # [M, N / 32]
-            read = _any(_bits(there & (x != 0.0)))
-            far = _any(_bits(there & (x < FAR_BELOW) & (x > float("-inf"))))
-        else:
-            seen = _bits(there & (x != 0))
-            read = 0
-            far = 0
-        exist = tl.reshape(_bits(tl.reshape(present, [1, BLOCK_N])), [BLOCK_N // 32])
-        hides = _any((seen ^ exist[None, :]) & tl.where(valid, -1, 0)[:, None])
+            far = seen & (x.to(tl.float32) < FAR_BELOW)
+            found |= (there & (x != 0.0)).to(tl.int32) * READ | far.to(tl.int32) * FAR_BIAS
+    flags = tl.reduce(found, None, _either)
+    if (flags & HIDES) != 0:
+        columns = tl.zeros([STEP, WORDS], tl.int32)
+        for r in range(0, BLOCK_M, STEP):
+            x = _load(Mask, rows + r, cols, stride_mq, stride_mk, width, num_rows, UNIT)
+            valid = rows + r < num_rows
+            words = _bits(valid[:, None] & present[None, :] & _shows(x, FLOAT))  # [STEP, N / 32]
+            columns |= words
+            at = (bh.to(tl.int64) * num_rows + rows + r) * num_blocks + block
+            at = at[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+            tl.store(Bits + at, words, mask=valid[:, None])
+        exist = tl.reshape(_bits(tl.reshape(present, [1, BLOCK_N])), [WORDS])
+        gaps = tl.max((tl.reduce(columns, 0, _either) != exist).to(tl.int32), axis=0)
+        flags |= gaps * GAPS
         if not FLOAT:
-            read = hides
-        columns = tl.reduce(seen, 0, _either)  # [N / 32]
-        some = tl.max((columns != 0).to(tl.int32), axis=0)
-        gaps = tl.max((columns != exist).to(tl.int32), axis=0)
-        at = (bit_rows + block)[:, None] * (BLOCK_N // 32) + word[None, :]
-        tl.store(Bits + at, seen, mask=(valid & (rows * 0 + hides != 0))[:, None])
-        tl.store(counts + block, count)
-        # Written over by the next one where no query sees the block.
-        tl.store(blocks + count, read * READ + hides * HIDES + gaps * GAPS + far * FAR_BIAS + block * FLAGS)
-        count += some
-    tl.store(counts + num_blocks, count)
-    tl.store(blocks + count, num_blocks * FLAGS)
+            flags |= READ
+    tl.store(blocks + block, tl.where(flags >= FLAGS, block * FLAGS + flags % FLAGS, -1))
+    # Every thread's stores come before the atomic, which the other programs' loads come after.
+    tl.debug_barrier()
+    if tl.atomic_add(Done + line, 1, sem="acq_rel") == num_blocks - 1:
+        tl.store(Done + line, 0)
+        count = 0
+        for first in range(0, num_blocks, 128):
+            each = first + tl.arange(0, 128)
+            entry = tl.load(blocks + each, mask=each < num_blocks, other=-1, cache_modifier=".cg")
+            some = (entry >= 0).to(tl.int32)
+            place = count + tl.cumsum(some, axis=0) - some
+            tl.debug_barrier()  # entries move to the front, where others were read
+            tl.store(counts + each, place, mask=each < num_blocks)
+            tl.store(blocks + place, entry, mask=entry >= 0)
+            count += tl.sum(some, axis=0)
+        tl.store(counts + num_blocks, count)
+        tl.store(blocks + count, num_blocks * FLAGS)
+
+
+def vector_unit(mask: torch.Tensor) -> int:
+    """Elements of a vector of 16 bytes if a mask's rows lie and are read in such, or else 1."""
+    unit = 16 // mask.element_size()
+    strides = [stride for size, stride in zip(mask.shape[:3], mask.stride()) if size > 1]
+    if mask.stride(3) != 1 or mask.data_ptr() % 16 or any(stride % unit for stride in strides):
+        return 1
+    # Behind a row's last key the rest of a vector is read, where there is memory.
+    last = mask.storage_offset() + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride()))
+    end = last + 1 + -mask.shape[3] % unit
+    return unit if end * mask.element_size() <= mask.untyped_storage().nbytes() else 1
 
 
 def make_map_launch(problem: Problem, mask: torch.Tensor, shape: MapShape) -> Launch:
     """The launch of `flashcore_mask_map` for a mask `[B, H, Q, K]`, each 1 where it is broadcast; bool as bytes."""
     mask = distinct(mask)
     batch, heads, tiles = shape.lines
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+    rows = mask.shape[2]
+    unit = vector_unit(mask) if mask.shape[3] == problem.num_keys else 1
+    *strides, stride_mk = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
     return Launch(
         kernel=flashcore_mask_map,
-        grid=(batch * heads * tiles, 1),
-        operands=("mask", "mask_lines", "mask_bits"),
-        # Vectors are loaded where rows and their ends are known to be multiples of them.
-        integers=(*strides, problem.num_keys),
-        scalars=(heads, tiles, mask.shape[2], shape.num_blocks),
-        constants=(shape.block_m, shape.block_n, problem.mask_kind == "float"),
+        grid=(batch * heads * tiles * shape.num_blocks, 1),
+        operands=("mask", "mask_lines", "mask_bits", "counters"),
+        integers=(stride_mk,),
+        scalars=(
+            *(stride // unit for stride in strides), -(-problem.num_keys // unit), problem.num_keys, heads, tiles, rows,
+            shape.num_blocks,
+        ),
+        constants=(shape.block_m if rows > 1 else 1, shape.block_n, problem.mask_kind == "float", unit),
         num_warps=8,
         num_stages=1,
-    )
+        counters=batch * heads * tiles,
+    )  # fmt: skip

@@ -78,7 +78,7 @@ def produce(call, C: gl.constexpr):
             entries = block_list(call.mask, b, h, tile) + begin
             next_entry = gl.load(entries)
         # Values of keys outside of [clean_lo, clean_hi) may be NaN. Where `any_key` holds, so may any key's. With a
-        # mask that holds of what this tile's range hides: it may hide from the tiles that a key is left to.
+        # mask this is the tile's own range: the mask may hide a key from just those tiles that the range leaves it to.
         if RANGE == 2 or C.mask != NO_MASK:
             clean_lo = lo
             clean_hi = hi

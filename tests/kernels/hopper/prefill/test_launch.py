@@ -88,9 +88,10 @@ class TestHopper:
         chosen, (first, second) = launched(query, key, value, mask=mask)
         batch, heads, rows, _ = shape
         tiles = -(-rows // chosen.config.block_m)
-        assert first[0].__name__ == "flashcore_mask_map" and first[1] == (batch * heads * tiles, 1)
-        lines, bits = first[2][1:3]
         blocks = -(-500 // chosen.config.block_n)
+        assert first[0].__name__ == "flashcore_mask_map" and first[1] == (batch * heads * tiles * blocks, 1)
+        lines, bits, done = first[2][1:4]
+        assert done is second[2][12] and done.numel() >= batch * heads * tiles
         assert lines.numel() == batch * heads * tiles * 2 * (blocks + 1) + 1
         assert bits.numel() == batch * heads * rows * blocks * chosen.config.block_n // 32
         desc, bias, *maps = second[2][13:17]
@@ -128,6 +129,19 @@ class TestHopper:
         fetched = desc.base.as_strided(desc.shape, desc.strides)
         assert torch.equal(fetched, bias.expand(*shape[:3], 500))
         assert second[3][24:27] == (int(shape[0] > 1), int(shape[1] > 1), 0)
+
+    @pytest.mark.parametrize("num_keys, dtype", [(197, torch.bool), (577, torch.bool), (577, torch.bfloat16)])
+    def test_rows_of_odd_length_are_copied_once_and_read_in_vectors(self, launched, num_keys, dtype):
+        """One copy for all sequences, and a map of it, whose cost does not grow with the batch."""
+        query, key, value = tensors_of(num_queries=197, num_keys=num_keys, dtype=torch.bfloat16)
+        mask = torch.rand(1, 8, 197, num_keys) < 0.5 if dtype == torch.bool else torch.randn(1, 8, 197, num_keys)
+        mask = mask.to(dtype)
+        _, ((_, programs, arguments, scalars, constants), _) = launched(query, key, value, mask=mask)
+        read, unit = arguments[0], 16 // mask.element_size()
+        assert list(read.shape) == list(mask.shape) and torch.equal(read, mask.to(read.dtype))
+        assert constants[-1] == unit and read.stride(2) == -(-num_keys // unit) * unit
+        assert scalars[:5] == (0, read.stride(1) // unit, read.stride(2) // unit, -(-num_keys // unit), num_keys)
+        assert programs == (8 * 2 * -(-num_keys // 128), 1)
 
     def test_a_bias_that_all_queries_share_is_one_row(self, launched):
         query, key, value = tensors_of(num_queries=200)

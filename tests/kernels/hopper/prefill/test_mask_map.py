@@ -20,9 +20,11 @@ def made(mask: torch.Tensor, block_m: int = BLOCK_M, block_n: int = BLOCK_N):
     lines = torch.full((shape.line_words,), -7, dtype=torch.int32)
     bits = torch.full((shape.bit_words,), 0, dtype=torch.int32)
     made = mask_map.make_map_launch(problem, mask, shape)
-    tensors = dict.fromkeys(OPERANDS) | {"mask": mask, "mask_lines": lines, "mask_bits": bits}
+    done = torch.zeros(made.counters, dtype=torch.int32)
+    tensors = dict.fromkeys(OPERANDS) | {"mask": mask, "mask_lines": lines, "mask_bits": bits, "counters": done}
     arguments = made.arguments(tuple(tensors[name] for name in OPERANDS))
     launch(made.kernel, made.grid, arguments, made.scalars, made.constants)
+    assert not done.any()
     assert lines[-1] == -7, "the word behind the last line is nobody's"
     lines = lines[:-1].view(*shape.lines, 2, shape.num_blocks + 1)
     return shape, lines, bits.view(*shape.rows, shape.num_blocks, block_n // 32)
@@ -106,6 +108,28 @@ def test_strides(how):
         mask = torch.cat([mask, mask], dim=3)[..., 11:77]
     else:
         mask = mask.transpose(0, 1).contiguous().transpose(0, 1)
+    check(mask)
+
+
+def test_vectors():
+    """Rows are read in vectors of 16 bytes where they lie so, to behind the last key, but never behind the memory."""
+    wide = torch.zeros(1, 1, 5, 208, dtype=torch.uint8)
+    assert mask_map.vector_unit(wide) == mask_map.vector_unit(wide[..., :197]) == 16
+    assert mask_map.vector_unit(wide[..., 1:]) == mask_map.vector_unit(torch.zeros(1, 1, 5, 200).byte()) == 1
+    assert mask_map.vector_unit(torch.zeros(1, 1, 5, 200)) == 4
+    ends = torch.zeros(4 * 208 + 197, dtype=torch.uint8).as_strided((1, 1, 5, 197), (1, 1, 208, 1))
+    assert mask_map.vector_unit(ends) == 1
+    assert mask_map.vector_unit(torch.zeros(1, 1, 1, 16, dtype=torch.uint8).expand(2, 1, 5, 16)) == 16
+    mask = torch.zeros(2, 2, 130, 208, dtype=torch.bool)
+    mask[..., 197:] = True  # what lies behind the last key counts for nothing
+    mask[..., :197] = checkered(2, 2, 130, 197)
+    check(mask[..., :197])
+
+
+def test_many_blocks():
+    """More than one program looks at at a time when it makes the line."""
+    mask = torch.rand(1, 1, 1, 150 * BLOCK_N, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., torch.arange(150).repeat_interleave(BLOCK_N) % 3 == 1] = False
     check(mask)
 
 

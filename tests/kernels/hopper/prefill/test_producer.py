@@ -86,7 +86,7 @@ def unscrubbed(call, monkeypatch):
     reaches = torch.zeros(batch, heads, tiles, num_keys, dtype=torch.bool)
     positions = [*itertools.product(range(batch), range(heads), range(tiles)), (0, 0, -1)]
     upcoming = iter([tuple(map(Number, position)) for position in positions])
-    here, keep, clean = {}, {}, {}
+    here, keep = {}, {}
 
     def visit(_queue, _done, _warps):
         here["position"] = next(upcoming)
@@ -94,7 +94,6 @@ def unscrubbed(call, monkeypatch):
 
     def fetch(descriptor, at, full, buffer):
         if descriptor == "values":
-            clean.pop("range", None)
             here["n"] = at[2]
             settle(0, num_keys)
 
@@ -121,11 +120,10 @@ def unscrubbed(call, monkeypatch):
         d0=64, d1=0, dv0=64, dv1=0, block_n=BLOCK_N, stages=2, range_layout=0, consumers=CONSUMERS, query_buffers=2,
         rows=64, mask=masks.BOOL if mask.dtype == torch.bool else masks.BIAS,
     )  # fmt: skip
+    strides = dict(zip(("line_b", "line_h", "line_t"), shape.line_strides))
     of_mask = SimpleNamespace(
-        lines=Memory([*lines.flatten().tolist(), 0]),
-        num_blocks=shape.num_blocks,
-        **dict(zip(("line_b", "line_h", "line_t"), shape.line_strides)),
-    )
+        lines=Memory([*lines.flatten().tolist(), 0]), num_blocks=shape.num_blocks, **strides
+    )  # fmt: skip
     visibility = SimpleNamespace(
         num_queries=problem.num_queries, num_keys=num_keys, query_start=problem.query_start, window_left=problem.left,
         window_right=problem.right,
