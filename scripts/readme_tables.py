@@ -126,6 +126,11 @@ DECODE = {
     "flashcore": "flashcore", "flashcore_range": "with a key range", "fa3": "FlashAttention-3", "cudnn": "cuDNN",
     "read": "only reading",
 }  # fmt: skip
+BACKWARD = {
+    "flashcore": "flashcore", "fa3": "FlashAttention-3", "fa3_deterministic": "the same, deterministic",
+    "cudnn": "cuDNN", "flash": "PyTorch's flash",
+}  # fmt: skip
+TRAINING = {"flashcore": "flashcore", "sdpa": "sdpa", "flex": "flex", "noop": "attention for nothing"}
 GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa", "seconds": "first call, s"}
 
 
@@ -151,6 +156,8 @@ SECTIONS = {
     "decode": lambda: benchmark_lines("decode-h200", DECODE, "decode "),
     "decode-fp8": lambda: benchmark_lines("decode-h200", DECODE, "decode-fp8 "),
     "prefill": prefill,
+    "backward": lambda: benchmark_lines("backward-h200", BACKWARD),
+    "training": lambda: benchmark_lines("training-h200", TRAINING),
     "generate": lambda: benchmark_lines("generate-h200", GENERATE),
 }
 
