@@ -86,7 +86,7 @@ def cases(groups: list[str], tiny: bool) -> list[Case]:
         "bias": [
             Case(16, 512, 16, 64, "bias"), Case(16, 512, 16, 64, "bias", True), Case(16, 512, 16, 64, "bias fp32"),
             Case(4, 2048, 16, 64, "bias"), Case(4, 2048, 16, 128, "bias"), Case(4, 197, 12, 64, "bias"),
-            Case(8, 512, 16, 64, "bias a sequence"),
+            Case(32, 577, 12, 64, "bias"), Case(8, 512, 16, 64, "bias a sequence"),
         ],
         "blocks": [Case(2, 8192, 16, 128, "tree"), Case(2, 8192, 16, 128, "documents")],
         "wide": [Case(2, 2048, 8, 512, "none"), Case(2, 2048, 8, 512, "bool", True)],

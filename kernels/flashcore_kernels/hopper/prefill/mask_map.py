@@ -1,7 +1,8 @@
 """What a dense mask hides, found once a call: which blocks a tile need not visit, and one bit for each query and key.
 
-A kernel in plain Triton that runs before `flashcore_hopper`. It reads the mask once, where it is broadcast: over batch,
-heads or queries there is one line, or one row of bits, for all. Causal attention, windows and KeyRanges are not in it.
+A kernel in plain Triton that runs before `flashcore_hopper`, a program for each block of each tile of queries. Where
+the mask is broadcast it is looked at once: over batch, heads or queries there is one line, or one row of bits, for all.
+Causal attention, windows and KeyRanges are not in it.
 """
 
 from typing import NamedTuple
@@ -226,11 +227,9 @@ def make_map_launch(problem: Problem, mask: torch.Tensor, shape: MapShape) -> La
         kernel=flashcore_mask_map,
         grid=(batch * heads * tiles * shape.num_blocks, 1),
         operands=("mask", "mask_lines", "mask_bits", "counters"),
-        integers=(stride_mk,),
-        scalars=(
-            *(stride // unit for stride in strides), -(-problem.num_keys // unit), problem.num_keys, heads, tiles, rows,
-            shape.num_blocks,
-        ),
+        # All strides are here, although one alone is specialised on: any may be wider than 32 bits.
+        integers=(stride_mk, *(stride // unit for stride in strides)),
+        scalars=(-(-problem.num_keys // unit), problem.num_keys, heads, tiles, rows, shape.num_blocks),
         constants=(shape.block_m if rows > 1 else 1, shape.block_n, problem.mask_kind == "float", unit),
         num_warps=8,
         num_stages=1,

@@ -140,7 +140,8 @@ class TestHopper:
         read, unit = arguments[0], 16 // mask.element_size()
         assert list(read.shape) == list(mask.shape) and torch.equal(read, mask.to(read.dtype))
         assert constants[-1] == unit and read.stride(2) == -(-num_keys // unit) * unit
-        assert scalars[:5] == (0, read.stride(1) // unit, read.stride(2) // unit, -(-num_keys // unit), num_keys)
+        assert arguments[4:] == (1, 0, read.stride(1) // unit, read.stride(2) // unit)
+        assert scalars[:2] == (-(-num_keys // unit), num_keys)
         assert programs == (8 * 2 * -(-num_keys // 128), 1)
 
     def test_a_bias_that_all_queries_share_is_one_row(self, launched):
