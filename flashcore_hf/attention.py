@@ -116,7 +116,7 @@ def flashcore_attention(
         if not isinstance(attention_mask, torch.Tensor):
             raise NotImplementedError(_not_a_mask(attention_mask))
         not_causal = is_causal is None and not getattr(module, "is_causal", True)
-        # UMT5's decoder forgets to say in 5.17 that it is causal; beside a bias `sdpa` would not have left the mask out.
+        # UMT5's decoder forgets to say in 5.17 that it is causal; beside a bias `sdpa` would not leave the mask out.
         not_causal = not_causal and position_bias is None
         if not_causal and sdpa_would_leave_out(attention_mask) and offers_sdpa(type(module)):
             # Whoever takes the causality out of a layer gets from `sdpa` what no mask means there: everything.
