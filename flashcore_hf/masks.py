@@ -69,8 +69,9 @@ def flashcore_mask(**kwargs) -> torch.Tensor | None:
 
 def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
     handed_on = takes_key_range(kwargs.get("config"))
-    by_torch = _torch_computes(call) and _range_mask_may_serve(kwargs)
-    pattern = recognise(kwargs) if handed_on or by_torch or _range_mask_may_serve(kwargs) and can_be_made() else None
+    may_serve = _range_mask_may_serve(kwargs)
+    by_torch = may_serve and _torch_computes(call)
+    pattern = recognise(kwargs) if handed_on or may_serve and can_be_made() else None
     if by_torch and pattern is not None:
         return _answer_as_sdpa(kwargs, call, pattern, handed_on)
     if pattern is not None:
@@ -158,7 +159,6 @@ def _key_range(call: MaskCall, pattern: Pattern, handed_on: bool) -> torch.Tenso
 
 # Where a mask keeps what was asked for, until a layer that is not causal wants to know what `sdpa` would have made.
 _REQUEST = "_flashcore_request"
-_LEFT_OUT = "_flashcore_left_out"
 
 
 def _keep_request(mask: torch.Tensor, kwargs: dict) -> None:
@@ -174,11 +174,11 @@ def sdpa_would_leave_out(mask: torch.Tensor) -> bool:
     It leaves a causal mask out where nothing is padded, which it looks for in the padding mask's values: on a GPU this
     waits for them, as `sdpa` does. Here that is only for layers which are not causal under a causal mask.
     """
-    if not hasattr(mask, _REQUEST):
-        return False
-    if not hasattr(mask, _LEFT_OUT):
-        setattr(mask, _LEFT_OUT, masking_utils.sdpa_mask(**getattr(mask, _REQUEST)) is None)
-    return getattr(mask, _LEFT_OUT)
+    asked = getattr(mask, _REQUEST, None)
+    if isinstance(asked, dict):
+        asked = masking_utils.sdpa_mask(**asked) is None
+        setattr(mask, _REQUEST, asked)
+    return bool(asked)
 
 
 def _sees_every_key(call: MaskCall, pattern: Pattern, every_slot_filled: bool) -> bool:

@@ -12,7 +12,7 @@ from .counting import count_path
 from .device import device_of
 from .dispatch import serve_backward
 from .fallback import note_fallback
-from .problem import Inputs, Problem, check_problem, with_alignment
+from .problem import Inputs, Problem, problem_of_numbers, with_alignment
 from .run import first_of_its_kind, run
 from .runtime.prepared import find
 
@@ -56,10 +56,10 @@ def _asked(query, key, value, key_range, mask, sinks, window_size_left, window_s
            philox) -> tuple[Inputs, Problem]:  # fmt: skip
     """What a call of the operators asks."""
     inputs = Inputs(query, key, value, key_range, mask, sinks, philox=philox)
-    problem = check_problem(inputs, scale=scale, softcap=softcap, dropout=dropout)
+    problem = problem_of_numbers(inputs, window_size_left, window_size_right, scale, softcap, dropout)
     if (philox is None) != (dropout == 0.0):
         raise ValueError(f"dropout={dropout} with philox={philox}: a seed and offset belong to dropout above 0")
-    return inputs, problem._replace(left=window_size_left, right=window_size_right)
+    return inputs, problem
 
 
 def _forward(query, key, value, key_range, mask, sinks, window_size_left, window_size_right, scale, softcap,

@@ -27,17 +27,15 @@ MAX_FP8_HEAD_DIM = 256
 
 def fallback_reason(problem: Problem, device: Device) -> str | None:
     """Why no kernel can serve this call, or None where one can."""
+    largest = max(problem.head_dim, problem.value_dim)
     if device.kind == "torch":
         return device.reason
     if problem.dtype not in KERNEL_DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {problem.dtype}"
-    if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
-        return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {max(problem.head_dim, problem.value_dim)}"
-    if problem.fp8 and max(problem.head_dim, problem.value_dim) > MAX_FP8_HEAD_DIM:
-        return (
-            f"beside keys in fp8 the kernels take head_dim up to {MAX_FP8_HEAD_DIM}, not "
-            f"{max(problem.head_dim, problem.value_dim)}"
-        )
+    if largest > MAX_HEAD_DIM:
+        return f"the kernels take head_dim up to {MAX_HEAD_DIM}, not {largest}"
+    if problem.fp8 and largest > MAX_FP8_HEAD_DIM:
+        return f"beside keys in fp8 the kernels take head_dim up to {MAX_FP8_HEAD_DIM}, not {largest}"
     if problem.fp8 and device.kind == "cuda" and device.arch < 89:
         return f"keys in fp8 need compute capability 8.9 or newer, this GPU has {device.arch // 10}.{device.arch % 10}"
     return None
@@ -64,8 +62,8 @@ def backward_fallback_reason(problem: Problem, device: Device) -> str | None:
         return reason
     if problem.fp8:
         return "gradients are asked for over keys and values in fp8, and the kernels have no backward for those"
-    if max(problem.head_dim, problem.value_dim) > MAX_BACKWARD_HEAD_DIM:
-        largest = max(problem.head_dim, problem.value_dim)
+    largest = max(problem.head_dim, problem.value_dim)
+    if largest > MAX_BACKWARD_HEAD_DIM:
         return (
             f"gradients are asked for, and the kernels make those up to head_dim {MAX_BACKWARD_HEAD_DIM}, not {largest}"
         )

@@ -17,6 +17,7 @@ from .problem import (
     Window,
     any_requires_grad,
     check_problem,
+    problem_of_numbers,
     split_arguments,
     with_alignment,
 )
@@ -183,7 +184,7 @@ def _asked(
 ) -> tuple[Inputs, Problem]:
     """What a call of the operator asks."""
     inputs = Inputs(query, key, value, key_range, mask, sinks, key_scale, value_scale)
-    return inputs, check_problem(inputs, scale=scale, softcap=softcap)._replace(left=left, right=right)
+    return inputs, problem_of_numbers(inputs, left, right, scale, softcap)
 
 
 def _run(

@@ -191,6 +191,13 @@ def _has_rows(mask: torch.Tensor) -> bool:
     return mask.shape[2] > 1 and mask.stride(2) != 0
 
 
+def problem_of_numbers(
+    inputs: Inputs, left: int, right: int, scale: float, softcap: float, dropout: float = 0.0
+) -> Problem:
+    """What a call asks whose options were checked before: as operators, whose schemas hold numbers, are given them."""
+    return check_problem(inputs, scale=scale, softcap=softcap, dropout=dropout)._replace(left=left, right=right)
+
+
 def with_alignment(problem: Problem, inputs: Inputs) -> Problem:
     """`problem`, its `aligned` filled in from query, key and value, which must not be fakes."""
     return problem._replace(aligned=all(map(_is_aligned, inputs[:3])))

@@ -14,7 +14,7 @@ from .choose import backward_fallback_reason, choose, choose_backward
 from .counting import count_path
 from .device import device_of, goes_past_dispatcher
 from .dispatch import serve_backward
-from .problem import Inputs, Window, any_requires_grad, check_problem, with_alignment
+from .problem import Inputs, Window, any_requires_grad, check_problem, problem_of_numbers, with_alignment
 from .run import first_of_its_kind
 from .runtime.prepared import MOST, find_by, signature_of
 from .runtime.recording import recording
@@ -64,10 +64,8 @@ class _Attention(torch.autograd.Function):
         inputs = Inputs(query, key, value, key_range, None, sinks, philox=philox)
         known = find_by(signature)
         if known is None:
-            left, right, scale, softcap, dropout = numbers
             if problem is None:  # another call of its kind was checked, and its kernel forgotten
-                problem = with_alignment(check_problem(inputs, scale=scale, softcap=softcap, dropout=dropout), inputs)
-                problem = problem._replace(left=left, right=right)
+                problem = with_alignment(problem_of_numbers(inputs, *numbers), inputs)
             plan = choose(problem, device_of(query.device))
             count_path(plan.kernel)
             output, lse = first_of_its_kind(signature, plan, problem, inputs, True)
@@ -103,18 +101,14 @@ class _Attention(torch.autograd.Function):
 
 def _backward(signature: tuple, numbers: tuple, given: tuple, sinks_grad: bool) -> tuple:
     """(dq, dk, dv, dsinks) of what a call was given, by launches that were made before where that can be."""
-    layout = tuple(
-        None if t is None else (t.stride(), t.data_ptr() % 16 if position != 3 else 0, t.dtype)
-        for position, t in enumerate(given)
-    )
+    layout = tuple(None if t is None else (t.stride(), t.data_ptr() % 16, t.dtype) for t in given)
     known = None if sinks_grad else _backwards.get((signature, layout))
     if known is not None:
         count_path(known[0])
         return (*known[1](given)[:3], None)
     query, key, value, key_range, sinks, output, lse, grad_output, grad_lse, philox = given
     inputs = Inputs(query, key, value, key_range, None, sinks, philox=philox)
-    left, right, scale, softcap, dropout = numbers
-    problem = check_problem(inputs, scale=scale, softcap=softcap, dropout=dropout)._replace(left=left, right=right)
+    problem = problem_of_numbers(inputs, *numbers)
     plan = choose_backward(problem, device_of(query.device))
     count_path(plan.kernel)
     with recording(given) as watched:
