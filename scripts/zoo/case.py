@@ -86,6 +86,8 @@ def build(entry: Entry, device: str, dtype: torch.dtype, tiny: bool = False) -> 
     torch.manual_seed(0)
     with torch.device(device):
         model = model_class._from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    # What a model makes by `torch.Tensor(size)` (Wav2Vec2's masked_spec_embed) does not hear of `torch.device`.
+    model.to(device)
     if hasattr(model, "generation_config"):
         start = getattr(config, "decoder_start_token_id", None)
         model.generation_config = transformers.GenerationConfig(
