@@ -38,7 +38,7 @@ def enable() -> None:
     model_class = compat.PreTrainedModel
     if hasattr(model_class, "_check_and_adjust_attn_implementation"):
         _patch(model_class, "_check_and_adjust_attn_implementation", _accept_name)
-        _patch(model_class, "set_attn_implementation", _refuse_before_setting)
+        _patch(model_class, "set_attn_implementation", _set_everywhere)
     else:
         _patch(model_class, "_autoset_attn_implementation", _refuse_in_autoset)
     if compat.continuous_batching() is not None:
@@ -148,14 +148,23 @@ def _ours_makes_any_mask(original):
     return is_flash_attention_requested
 
 
-def _refuse_before_setting(original):
-    """Transformers only logs that a model cannot be switched, and goes on with the old implementation."""
+def _set_everywhere(original):
+    """Transformers only logs that a model cannot be switched, and goes on with the old implementation.
+
+    Before 5.24 it also leaves out parts that have a copy of the model's config, such as T5's encoder and decoder. They
+    follow here, to our name and away from it.
+    """
 
     @functools.wraps(original)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         if _enabled and attn_implementation == NAME:
             refuse_model(type(self))
-        return original(self, attn_implementation, *args, **kwargs)
+        original(self, attn_implementation, *args, **kwargs)
+        wanted = self.config._attn_implementation
+        for part in self.modules() if _enabled else ():
+            if isinstance(part, compat.PreTrainedModel) and type(part.config) is type(self.config):
+                if part.config._attn_implementation != wanted and NAME in (wanted, part.config._attn_implementation):
+                    part.config._attn_implementation_internal = wanted
 
     return set_attn_implementation
 

@@ -81,7 +81,8 @@ def graphed(model, enabled: bool = True):
         if steps is not None:
             steps.restore()
     elif steps is None:
-        implementation = decoder_config(model)._attn_implementation
+        decoder = model.get_decoder() if model.config.is_encoder_decoder else None
+        implementation = (decoder_config(model) if decoder is None else decoder.config)._attn_implementation
         if implementation != NAME:
             raise ValueError(
                 f"graphed needs a model loaded with attn_implementation='{NAME}'; this {type(model).__name__} has "

@@ -198,6 +198,26 @@ def test_set_attn_implementation_there_and_back():
             )
 
 
+@pytest.mark.skipif(not HAS_SET, reason="this Transformers has no set_attn_implementation")
+def test_parts_with_a_copy_of_the_config_are_switched_too():
+    """Before 5.24 T5's halves stayed under "sdpa", and nobody said so: `graphed` timed sdpa's kernels as ours."""
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    config = AutoConfig.for_model("t5", **sizes, decoder_start_token_id=0)
+    try:
+        model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    except ValueError:
+        pytest.skip("no sdpa for T5 in this Transformers")
+    ids = torch.randint(3, 50, (2, 9))
+    for name, calls in (("flashcore", 3), ("sdpa", 0), ("flashcore", 3)):
+        model.set_attn_implementation(name)
+        halves = {part.config._attn_implementation for part in (model.encoder, model.decoder)}
+        assert halves == {name}
+        attention = mock.Mock(wraps=compat.attention_registry()["flashcore"])
+        with mock.patch.dict(compat.attention_registry(), {"flashcore": attention}), torch.no_grad():
+            model(input_ids=ids, decoder_input_ids=ids)
+        assert attention.call_count == calls
+
+
 def llava_config():
     """A tiny vision-language model: a CLIP tower and a LLaMA."""
     vision = {
