@@ -29,7 +29,7 @@ def test_losses_are_sdpas(name):
     assert difference(reference[:5], ours[:5]) <= 1e-4
     assert reference[-1] < reference[0] - 0.5, "it must learn something, or equal losses say little"
     # The control: a softmax scale that is wrong by a tenth shows.
-    _, wrong = losses_of(name, 3, "cuda", wrong_scale=1.1)
+    _, wrong = losses_of(name, 3, "cuda", scale=1.1)
     assert difference(reference[:3], wrong) > 1e-3
 
 

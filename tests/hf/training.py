@@ -40,12 +40,12 @@ def make(name: str, implementation: str):
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
 
 
-def losses_of(name: str, steps: int, device: str = "cpu", wrong_scale: float = 1.0) -> tuple[list[float], list[float]]:
+def losses_of(name: str, steps: int, device: str = "cpu", scale: float = 1.0) -> tuple[list[float], list[float]]:
     """(losses of `sdpa`, or of eager where there is none; losses of ours), `steps` of AdamW on one padded batch."""
     reference = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
     return tuple(
         _train(make(name, implementation).to(device), name, steps, device, scale)
-        for implementation, scale in ((reference, 1.0), ("flashcore", wrong_scale))
+        for implementation, scale in ((reference, 1.0), ("flashcore", scale))
     )
 
 
@@ -57,7 +57,7 @@ def _train(model, name: str, steps: int, device: str, scale: float) -> list[floa
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
     losses = []
-    with _wrong_scale(scale):
+    with wrong_scale(scale):
         for _ in range(steps):
             loss = model(**batch).loss
             loss.backward()
@@ -67,7 +67,7 @@ def _train(model, name: str, steps: int, device: str, scale: float) -> list[floa
     return losses
 
 
-class _wrong_scale:
+class wrong_scale:
     """Our attention with its scale multiplied, for negative controls."""
 
     def __init__(self, factor: float):
