@@ -13,5 +13,5 @@ def test_losses_are_sdpas(name, through_torch):
     assert difference(reference, ours) <= 1e-4
     assert reference[-1] < reference[0] - 0.1, "it must learn something, or equal losses say little"
     # The control: a softmax scale that is wrong by a tenth shows.
-    _, wrong = losses_of(name, 3, wrong_scale=1.1)
+    _, wrong = losses_of(name, 3, scale=1.1)
     assert difference(reference[:3], wrong) > 1e-3
