@@ -182,10 +182,11 @@ def _read_range_mask(
 
     The last where a model may have written into that, or where PyTorch computes: it would make one in each layer.
     """
-    fits = tuple(range_mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
+    batch_size, _, num_queries, _ = query.shape
+    compiling = torch.compiler.is_compiling()
     # What torch.compile is given nobody has read: __tensor_flatten__ raises else.
-    unread = torch.compiler.is_compiling() or not range_mask.is_read()
-    if fits and unread and (torch.compiler.is_compiling() or device_of(query.device).kind != "torch"):
+    unread = compiling or not range_mask.is_read() and device_of(query.device).kind != "torch"
+    if unread and range_mask.shape == (batch_size, 1, num_queries, key.shape[2]):
         return (None if range_mask.hides_nothing else range_mask.key_range), None
     return None, fit_mask(range_mask.dense(), query, key)
 

@@ -25,7 +25,7 @@ def make_launch(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tens
     """The Launch (see runtime.launch) of a plan on tensors with these strides.
 
     Args:
-        inputs: a bool mask as the bytes that it is made of.
+        inputs: as `fitted` leaves them.
         output: `[B, H, Q, Dv]`.
         has_lse: whether log-sum-exps are written.
     """
@@ -33,13 +33,21 @@ def make_launch(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tens
     return module.make_launch(problem, plan.config, inputs, output, has_lse)
 
 
+def fitted(plan: Plan, problem: Problem, inputs: Inputs) -> Inputs:
+    """`inputs` as the plan's kernel takes them: a bool mask as bytes, and a mask copied where the kernel wants that."""
+    if inputs.mask is None:
+        return inputs
+    if inputs.mask.dtype == torch.bool:
+        inputs = inputs._replace(mask=inputs.mask.view(torch.uint8))
+    module = import_module(LAUNCHES[plan.kernel], __package__)
+    return module.fitted(problem, inputs) if hasattr(module, "fitted") else inputs
+
+
 def serve(plan: Plan, problem: Problem, inputs: Inputs, output: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Launch on the current stream of the current device: write output `[B, H, Q, Dv]` and, where given, lse."""
     from .runtime.launch import run
 
-    fitted = getattr(import_module(LAUNCHES[plan.kernel], __package__), "fitted", None)
-    if inputs.mask is not None and fitted is not None:
-        inputs = fitted(problem, inputs)
+    inputs = fitted(plan, problem, inputs)
     run(make_launch(plan, problem, inputs, output, lse is not None), inputs, output, lse)
 
 

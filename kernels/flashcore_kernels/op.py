@@ -99,7 +99,7 @@ def attend(
     lse is `[B, H, Q]` with return_lse, and means nothing without.
     """
     signature = None
-    if inputs.mask is None and not dropout and not torch.compiler.is_compiling():
+    if not dropout and not torch.compiler.is_compiling():
         signature, known = find(inputs, (is_causal, window, scale, softcap, return_lse))
         if known is not None:
             kernel, call = known

@@ -1,5 +1,6 @@
 """A call that is checked, served on the device that it is on, without derivatives: by a kernel, or by PyTorch."""
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from .choose import choose, fallback_reason
 from .counting import count_path
 from .device import device_of
-from .dispatch import empty_output, empty_outputs, make_launch, serve
+from .dispatch import empty_output, empty_outputs, fitted, make_launch, serve
 from .fallback import note_fallback, torch_attention
 from .plan import Plan
 from .precompile import prompt_attends
@@ -34,8 +35,6 @@ def run(problem: Problem, inputs: Inputs, return_lse: bool) -> tuple[torch.Tenso
         answer, answer_lse = torch_attention(problem, inputs, return_lse)
         output.copy_(answer)
         return output, (answer_lse if return_lse else lse)
-    if problem.mask_kind == "bool":
-        inputs = inputs._replace(mask=inputs.mask.view(torch.uint8))
     if device.kind == "interpreter" and inputs.query.dtype == torch.bfloat16:
         # NumPy has no bfloat16, and the interpreter would multiply its bit patterns.
         names = ("query",) if problem.fp8 else ("query", "key", "value")
@@ -52,13 +51,17 @@ def first_of_its_kind(
 
     Its kernel may be there already: a step of a generation is like the one before but for its length.
     """
+    given, inputs = inputs, fitted(plan, problem, inputs)
+    # Where the mask was copied, each call has to copy its own.
+    copied = inputs.mask is not None and inputs.mask.data_ptr() != given.mask.data_ptr()
+    fit = functools.partial(fitted, plan, problem) if copied else None
     launch = make_launch(plan, problem, inputs, empty_output(inputs.query, inputs.value), return_lse)
-    call = make_call(launch, problem, inputs, return_lse)
+    call = make_call(launch, problem, inputs, return_lse, fit)
     prompt_attends(problem, inputs.sinks, inputs.query.device, call is not None)
     if call is not None:
         remember(signature, plan.kernel, call)
-        return call(inputs)
+        return call(given)
     output, lse = empty_outputs(inputs.query, inputs.value, return_lse)
     serve(plan, problem, inputs, output, lse if return_lse else None)
-    remember(signature, plan.kernel, make_call(launch, problem, inputs, return_lse))
+    remember(signature, plan.kernel, make_call(launch, problem, inputs, return_lse, fit))
     return output.transpose(1, 2), lse

@@ -48,6 +48,45 @@ def test_same_bits_as_through_the_operator(features, num_queries, head_dim, monk
         check(call)
 
 
+@pytest.mark.parametrize("num_queries, head_dim", [(200, 64), (200, 128), (200, 256)])
+@pytest.mark.parametrize("kind", ["bool", "bias", "bias of a row", "float64", "rows that must be copied"])
+@torch.no_grad()
+def test_dense_masks_have_the_same_bits_as_through_the_operator(kind, num_queries, head_dim, monkeypatch):
+    """Also the third call of a kind, on new tensors: its launches are made again."""
+    rows, columns = (
+        (1 if kind == "bias of a row" else num_queries),
+        (299 if kind == "rows that must be copied" else 304),
+    )
+    calls = []
+    for seed in range(3):
+        call = call_of(("causal",), num_keys=columns, num_queries=num_queries, head_dim=head_dim, seed=seed)
+        generator = torch.Generator("cuda").manual_seed(seed)
+        mask = torch.randn(2, 1, rows, columns, device="cuda", generator=generator)
+        mask = mask > -1.0 if kind == "bool" else mask.to(torch.float64 if kind == "float64" else torch.bfloat16)
+        calls.append((call, mask))
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared, "goes_past_dispatcher", lambda tensor: False)
+        wants = [call.run(mask=mask) for call, mask in calls]
+    assert not prepared._calls
+    for (call, mask), want in zip(calls, wants):
+        assert torch.equal(call.run(mask=mask), want) and len(prepared._calls) == 1
+    other_mask = calls[0][0].run(mask=calls[1][1])
+    assert not torch.equal(other_mask, wants[0]), "negative control: the mask is read"
+
+
+@torch.no_grad()
+def test_one_address_in_many_shapes():
+    """What the copy engine was told of the memory at an address never serves another kind of call."""
+    memory = torch.randn(3, 1 << 20, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        for shape in ((2, 300, 8, 64), (1, 600, 8, 64), (2, 300, 4, 128), (4, 300, 4, 64)):
+            views = [part[: torch.Size(shape).numel()].view(shape).transpose(1, 2) for part in memory]
+            got = attention(*views, is_causal=True)
+            apart = [torch.empty(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in views]
+            want = attention(*(copy.copy_(view) for copy, view in zip(apart, views)), is_causal=True)
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("num_queries", [1, 200])
 @torch.no_grad()
 def test_what_decides_is_in_the_signature(num_queries):

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ..problem import Inputs
-from .recording import descriptor_on, watcher
+from .recording import watcher
+from .repeated import Operand, descriptor_on
 from .workspace import forget, workspace
 
 _compiled: dict[tuple, object] = {}
@@ -44,7 +45,7 @@ class Tile(NamedTuple):
         """What a validated descriptor says."""
         return cls(operand, type(descriptor), {**vars(descriptor), "base": None})
 
-    def on(self, tensor: torch.Tensor):
+    def on(self, tensor: torch.Tensor | None):
         """The descriptor on another tensor of the same shape, strides, dtype and alignment."""
         return descriptor_on(self.kind, self.fields, tensor)
 
@@ -84,6 +85,14 @@ class Launch(NamedTuple):
     def tiles(self) -> tuple[Tile | None, ...]:
         """The Tile of each operand, None for those that are passed as they are."""
         return tuple(part if isinstance(part, Tile) else None for part in self.operands)
+
+    @property
+    def repeated_operands(self) -> tuple[Operand, ...]:
+        """The operands as `repeated` takes them: with their positions among the tensors of OPERANDS."""
+        return tuple(
+            Operand(_POSITION[part.operand], part.on(None)) if isinstance(part, Tile) else Operand(_POSITION[part])
+            for part in self.operands
+        )
 
     @property
     def pick(self) -> Callable[[tuple], tuple]:
@@ -141,26 +150,6 @@ def compiled_kernel(launch: Launch, tensors: tuple[torch.Tensor | None, ...]):
     return _compiled.get(_key(launch.kernel, arguments, launch.constants, launch.num_warps, launch.num_stages))
 
 
-def launcher(compiled) -> tuple[Callable, tuple]:
-    """(call, prefix): `call(*grid, stream, *prefix, *parameters)` launches a compiled kernel.
-
-    Triton's own way looks for scratch memory at every launch, in Python. Where the kernel needs none, the versions
-    whose C function has the arguments that are known here go to it directly.
-    """
-    run, rest = compiled.run, (compiled.packed_metadata, None, None, None)
-    scratch = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
-    if _has_known_launcher() and type(run).__name__ == "CudaLauncher" and scratch == [0, 0]:
-        return run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *rest)
-    return run, (compiled.function, *rest)
-
-
-@functools.cache
-def _has_known_launcher() -> bool:
-    import triton
-
-    return triton.__version__.startswith(("3.5.", "3.6."))
-
-
 def launch(
     kernel,
     programs: int | tuple[int, int],
@@ -216,4 +205,4 @@ def launch(
 def _tell_watcher(compiled, grid: tuple[int, int, int], arguments: tuple, rest: tuple) -> None:
     watched = watcher()
     if watched is not None:
-        watched.add_launch(*launcher(compiled), grid, arguments, rest)
+        watched.add_launch(compiled, grid, arguments, rest)

@@ -4,13 +4,13 @@ A backward has two to four launches, whose arguments depend on shapes, strides a
 several times as long as launching; so the first call of a kind is watched, and those after it repeat what it did.
 """
 
-import functools
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 
+from .repeated import Operand, repeated
 from .workspace import forget, workspace
 
 _watching = threading.local()
@@ -35,19 +35,19 @@ class Recording:
         self._given[id(tensor)] = len(self._kept) + len(self._fresh)
         self._fresh.append(tensor)
 
-    def add_launch(self, start: Callable, prefix: tuple, grid: tuple, arguments: tuple, rest: tuple) -> None:
-        """`start` was called on `grid` with `arguments`, tensors and descriptors among them."""
-        parts = []
+    def add_launch(self, compiled, grid: tuple[int, int, int], arguments: tuple, rest: tuple) -> None:
+        """`compiled` was launched on `grid` with `arguments`, tensors and descriptors among them."""
+        operands = []
         for argument in arguments:
             tensor = getattr(argument, "base", argument)
             if not isinstance(tensor, torch.Tensor):
-                parts.append((None, None, argument))
+                operands.append(Operand(None, argument=argument))
             elif (position := self._position(tensor)) is None:
                 self.complete = False
                 return
             else:
-                parts.append((position, None if tensor is argument else argument, None))
-        self._launches.append((start, prefix, grid, tuple(parts), rest))
+                operands.append(Operand(position, None if tensor is argument else argument))
+        self._launches.append((compiled, grid, tuple(operands), rest))
 
     def _position(self, tensor: torch.Tensor) -> int | None:
         """Where a call's tensor will be found: -1 for the workspace's counters; None: this is somebody else's."""
@@ -65,12 +65,9 @@ class Recording:
         if not self.complete:
             raise ValueError("a launch took tensors that were neither given nor allocated by the call")
         fresh = [(t.shape, t.stride(), t.dtype, t.device) for t in self._fresh]
-        launches = [
-            (start, prefix, grid, [(p, d if d is None else _like(d), a) for p, d, a in parts], rest)
-            for start, prefix, grid, parts, rest in self._launches
-        ]
+        launches = [repeated(*launch) for launch in self._launches]
         device = self._fresh[0].device
-        counted = any(position == -1 for *_, parts, _ in launches for position, *_ in parts)
+        counted = any(operand.position == -1 for _, _, operands, _ in self._launches for operand in operands)
         raw_stream, empty, index = torch._C._cuda_getCurrentRawStream, torch.empty_strided, device.index
 
         def call(given):
@@ -79,40 +76,14 @@ class Recording:
             tensors = (*given, *made, workspace(0, 1, device)[1] if counted else None)
             stream = raw_stream(index)
             try:
-                for start, prefix, grid, parts, rest in launches:
-                    addresses = []
-                    for position, described, argument in parts:
-                        if position is None:
-                            addresses.append(argument)
-                        else:
-                            tensor = tensors[position]
-                            addresses.append(tensor.data_ptr() if described is None else described(tensor))
-                    start(*grid, stream, *prefix, *addresses, *rest)
+                for launch in launches:
+                    launch(tensors, stream)
             except BaseException:
                 forget(device)
                 raise
             return made
 
         return call
-
-
-def _like(descriptor) -> Callable[[torch.Tensor], object]:
-    """From a tensor to the descriptor that says of it what this one says of its own."""
-    return functools.partial(descriptor_on, type(descriptor), {**vars(descriptor), "base": None})
-
-
-def descriptor_on(kind: type, fields: dict, tensor: torch.Tensor):
-    """A descriptor on another tensor of the same shape, strides, dtype and alignment.
-
-    It was validated when it was made, which costs more than all the rest of a launch. Always a new object: another
-    thread may be launching with its own.
-
-    Args:
-        fields: everything that a descriptor says but its tensor.
-    """
-    descriptor = object.__new__(kind)
-    descriptor.__dict__ = {**fields, "base": tensor}
-    return descriptor
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """From Python to a launch: when a compiled kernel is used again, and what Triton's launcher gets. No GPU is needed."""
 
 import inspect
-import types
 
 import pytest
 import torch
@@ -133,41 +132,3 @@ def test_aligned_and_unaligned_calls_get_kernels_of_their_own():
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == launch._key("kernel", (torch.zeros(64, dtype=torch.float16), 32), (), 4, 2)
-
-
-class CudaLauncher:
-    """Triton's, as of 3.5 and 3.6."""
-
-    launch_cooperative_grid, launch_pdl, global_scratch_size, profile_scratch_size = False, True, 0, 0
-
-    def __init__(self):
-        self.caught = []
-
-    def launch(self, *arguments):
-        self.caught.append(arguments)
-
-    def __call__(self, x, y, z, stream, function, *rest):
-        scratch = [f"{size} bytes" if size else None for size in (self.global_scratch_size, self.profile_scratch_size)]
-        self.launch(x, y, z, stream, function, self.launch_cooperative_grid, self.launch_pdl, *scratch, *rest)
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("scratch", [0, 128])
-def test_past_tritons_own_launcher(monkeypatch, known, scratch):
-    """Straight to its C function, with the arguments that it would pass on; never where it has more to do."""
-    monkeypatch.setattr(launch, "_has_known_launcher", lambda: known)
-    monkeypatch.setattr(CudaLauncher, "global_scratch_size", scratch)
-    run = CudaLauncher()
-    call, prefix = launch.launcher(types.SimpleNamespace(run=run, function="function", packed_metadata="metadata"))
-    assert (call == run.launch) == (known and not scratch)
-    call(5, 1, 1, "stream", *prefix, "query", "key")
-    run(5, 1, 1, "stream", "function", "metadata", None, None, None, "query", "key")
-    assert run.caught[0] == run.caught[1]
-
-
-def test_what_is_known_of_tritons_launcher():
-    """The signature of these versions, read from their source where one of them is installed."""
-    driver = pytest.importorskip("triton.backends.nvidia.driver")
-    pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="before 3.5 nobody has asked")
-    expected = "iiiKKppOOOOOO"  # grid, stream, function, two flags; scratch x 2, metadata x 2, hooks x 2
-    assert launch._has_known_launcher() == (getattr(driver, "_BASE_ARGS_FORMAT", None) == expected)

@@ -188,11 +188,26 @@ class TestSignature:
         all_of_them.append(self.signature(query, key, value, options=(True, None)))
         assert None not in all_of_them and len(set(all_of_them)) == len(all_of_them)
 
+    def test_what_decides_of_a_mask_is_in_it(self):
+        """Its storage too: behind a row's last key a kernel reads on, where there is memory."""
+        tensors = tensors_of(num_queries=100)
+        roomy = torch.zeros(2, 1, 101, 512, dtype=torch.bool)
+        masks = [
+            None, roomy[:, :, :100, :500], roomy[:1, :, :100, :500], roomy[:, :, :100, :500].float(),
+            roomy[:, :, 1:, :500], roomy[:, :, :1, :500].expand(2, 1, 100, 500), roomy[:, :, :1, :500],
+            torch.zeros(2 * 101 * 512 - 12, dtype=torch.bool).as_strided((2, 1, 100, 500), (101 * 512, 1, 512, 1)),
+            torch.zeros(2 * 101 * 512 + 1, dtype=torch.bool)[1:].view(2, 1, 101, 512)[:, :, :100, :500],
+        ]  # fmt: skip
+        signatures = [self.signature(*tensors, mask=mask) for mask in masks]
+        assert None not in signatures and len(set(signatures)) == len(masks)
+        assert self.signature(*tensors, mask=roomy.clone()[:, :, :100, :500]) == signatures[1]
+
     def test_what_must_not_be_taken_for_another(self):
         query, key, value = tensors_of()
         assert self.signature(query.as_subclass(OnAGpu), key, value) is None, "a subclass may want the dispatcher"
         assert self.signature(query.float().requires_grad_(), key, value) is None
-        for name in ("sinks", "key_scale", "value_scale"):
+        assert self.signature(query, key, value, mask=torch.ones(500).as_subclass(OnAGpu)) is None
+        for name in ("sinks", "key_scale", "value_scale", "mask"):
             learned = torch.ones(8, requires_grad=True)
             assert self.signature(query, key, value, **{name: learned}) is None, "its gradient would be lost"
         assert self.signature(query, "no tensor", value) is None
@@ -267,6 +282,50 @@ class TestServedAgain:
         assert descriptors[1::2] == (None,) * 4
         given = (lse, options.get("key_range"), options["sinks"], output if one_copy else None, long[12])
         assert pointers == tuple(None if t is None else t.data_ptr() for t in given)
+
+    @pytest.mark.parametrize("kind", ["bool", "bias", "bias of a row", "float64", "rows that must be copied"])
+    @pytest.mark.parametrize("arch", [90, 80])
+    def test_a_dense_mask(self, launches, compiled, monkeypatch, kind, arch):
+        """Both launches of it are made again, on another call's mask, whose copy is made where one is needed."""
+        for module in (op, run):
+            monkeypatch.setattr(module, "device_of", lambda device: H200._replace(arch=arch))
+        shape = {"bias of a row": (2, 8, 1, 512), "rows that must be copied": (2, 1, 100, 503)}.get(
+            kind, (2, 8, 100, 512)
+        )
+        dtype = {"bool": torch.bool, "float64": torch.float64}.get(kind, torch.bfloat16)
+        num_keys = shape[3]
+        calls = [(tensors_of(num_queries=100, num_keys=num_keys), torch.zeros(shape).to(dtype)) for _ in "ab"]
+        (first, first_mask), (second, second_mask) = calls
+        op.attention(*first, mask=first_mask)
+        monkeypatch.setattr(op, "check_problem", None)
+        op.attention(*second, mask=second_mask)
+        number = 2 if arch == 90 else 1  # its map is made before
+        assert len(launches) == len(compiled.launches) == number
+        for (kernel, programs, long, scalars, constants), arguments in zip(launches, compiled.launches, strict=True):
+            assert arguments[:2] == ((*programs, 1)[:2] if isinstance(programs, tuple) else (programs, 1))
+            operands, rest = arguments[9 : 9 + len(long)], arguments[9 + len(long) :]
+            assert rest == (*scalars, *constants) and len(arguments) - 9 == len(kernel.arg_names)
+            for before, now in zip(long, operands):
+                tensor = getattr(before, "base", before)
+                if not isinstance(tensor, torch.Tensor):
+                    assert now == before, "a number, or nothing"
+                elif tensor is not before:
+                    assert {**vars(before), "base": None} == {**vars(now), "base": None}
+            addresses = [now.base.data_ptr() if hasattr(now, "base") else now for now in operands]
+            befores = [getattr(before, "base", before) for before in long]
+            copied = arch == 90 and kind in ("float64", "rows that must be copied")
+            for before, address in zip(befores, addresses):
+                if isinstance(before, torch.Tensor) and before.data_ptr() == first_mask.data_ptr():
+                    assert not copied and address == second_mask.data_ptr()
+                if isinstance(before, torch.Tensor) and before.data_ptr() == first[0].data_ptr():
+                    assert address == second[0].data_ptr()
+            assert copied or second_mask.data_ptr() in addresses or kernel is not launches[0][0]
+            assert first_mask.data_ptr() not in addresses
+        if arch == 90:
+            lines, bits = compiled.launches[0][10:12]
+            assert compiled.launches[1][9 + 15 : 9 + 17] == (lines, bits), (
+                "the map that was made is the one that is read"
+            )
 
     def test_a_launch_that_fails_takes_its_counter_with_it(self, launches, compiled, monkeypatch):
         call = tensors_of(num_queries=100)
