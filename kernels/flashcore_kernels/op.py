@@ -105,7 +105,7 @@ def attend(
             kernel, call = known
             path_counts[kernel] += 1
             return call(inputs)
-    if signature is None and inputs.mask is None and not torch.compiler.is_compiling():
+    if signature is None and not torch.compiler.is_compiling():
         served = attend_in_training(inputs, is_causal, window, scale, softcap, dropout)
         if served is not None:
             return served

@@ -186,6 +186,26 @@ def check_options(
     return *_check_window(window, is_causal), _check_scale(scale, head_dim), _check_softcap(softcap)
 
 
+def distinct(mask: torch.Tensor) -> torch.Tensor:
+    """The mask, with a size of 1 wherever it is broadcast: `expand` leaves other sizes."""
+    for dim in range(4):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
+def with_mask_in_rows(inputs: Inputs) -> Inputs:
+    """`inputs`, with a mask copied whose keys lie apart: into rows, without what `expand` made of it.
+
+    T5's bias for distances comes out of an embedding with the heads of an element side by side, and each kernel of a
+    backward reads it.
+    """
+    mask = inputs.mask
+    if mask is None or mask.stride(3) <= 1 or mask.shape[3] == 1:
+        return inputs
+    return inputs._replace(mask=distinct(mask).contiguous())
+
+
 def _has_rows(mask: torch.Tensor) -> bool:
     """Whether a mask differs from query to query: not where it is broadcast or expanded over them."""
     return mask.shape[2] > 1 and mask.stride(2) != 0

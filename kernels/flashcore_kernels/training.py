@@ -12,9 +12,17 @@ import torch
 from .autograd import draw_philox
 from .choose import backward_fallback_reason, choose, choose_backward
 from .counting import count_path
-from .device import device_of, goes_past_dispatcher
+from .device import device_of, goes_past_dispatcher, nobody_listens
 from .dispatch import serve_backward
-from .problem import Inputs, Window, any_requires_grad, check_problem, problem_of_numbers, with_alignment
+from .problem import (
+    Inputs,
+    Window,
+    any_requires_grad,
+    check_problem,
+    problem_of_numbers,
+    with_alignment,
+    with_mask_in_rows,
+)
 from .run import first_of_its_kind
 from .runtime.prepared import MOST, find_by, signature_of
 from .runtime.recording import recording
@@ -33,7 +41,7 @@ def attend_in_training(
     softcap: float | None,
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`op.attend` of a call without a mask that wants gradients: (output `[B, Q, H, Dv]`, lse `[B, H, Q]`).
+    """`op.attend` of a call that wants gradients: (output `[B, Q, H, Dv]`, lse `[B, H, Q]`).
 
     None where it has to go through the dispatcher, or to PyTorch, or wants no gradient.
     """
@@ -41,6 +49,10 @@ def attend_in_training(
     try:
         if not (torch.is_grad_enabled() and any_requires_grad(*inputs) and goes_past_dispatcher(query)):
             return None
+        if inputs.mask is not None:
+            if not nobody_listens(inputs.mask):
+                return None
+            inputs = with_mask_in_rows(inputs)
         signature = signature_of(inputs, (is_causal, window, scale, softcap, True, dropout))
     except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
         return None
@@ -55,13 +67,13 @@ def attend_in_training(
             _numbers.clear()
         _numbers[signature] = numbers
     philox = draw_philox(query.device) if dropout else None
-    return _Attention.apply(*inputs[:4], inputs.sinks, philox, signature, numbers, problem)
+    return _Attention.apply(*inputs[:6], philox, signature, numbers, problem)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, key_range, sinks, philox, signature, numbers, problem):
-        inputs = Inputs(query, key, value, key_range, None, sinks, philox=philox)
+    def forward(ctx, query, key, value, key_range, mask, sinks, philox, signature, numbers, problem):
+        inputs = Inputs(query, key, value, key_range, mask, sinks, philox=philox)
         known = find_by(signature)
         if known is None:
             if problem is None:  # another call of its kind was checked, and its kernel forgotten
@@ -72,7 +84,7 @@ class _Attention(torch.autograd.Function):
         else:
             count_path(known[0])
             output, lse = known[1](inputs)
-        ctx.save_for_backward(query, key, value, key_range, sinks, output, lse, philox)
+        ctx.save_for_backward(query, key, value, key_range, mask, sinks, output, lse, philox)
         ctx.signature, ctx.numbers = signature, numbers
         # A gradient that nobody has stays None: delta then needs no pass over zeros.
         ctx.set_materialize_grads(False)
@@ -80,43 +92,46 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_lse):
-        query, key, value, key_range, sinks, output, lse, philox = ctx.saved_tensors
+        query, key, value, key_range, mask, sinks, output, lse, philox = ctx.saved_tensors
         if grad_output is None:
             grad_output = torch.zeros_like(output)
-        sinks_grad = ctx.needs_input_grad[4]
+        mask_grad, sinks_grad = ctx.needs_input_grad[4:6]
         # Whoever kept tensors elsewhere meanwhile (on the CPU, say) may bring them back in another layout.
         given = (
-            query, key, value, key_range, sinks, output.transpose(1, 2), lse, grad_output.transpose(1, 2), grad_lse,
-            philox,
+            query, key, value, key_range, mask, sinks, output.transpose(1, 2), lse, grad_output.transpose(1, 2),
+            grad_lse, philox,
         )  # fmt: skip
         if torch.is_grad_enabled() or not goes_past_dispatcher(grad_output):
-            dq, dk, dv, dsinks, _ = torch.ops.flashcore.flash_attn_bwd(
-                given[7], grad_lse, query, key, value, key_range, None, sinks, given[5], lse, *ctx.numbers, philox,
-                sinks_grad, False,
-            )  # fmt: skip
+            dq, dk, dv, dsinks, dmask = torch.ops.flashcore.flash_attn_bwd(
+                given[8], grad_lse, *given[:6], given[6], lse, *ctx.numbers, philox, sinks_grad, mask_grad
+            )
         else:
-            dq, dk, dv, dsinks = _backward(ctx.signature, ctx.numbers, given, sinks_grad)
-        return dq, dk, dv, None, dsinks if sinks_grad else None, None, None, None, None
+            dq, dk, dv, dsinks, dmask = _backward(ctx.signature, ctx.numbers, given, sinks_grad, mask_grad)
+        grads = dq, dk, dv, None, dmask if mask_grad else None, dsinks if sinks_grad else None
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
-def _backward(signature: tuple, numbers: tuple, given: tuple, sinks_grad: bool) -> tuple:
-    """(dq, dk, dv, dsinks) of what a call was given, by launches that were made before where that can be."""
+def _backward(signature: tuple, numbers: tuple, given: tuple, sinks_grad: bool, mask_grad: bool) -> tuple:
+    """(dq, dk, dv, dsinks, dmask) of what a call was given, by launches that were made before where that can be."""
     layout = tuple(None if t is None else (t.stride(), t.data_ptr() % 16, t.dtype) for t in given)
-    known = None if sinks_grad else _backwards.get((signature, layout))
+    kind = signature, layout, mask_grad
+    known = None if sinks_grad else _backwards.get(kind)
+    query, key, value, key_range, mask, sinks, output, lse, grad_output, grad_lse, philox = given
     if known is not None:
         count_path(known[0])
-        return (*known[1](given)[:3], None)
-    query, key, value, key_range, sinks, output, lse, grad_output, grad_lse, philox = given
-    inputs = Inputs(query, key, value, key_range, None, sinks, philox=philox)
+        made = known[1](given)
+        # The gradient of a mask is added up in fp32.
+        return *made[:3], None, made[3].to(mask.dtype) if mask_grad else None
+    inputs = Inputs(query, key, value, key_range, mask, sinks, philox=philox)
     problem = problem_of_numbers(inputs, *numbers)
     plan = choose_backward(problem, device_of(query.device))
     count_path(plan.kernel)
     with recording(given) as watched:
-        dq, dk, dv, dsinks, _ = serve_backward(
-            plan, problem, inputs, output, lse, grad_output, grad_lse, sinks_grad=sinks_grad, mask_grad=False
+        grads = serve_backward(
+            plan, problem, inputs, output, lse, grad_output, grad_lse, sinks_grad=sinks_grad, mask_grad=mask_grad
         )
     if watched.complete and not sinks_grad:
         if len(_backwards) >= MOST:
             _backwards.clear()
-        _backwards[signature, layout] = plan.kernel, watched.repeat()
-    return dq, dk, dv, dsinks
+        _backwards[kind] = plan.kernel, watched.repeat()
+    return grads

@@ -1,10 +1,13 @@
 """Training through `attention` on a GPU, whichever kernels are chosen: errors, NaN in padding, dropout, bits."""
 
+import contextlib
 import random
 
 import pytest
 import torch
 from flashcore_kernels import attention, make_key_range, path_counts
+from flashcore_kernels.training import _backwards
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.portable.gradients import assert_gradients, train
 from ..kernels.reference import DTYPES, build, together
@@ -69,6 +72,45 @@ def test_seeded(block, poisoned_empty):
 def test_what_the_portable_backward_serves(features, dtype, poisoned_empty):
     training = train(build(features, 333, 400, head_dim=64, dtype=DTYPES[dtype], device="cuda"))
     assert_gradients(gradients(training), training)
+
+
+@pytest.mark.parametrize("kind", ["float", "float of one row", "bool", "scattered", "expanded"])
+@pytest.mark.parametrize("mask_grad", [False, True])
+def test_masked_calls_are_made_again(kind, mask_grad, poisoned_empty):
+    """The launches of a call before, on this one's tensors: the operators' own bits, which a listener gets."""
+    if kind == "bool" and mask_grad:
+        pytest.skip("a bool mask has no gradient")
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    def run(seed: int, listened: bool):
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, device="cuda", generator=generator).bfloat16()
+
+        leaves = [draw(2, heads, length, 64).requires_grad_() for heads, length in ((4, 130), (2, 200), (2, 200))]
+        mask = {
+            "float": lambda: draw(1, 4, 130, 200), "float of one row": lambda: draw(2, 1, 1, 200),
+            "bool": lambda: draw(2, 1, 130, 200) > -1, "scattered": lambda: draw(130, 200, 4).permute(2, 0, 1)[None],
+            "expanded": lambda: draw(130, 200, 1).permute(2, 0, 1)[None].expand(2, 4, 130, 200),
+        }[kind]()  # fmt: skip
+        if mask_grad:
+            leaves.append(mask.requires_grad_())
+        with Listener() if listened else contextlib.nullcontext():
+            output = attention(*leaves[:3], mask=mask)
+            return output, *torch.autograd.grad(output, leaves, draw(2, 4, 130, 64))
+
+    path_counts.clear()
+    for seed in (0, 1, 2):
+        got, want = run(seed, False), run(seed, True)
+        assert all(map(torch.equal, got, want)), seed
+    assert not torch.equal(run(0, False)[1], run(1, False)[1])
+    assert not path_counts["torch"]
+    recorded = [kept for kept in _backwards if kept[-1] == mask_grad]
+    assert recorded, "nothing was kept, and the host pays for each call"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

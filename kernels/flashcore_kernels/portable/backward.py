@@ -9,9 +9,9 @@ such a mask a fourth (backward_shift.py) comes first, for rows whose log-sum-exp
 import torch
 import triton
 
-from ..problem import LOG2_E, Inputs, Problem
+from ..problem import LOG2_E, Inputs, Problem, with_mask_in_rows
 from ..runtime.launch import launch
-from ..runtime.recording import fresh
+from ..runtime.recording import fresh, seen_as
 from .backward_key import flashcore_backward_dkdv, flashcore_query_blocks
 from .backward_mask import flashcore_backward_mask
 from .backward_query import flashcore_backward_dq
@@ -66,7 +66,8 @@ def run_backward(
             "gradients of attention over float8_e4m3fn keys and values are not supported; "
             "use keys and values in query's dtype where gradients are needed"
         )
-    query, key, value, key_range, mask, sinks = inputs[:6]
+    given_mask = inputs.mask
+    query, key, value, key_range, mask, sinks = with_mask_in_rows(inputs)[:6]
     dropout, philox = problem.dropout, inputs.philox
     if (philox is None) != (dropout == 0.0):
         raise ValueError(f"dropout={dropout} with philox={philox}: a seed and offset belong to dropout above 0")
@@ -87,13 +88,17 @@ def run_backward(
         # Products have to be 0 for the right probabilities, and a factor that can be divided by.
         query, problem = query * 0.0, problem._replace(scale=1.0)
     call = BackwardCall(problem, config, key_range, mask, philox, drop_threshold(dropout), 1.0 / (1.0 - dropout))
+    # What is answered comes first: whoever makes the launches again finds it there.
     dq, dk, dv = (fresh(empty_like_heads(t)) for t in (query, key, value))
+    dmask = fresh(given_mask.new_empty(given_mask.shape, dtype=torch.float32)) if mask_grad else None
     delta, weight, shift = fresh(torch.empty_like(lse)), None, lse
     if problem.mask_kind == "float":
         shift, weight = call.launch_shift(query, key, sinks, lse)
     call.launch_dq(query, key, value, output, grad_output, grad_lse, shift, weight, delta, dq, scale)
     call.launch_dkdv(query, key, value, grad_output, shift, weight, delta, dk, dv, scale)
-    dmask = call.launch_mask(query, key, value, grad_output, shift, weight, delta) if mask_grad else None
+    if mask_grad:
+        call.launch_mask(query, key, value, grad_output, shift, weight, delta, dmask)
+        dmask = dmask.to(mask.dtype)
     dsinks = sink_gradient(sinks, lse, delta) if sinks_grad else None
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dsinks, dmask
 
@@ -120,8 +125,8 @@ class BackwardCall:
         keep_scale: float,
     ):
         self.problem, self.config, self.philox = problem, config, philox
-        self.key_range, self.given_mask = key_range, mask
-        self.mask = mask.view(torch.uint8) if problem.mask_kind == "bool" else mask
+        self.key_range = key_range
+        self.mask = seen_as(mask.view(torch.uint8), mask) if problem.mask_kind == "bool" else mask
         self.mask_strides = mask_strides(mask)
         self.range_strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
         self.range = (None, "sequence", "rows").index(problem.range_layout)
@@ -156,7 +161,7 @@ class BackwardCall:
     def launch_shift(self, query, key, sinks, lse) -> tuple[torch.Tensor, torch.Tensor]:
         """(Shift, Weight) in place of an lse that an additive mask may have left without digits."""
         problem, row = self.problem, self.config.mask
-        shift, weight = torch.empty_like(lse), torch.empty_like(lse)
+        shift, weight = fresh(torch.empty_like(lse)), fresh(torch.empty_like(lse))
         launch(
             flashcore_backward_shift,
             triton.cdiv(problem.num_queries, row.block_m) * problem.batch_size * problem.num_heads,
@@ -218,10 +223,9 @@ class BackwardCall:
             num_stages=row.num_stages,
         )  # fmt: skip
 
-    def launch_mask(self, query, key, value, grad_output, lse, weight, delta) -> torch.Tensor:
-        problem, row, mask = self.problem, self.config.mask, self.given_mask
-        dmask = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
-        batch, heads, queries, keys = mask.shape
+    def launch_mask(self, query, key, value, grad_output, lse, weight, delta, dmask) -> None:
+        problem, row = self.problem, self.config.mask
+        batch, heads, queries, keys = dmask.shape
         # Along an axis that the mask is broadcast over, one tile sums up all.
         sum_m, sum_n = queries < problem.num_queries, keys < problem.num_keys
         m_tiles = 1 if sum_m else triton.cdiv(queries, row.block_m)
@@ -238,7 +242,6 @@ class BackwardCall:
             num_warps=row.num_warps,
             num_stages=row.num_stages,
         )  # fmt: skip
-        return dmask.to(mask.dtype)
 
 
 def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:

@@ -27,13 +27,21 @@ class Recording:
         self._given = {id(tensor): position for position, tensor in enumerate(given) if tensor is not None}
         self._kept = given  # an id is that of a tensor only while that lives
         self._fresh: list[torch.Tensor] = []
+        self._views: list[torch.Tensor] = []
         self._launches: list[tuple] = []
-        self.complete = True
+        # One tensor in two places does not tell which of the two a launch took.
+        self.complete = len(self._given) == sum(tensor is not None for tensor in given)
 
     def add_fresh(self, tensor: torch.Tensor) -> None:
         """`tensor` was allocated by the call, which overwrites all of it that is ever read."""
         self._given[id(tensor)] = len(self._kept) + len(self._fresh)
         self._fresh.append(tensor)
+
+    def add_view(self, view: torch.Tensor, tensor: torch.Tensor) -> None:
+        """`view` begins where `tensor` does, and stands for it in launches."""
+        if (position := self._given.get(id(tensor))) is not None:
+            self._given[id(view)] = position
+            self._views.append(view)
 
     def add_launch(self, compiled, grid: tuple[int, int, int], arguments: tuple, rest: tuple) -> None:
         """`compiled` was launched on `grid` with `arguments`, tensors and descriptors among them."""
@@ -106,3 +114,10 @@ def fresh(tensor: torch.Tensor) -> torch.Tensor:
     if (watched := watcher()) is not None:
         watched.add_fresh(tensor)
     return tensor
+
+
+def seen_as(view: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """`view`, which is what launches take of `tensor`: the same memory from its beginning."""
+    if (watched := watcher()) is not None:
+        watched.add_view(view, tensor)
+    return view

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from flashcore_kernels.runtime import recording
-from flashcore_kernels.runtime.recording import fresh, watcher
+from flashcore_kernels.runtime.recording import fresh, seen_as, watcher
 
 from .test_repeated import Descriptor
 
@@ -58,6 +58,33 @@ def test_nothing_is_repeated_on_somebody_elses_tensor():
     assert not watched_.complete
     with pytest.raises(ValueError, match="neither given nor allocated"):
         watched_.repeat()
+
+
+def test_nothing_is_repeated_of_a_call_with_one_tensor_in_two_places():
+    """attention(x, x, x) would have taught that all three lie where the last one does."""
+    one = torch.zeros(2, 8)
+    assert not watched((one, one, None), Compiled()).complete
+    assert watched((one, one.clone(), None), Compiled()).complete
+
+
+def test_a_view_stands_for_its_tensor():
+    compiled = Compiled()
+
+    def call(mask):
+        with recording.recording((mask,)) as watched:
+            fresh(torch.empty(4))
+            watcher().add_launch(compiled, (1, 1, 1), (seen_as(mask.view(torch.uint8), mask),), ())
+        return watched
+
+    first, second = (torch.zeros(5, dtype=torch.bool) for _ in "ab")
+    watched_ = call(first)
+    assert watched_.complete
+    watched_.repeat()((second,))
+    assert compiled.launches[0][-1] == second.data_ptr()
+    # The control: of a view that nobody announced, nothing is known.
+    with recording.recording((first,)) as unannounced:
+        watcher().add_launch(compiled, (1, 1, 1), (first.view(torch.uint8),), ())
+    assert not unannounced.complete
 
 
 def test_a_launch_that_fails_forgets_the_workspace(monkeypatch):

@@ -2,13 +2,13 @@
 
 import torch
 
-from ...problem import Inputs, Problem
+from ...problem import Inputs, Problem, distinct
 from ...runtime.launch import Launch, Tile
 from ..descriptors import descriptor
 from ..schedule import heads_in_section
 from .choose import PrefillConfig
 from .kernel import PrefillConstants, flashcore_hopper
-from .mask_map import MapShape, distinct, make_map_launch, map_shape, vector_unit
+from .mask_map import MapShape, make_map_launch, map_shape, vector_unit
 from .masks import BIAS, BIAS_ROW, BOOL, NO_MASK
 
 

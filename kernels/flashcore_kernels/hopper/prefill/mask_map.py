@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...problem import Problem
+from ...problem import Problem, distinct
 from ...runtime.launch import Launch
 
 # Of a block in a tile's list: its number times FLAGS, and which of these hold.
@@ -67,14 +67,6 @@ class MapShape(NamedTuple):
 def _strides(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     batch, heads, last = sizes
     return (heads * last if batch > 1 else 0, last if heads > 1 else 0, 1 if last > 1 else 0)
-
-
-def distinct(mask: torch.Tensor) -> torch.Tensor:
-    """The mask, with a size of 1 wherever it is broadcast: `expand` leaves other sizes."""
-    for dim in range(4):
-        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
-            mask = mask.narrow(dim, 0, 1)
-    return mask
 
 
 def map_shape(mask: torch.Tensor, num_keys: int, block_m: int, block_n: int) -> MapShape:

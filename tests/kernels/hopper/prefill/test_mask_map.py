@@ -33,7 +33,7 @@ def made(mask: torch.Tensor, block_m: int = BLOCK_M, block_n: int = BLOCK_N):
 def check(mask: torch.Tensor, **blocks) -> list[int]:
     """Hold the map of a mask against what the mask says; returns all flags that were set."""
     shape, lines, bits = made(mask, **blocks)
-    mask = mask_map.distinct(mask)
+    mask = distinct(mask)
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf
     found = []
     for b, h, t in torch.cartesian_prod(*map(torch.arange, shape.lines)).view(-1, 3).tolist():
