@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flashcore_kernels.problem import Inputs, check_problem
+from flashcore_kernels.problem import Inputs, check_problem, distinct
 from flashcore_kernels.runtime.launch import OPERANDS, launch
 
 mask_map = pytest.importorskip("flashcore_kernels.hopper.prefill.mask_map")
