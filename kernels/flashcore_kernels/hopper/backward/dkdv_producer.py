@@ -1,0 +1,86 @@
+"""The producer warp of `dkdv`: it brings K, V, Q and dO, and two numbers of each query."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ..schedule import next_position, position_of
+from ..triton_api import copy_async, tma_load
+from .key_tile import KEYS, key_tile
+from .masks import query_shift
+
+# With how many blocks left to fetch a program asks for its next tile.
+ASK_BLOCKS = gl.constexpr(4)
+
+
+@gluon.jit
+def _copy_rows(smem, row, full, BM: gl.constexpr):
+    """Copy a number of each query `[BM]`; `full` counts one arrival of each thread."""
+    copy_async(smem, row + gl.arange(0, BM, gl.BlockedLayout([BM // 32], [32], [1], [0])))
+    async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def _load_keys(call, b, kv_head, n0, tiles_done, C: gl.constexpr):
+    """Copy a tile's keys and values, each consumer's when it has done with those before."""
+    descriptors = call.descriptors
+    for c in gl.static_range(2):
+        mbarrier.wait(call.barriers.kv_empty.index(c), (tiles_done & 1) ^ 1)
+        kv_full = call.barriers.kv_full.index(c)
+        mbarrier.expect(kv_full, KEYS * (C.d + C.dv) * 2)
+        tma_load(descriptors.k, [b, kv_head, n0 + c * KEYS, 0], kv_full, call.buffers.k.index(c))
+        tma_load(descriptors.v, [b, kv_head, n0 + c * KEYS, 0], kv_full, call.buffers.v.index(c))
+
+
+@gluon.jit
+def produce(call, C: gl.constexpr):
+    """The producer warp: copies K and V once a tile, Q and dO block by block, ahead of the consumers.
+
+    It asks for the next tile when this one's keys were loaded: then each thread of the consumers has read the position
+    that the next one overwrites (see `hand_out`). So it loads them for tiles that no query sees too.
+    """
+    BM: gl.constexpr = C.block_m
+    QS: gl.constexpr = C.query_stages
+    GS: gl.constexpr = C.grad_stages
+    descriptors = call.descriptors
+    buffers = call.buffers
+    barriers = call.barriers
+    pointers = call.pointers
+    num_kv_heads = call.heads.num_heads
+    group = call.heads.group
+    position = position_of(gl.program_id(0), num_kv_heads, call.order)
+    tiles_done = 0
+    use = 0
+    while position.tile >= 0:
+        b, kv_head, n0, begin, end, bounds = key_tile(position, call, C)
+        shift = query_shift(bounds, BM)
+        ask_at = gl.maximum((end - begin) * group - ASK_BLOCKS, 0)
+        if begin == end:
+            _load_keys(call, b, kv_head, n0, tiles_done, C)
+            mbarrier.arrive(call.queue.asked, count=1)
+        done = 0
+        for g in range(group):
+            h = kv_head * group + g
+            head = pointers.rows + (b * num_kv_heads * group + h).to(gl.int64) * pointers.places
+            for i in range(begin, end):
+                q_stage = use % QS
+                g_stage = use % GS
+                mbarrier.wait(barriers.q_empty.index(q_stage), (use // QS & 1) ^ 1)
+                q_full = barriers.q_full.index(q_stage)
+                mbarrier.expect(q_full, BM * C.d * 2)
+                tma_load(descriptors.q, [b, h, i * BM - shift, 0], q_full, buffers.q.index(q_stage))
+                _copy_rows(buffers.lse.index(q_stage), head + i * BM, q_full, BM)
+                mbarrier.wait(barriers.g_empty.index(g_stage), (use // GS & 1) ^ 1)
+                g_full = barriers.g_full.index(g_stage)
+                mbarrier.expect(g_full, BM * C.dv * 2)
+                tma_load(descriptors.g, [b, h, i * BM - shift, 0], g_full, buffers.g.index(g_stage))
+                _copy_rows(buffers.delta.index(g_stage), head + pointers.of_delta + i * BM, g_full, BM)
+                use += 1
+                if done == 0:  # behind the first queries, which need not wait for the tile before
+                    _load_keys(call, b, kv_head, n0, tiles_done, C)
+                if done == ask_at:
+                    mbarrier.arrive(call.queue.asked, count=1)
+                done += 1
+        position = next_position(call.queue, tiles_done, 1)
+        tiles_done += 1
