@@ -26,7 +26,7 @@ class Case:
 
     Args:
         heads: (H, Hkv).
-        key_range: of B, Q and K; keys that no query sees are NaN then.
+        key_range: of B, Q and K; keys that no query sees are NaN then. Queries that see no key always are, and their dO.
         with_lse, with_sinks: whether a gradient comes through the lse, and whether heads have sinks, which want theirs.
         transposed: heads inside the sequence in memory.
         arguments: of `check_problem`.
@@ -60,6 +60,8 @@ class Case:
         if self.key_range is not None:
             hidden = ~self.seen.any(-2)[..., None]  # [B, 1, K, 1]
             self.key, self.value = (t.masked_fill(hidden, torch.nan) for t in (self.key, self.value))
+        blind = ~self.seen.any(-1)[..., None]  # [B, 1, Q, 1]
+        self.query, self.grad = (t.masked_fill(blind, torch.nan) for t in (self.query, self.grad))
 
     @property
     def inputs(self) -> Inputs:
@@ -134,7 +136,7 @@ class Case:
     def sum_of_roundings(self) -> torch.Tensor:
         """`[H]`: the root of the squares that a sink's gradient sums up, share * dO * O of every query and column."""
         share = torch.exp(self.sinks.double()[None, :, None] - self.lse.double())  # [B, H, Q]
-        terms = share[..., None] * self.grad.double() * self.output.double()
+        terms = share[..., None] * self.grad.double().nan_to_num() * self.output.double()
         return terms.square().sum((0, 2, 3)).sqrt()
 
     def wrong(self, gradients) -> list[str]:
@@ -190,6 +192,19 @@ def holes(batch_size, num_queries, num_keys):
     return make_key_range(batch_size, num_keys, query_start=num_keys - num_queries, right=0, key_mask=mask)
 
 
+def hole(batch_size, num_queries, num_keys):
+    """In the midst of the keys, and wider than the window: queries there see nothing, and are NaN."""
+    mask = torch.ones(batch_size, num_keys, dtype=torch.bool, device="cuda")
+    mask[:, num_keys // 4 : num_keys // 4 + 70] = False
+    return make_key_range(batch_size, num_keys, query_start=num_keys - num_queries, left=20, right=0, key_mask=mask)
+
+
+def window_before_padding(batch_size, num_queries, num_keys):
+    """Queries beyond the last key by more than the window see nothing."""
+    end = num_keys - torch.arange(batch_size, device="cuda") * 53 % (num_keys // 2)
+    return make_key_range(batch_size, num_keys, end=end, query_start=num_keys - num_queries, left=9, right=0)
+
+
 FEATURES = {
     "full": {},
     "causal": {"is_causal": True},
@@ -204,6 +219,9 @@ FEATURES = {
     "right padding": {"key_range": right_padding},
     "bounds": {"key_range": both_sides},
     "holes": {"key_range": holes, "with_lse": True},
+    "hole": {"key_range": hole},
+    "hole and sinks": {"key_range": hole, "with_lse": True, "with_sinks": True},
+    "window before padding": {"key_range": window_before_padding},
     "sinks and holes": {"key_range": holes, "with_lse": True, "with_sinks": True},
 }
 LENGTHS = [(64, 64), (128, 128), (333, 333), (200, 333), (333, 200), (17, 700), (512, 512)]

@@ -2,8 +2,7 @@
 
 Supported: float16 and bfloat16; head_dim and value_dim up to 128, multiples of 8; any ratio of heads; causal, windows
 to both sides, any offset of the queries; a KeyRange of a line a sequence, holes too; softcap; sinks and their gradient;
-gradients through lse. Keys and values that no query sees may be NaN. The queries of a call may not, nor their dO, even
-of queries that see no key: `dkdv` multiplies what its blocks hold of them by 0, which the portable backward does not.
+gradients through lse. Keys and values that no query sees may be NaN, and so may queries that see no key, and their dO.
 """
 
 from typing import NamedTuple

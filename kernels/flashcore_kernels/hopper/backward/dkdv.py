@@ -64,8 +64,8 @@ class DkdvConstants:
 
 _NOT_SPECIALIZED = [
     "num_kv_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
-    "stride_kb", "stride_kh", "stride_ks", "key_eights", "stride_vb", "stride_vh", "stride_vs", "value_eights",
-    "all_heads", "tiles_per_head", "section",
+    "stride_rs", "stride_kb", "stride_kh", "stride_ks", "key_eights", "stride_vb", "stride_vh", "stride_vs",
+    "value_eights", "all_heads", "tiles_per_head", "section",
 ]  # fmt: skip
 
 
@@ -90,6 +90,7 @@ def flashcore_hopper_backward_dkdv(
     window_left,
     window_right,
     stride_rb,
+    stride_rs,
     stride_kb,
     stride_kh,
     stride_ks,
@@ -127,12 +128,14 @@ def flashcore_hopper_backward_dkdv(
     v_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, C.dv], v_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [QS, BM], PLAIN)
     delta_smem = gl.allocate_shared_memory(gl.float32, [GS, BM], PLAIN)
+    keep_smem = gl.allocate_shared_memory(gl.int32, [BM], PLAIN)
     q_full = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
     g_full = gl.allocate_shared_memory(gl.int64, [GS, 1], mbarrier.MBarrierLayout())
     g_empty = gl.allocate_shared_memory(gl.int64, [GS, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     positions = gl.allocate_shared_memory(gl.int32, [6, 1], PLAIN)
     position_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     position_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -147,6 +150,7 @@ def flashcore_hopper_backward_dkdv(
         mbarrier.init(kv_full.index(c), count=1)
         mbarrier.init(kv_empty.index(c), count=128)
         mbarrier.init(position_full.index(c), count=1)
+    mbarrier.init(raw, count=1)
     mbarrier.init(position_asked, count=1)
     fence_async_shared()
     pointers = DkdvPointers(
@@ -158,9 +162,11 @@ def flashcore_hopper_backward_dkdv(
     )  # fmt: skip
     call = Call(
         descriptors=Descriptors(q=q_desc, g=g_desc, k=k_desc, v=v_desc),
-        buffers=DkdvBuffers(q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem),
+        buffers=DkdvBuffers(
+            q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem, keep=keep_smem
+        ),
         barriers=DkdvBarriers(
-            q_full=q_full, q_empty=q_empty, g_full=g_full, g_empty=g_empty, kv_full=kv_full, kv_empty=kv_empty
+            q_full=q_full, q_empty=q_empty, g_full=g_full, g_empty=g_empty, kv_full=kv_full, kv_empty=kv_empty, raw=raw
         ),
         queue=Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter),
         pointers=pointers,
@@ -168,7 +174,7 @@ def flashcore_hopper_backward_dkdv(
         heads=Heads(num_heads=num_kv_heads, group=group),
         visibility=Visibility(
             num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,
-            window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rb,
+            window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rs,
         ),
         factors=ScoreFactors(score_scale=score_scale, cap_scale=cap_scale),
         order=TileOrder(all_heads=all_heads, tiles_per_head=tiles_per_head, section=section),

@@ -8,17 +8,50 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ..schedule import next_position, position_of
 from ..triton_api import copy_async, tma_load
 from .key_tile import KEYS, key_tile
-from .masks import query_shift
+from .load import load_block
+from .masks import query_shift, seeing_queries
+from .records import CleanRows
 
 # With how many blocks left to fetch a program asks for its next tile.
 ASK_BLOCKS = gl.constexpr(4)
 
 
 @gluon.jit
+def _places(BM: gl.constexpr):
+    """The places of a block's queries, BM // 32 of them a thread."""
+    return gl.arange(0, BM, gl.BlockedLayout([BM // 32], [32], [1], [0]))
+
+
+@gluon.jit
 def _copy_rows(smem, row, full, BM: gl.constexpr):
     """Copy a number of each query `[BM]`; `full` counts one arrival of each thread."""
-    copy_async(smem, row + gl.arange(0, BM, gl.BlockedLayout([BM // 32], [32], [1], [0])))
+    copy_async(smem, row + _places(BM))
     async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def _may_be_blind(begin, end, bounds, num_queries, shift, BM: gl.constexpr):
+    """Whether the blocks of queries [begin, end) may hold one that sees no key at all: that one may be NaN."""
+    seeing_from, seeing_to = seeing_queries(bounds)
+    first = gl.maximum(begin * BM - shift, 0)
+    behind = gl.minimum(end * BM - shift, num_queries)
+    return (bounds.holes != 0) | (first < seeing_from) | (behind > seeing_to)
+
+
+@gluon.jit
+def _write_seeing(lse, keep, m, num_queries, BM: gl.constexpr):
+    """Whether a query of the block from m on sees no key at all; where one does not, `keep` says which do.
+
+    Args:
+        lse: of the block, see `preprocess`.
+    """
+    places = _places(BM)
+    blind = gl.load(lse + places) == float("-inf")
+    there = (m + places >= 0) & (m + places < num_queries)
+    any_blind = gl.max((blind & there).to(gl.int32), axis=0) != 0
+    if any_blind:
+        keep.store((blind == 0).to(gl.int32))
+    return any_blind
 
 
 @gluon.jit
@@ -52,6 +85,7 @@ def produce(call, C: gl.constexpr):
     position = position_of(gl.program_id(0), num_kv_heads, call.order)
     tiles_done = 0
     use = 0
+    scrubs = 0
     while position.tile >= 0:
         b, kv_head, n0, begin, end, bounds = key_tile(position, call, C)
         shift = query_shift(bounds, BM)
@@ -59,6 +93,7 @@ def produce(call, C: gl.constexpr):
         if begin == end:
             _load_keys(call, b, kv_head, n0, tiles_done, C)
             mbarrier.arrive(call.queue.asked, count=1)
+        may_be_blind = _may_be_blind(begin, end, bounds, call.visibility.num_queries, shift, BM)
         done = 0
         for g in range(group):
             h = kv_head * group + g
@@ -68,13 +103,20 @@ def produce(call, C: gl.constexpr):
                 g_stage = use % GS
                 mbarrier.wait(barriers.q_empty.index(q_stage), (use // QS & 1) ^ 1)
                 q_full = barriers.q_full.index(q_stage)
-                mbarrier.expect(q_full, BM * C.d * 2)
-                tma_load(descriptors.q, [b, h, i * BM - shift, 0], q_full, buffers.q.index(q_stage))
+                m = i * BM - shift
+                dirty = may_be_blind
+                if may_be_blind:
+                    dirty = _write_seeing(head + i * BM, buffers.keep, m, call.visibility.num_queries, BM)
+                clean = CleanRows(lo=m, hi=m + BM, any=dirty)
+                scrubs = load_block(
+                    descriptors.q, b, h, m, buffers.q.index(q_stage), q_full, scrubs, dirty, clean, call, BM, C.d
+                )
                 _copy_rows(buffers.lse.index(q_stage), head + i * BM, q_full, BM)
                 mbarrier.wait(barriers.g_empty.index(g_stage), (use // GS & 1) ^ 1)
                 g_full = barriers.g_full.index(g_stage)
-                mbarrier.expect(g_full, BM * C.dv * 2)
-                tma_load(descriptors.g, [b, h, i * BM - shift, 0], g_full, buffers.g.index(g_stage))
+                scrubs = load_block(
+                    descriptors.g, b, h, m, buffers.g.index(g_stage), g_full, scrubs, dirty, clean, call, BM, C.dv
+                )
                 _copy_rows(buffers.delta.index(g_stage), head + pointers.of_delta + i * BM, g_full, BM)
                 use += 1
                 if done == 0:  # behind the first queries, which need not wait for the tile before

@@ -17,15 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..copies import release, scrub, write_seen_keys
+from ..copies import release, write_seen_keys
 from ..query_tile import pass_over_blocks, tile_of
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out, next_position, position_of
-from ..triton_api import SHARED_WORKER_ARGUMENTS, barrier, tma_load
+from ..triton_api import SHARED_WORKER_ARGUMENTS, tma_load
 from ..visible import FAR, Visibility, sequence_bounds, tile_blocks, tile_keys
+from .load import load_block
 from .masks import keep_keys, query_shift
 from .products import as_operand, capped, product
-from .records import Call, CleanKeys, Descriptors, DqBarriers, DqBuffers, DqPointers, GradientStrides
+from .records import Call, CleanRows, Descriptors, DqBarriers, DqBuffers, DqPointers, GradientStrides
 from .store import store_layouts, store_rows
 
 # With how many blocks left to fetch a program asks for its next tile.
@@ -184,34 +185,6 @@ def _consumer_1(call, C: gl.constexpr):
 
 
 @gluon.jit
-def _load_block(desc, b, kv_head, n, smem, full, scrubs, dirty, clean, call, BN: gl.constexpr, COLUMNS: gl.constexpr):
-    """Copy a block of keys or values `[BN, COLUMNS]`, and zero those that nobody sees before saying that it is full.
-
-    Args:
-        scrubs: how many blocks were scrubbed before: the phase of `raw` follows from it.
-        dirty: whether this one is to be.
-        clean: a CleanKeys.
-
-    Returns:
-        scrubs with this block.
-    """
-    raw = call.barriers.raw
-    if dirty:
-        mbarrier.expect(raw, BN * COLUMNS * 2)
-        tma_load(desc, [b, kv_head, n, 0], raw, smem)
-        mbarrier.wait(raw, scrubs & 1)
-        block = smem.reshape([BN, COLUMNS])
-        scrub(block, call.buffers.keep, n, clean.lo, clean.hi, clean.any_key, BN, COLUMNS)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(full, count=1)
-    else:
-        mbarrier.expect(full, BN * COLUMNS * 2)
-        tma_load(desc, [b, kv_head, n, 0], full, smem)
-    return scrubs + dirty.to(gl.int32)
-
-
-@gluon.jit
 def _produce(call, C: gl.constexpr):
     """The producer warp: copies Q and dO once a tile, K and V block by block, ahead of the consumers."""
     BN: gl.constexpr = C.block_n
@@ -236,7 +209,7 @@ def _produce(call, C: gl.constexpr):
         begin, count = tile_blocks(bounds.first, lo, hi, num_keys, BN)
         clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
         clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
-        clean = CleanKeys(lo=clean_lo, hi=clean_hi, any_key=bounds.holes != 0)
+        clean = CleanRows(lo=clean_lo, hi=clean_hi, any=bounds.holes != 0)
         # The copy engine itself gives zeros behind the last key.
         dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
         # Late, as in the forward, and behind the load of the queries: see `hand_out`.
@@ -245,12 +218,12 @@ def _produce(call, C: gl.constexpr):
             n = begin + j * BN
             stage = use % STAGES
             phase = use // STAGES & 1
-            dirty = clean.any_key | (n < clean_lo) | (n + BN > dirty_from)
+            dirty = clean.any | (n < clean_lo) | (n + BN > dirty_from)
             mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)
             if RANGE > 0:
-                if clean.any_key:
+                if clean.any:
                     write_seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, 128, BN, RANGE)
-            scrubs = _load_block(
+            scrubs = load_block(
                 descriptors.k, b, kv_head, n, buffers.k.index(stage), barriers.k_full.index(stage), scrubs, dirty,
                 clean, call, BN, C.d,
             )  # fmt: skip
@@ -262,7 +235,7 @@ def _produce(call, C: gl.constexpr):
                     tma_load(descriptors.q, [b, h, m0 + c * ROWS, 0], q_full, buffers.q.index(c))
                     tma_load(descriptors.g, [b, h, m0 + c * ROWS, 0], q_full, buffers.g.index(c))
             mbarrier.wait(barriers.v_empty.index(stage), phase ^ 1)
-            scrubs = _load_block(
+            scrubs = load_block(
                 descriptors.v, b, kv_head, n, buffers.v.index(stage), barriers.v_full.index(stage), scrubs, dirty,
                 clean, call, BN, C.dv,
             )  # fmt: skip
@@ -275,7 +248,7 @@ def _produce(call, C: gl.constexpr):
 
 _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
-    "stride_b", "stride_h", "stride_s", "eights", "all_heads", "tiles_per_head", "section",
+    "stride_rs", "stride_b", "stride_h", "stride_s", "eights", "all_heads", "tiles_per_head", "section",
 ]  # fmt: skip
 
 
@@ -299,6 +272,7 @@ def flashcore_hopper_backward_dq(
     window_left,
     window_right,
     stride_rb,
+    stride_rs,
     stride_b,
     stride_h,
     stride_s,
@@ -369,7 +343,7 @@ def flashcore_hopper_backward_dq(
         heads=Heads(num_heads=num_heads, group=group),
         visibility=Visibility(
             num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,
-            window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rb,
+            window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rs,
         ),
         factors=ScoreFactors(score_scale=score_scale, cap_scale=cap_scale),
         order=TileOrder(all_heads=all_heads, tiles_per_head=tiles_per_head, section=section),

@@ -79,8 +79,9 @@ def sink_gradient(problem: Problem, sinks: torch.Tensor, rows: torch.Tensor) -> 
     A sink is one more key, whose value is 0, so that its dP is too: P * (0 - delta), summed over all queries.
     """
     lse, negative_delta = rows.view(2, problem.batch_size, problem.num_heads, -1)
-    # Places without a query say that lse is infinite.
-    probability = torch.exp(sinks.float()[:, None] - lse / lse_factor(problem))
+    # A row that saw no key, whose lse is the sink and says -inf here, and places without a query, whose delta is 0.
+    blind = lse == -torch.inf
+    probability = torch.exp(sinks.float()[:, None] - lse / lse_factor(problem)).masked_fill(blind, 1.0)
     return (probability * negative_delta).sum((0, 2)).to(sinks.dtype)
 
 
@@ -102,10 +103,10 @@ def launch_rows(
         heads * places // PLACES,
         (output, grad_output, lse, grad_lse, key_range, rows, places, heads * places, problem.value_dim),
         (
-            *_eights(output)[:3], *_eights(grad_output)[:3], problem.num_heads, problem.num_queries,
-            problem.query_start, _line(key_range), lse_factor(problem),
+            *_eights(output)[:3], *_eights(grad_output)[:3], problem.num_heads, *_visibility(problem, key_range),
+            lse_factor(problem),
         ),
-        (row.dkdv.block_m, row.value_dim, int(key_range is not None), PLACES),
+        (row.dkdv.block_m, row.value_dim, range_layout(problem), problem.has_sinks, PLACES),
     )  # fmt: skip
 
 
@@ -134,9 +135,9 @@ def launch_dq(
             rows, key_range, grad_query, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
         ),
         (
-            problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start, problem.left,
-            problem.right, _line(key_range), *_eights(grad_query), problem.scale, *problem.score_factors[:2], heads,
-            tiles, _section(problem, heads, tiles, bytes_per_head, config.processors),
+            problem.num_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_query), problem.scale,
+            *problem.score_factors[:2], heads, tiles,
+            _section(problem, heads, tiles, bytes_per_head, config.processors),
         ),
         (constants,),
     )  # fmt: skip
@@ -168,9 +169,8 @@ def launch_dkdv(
             rows, key_range, grad_key, grad_value, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
         ),
         (
-            problem.num_kv_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
-            problem.left, problem.right, _line(key_range), *_eights(grad_key), *_eights(grad_value), problem.scale,
-            *problem.score_factors[:2], heads, tiles,
+            problem.num_kv_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_key),
+            *_eights(grad_value), problem.scale, *problem.score_factors[:2], heads, tiles,
             _section(problem, heads, tiles, bytes_per_head, config.processors),
         ),
         (constants,),
@@ -185,7 +185,7 @@ def dq_constants(problem: Problem, row: BackwardRow) -> DqConstants:
         block_n=row.dq.block_n,
         stages=row.dq.stages,
         query_block=row.dkdv.block_m,
-        range_layout=int(problem.range_layout is not None),
+        range_layout=range_layout(problem),
         softcap=problem.softcap > 0.0,
         consumer_registers=row.dq.consumer_registers,
         producer_registers=row.dq.producer_registers,
@@ -200,7 +200,7 @@ def dkdv_constants(problem: Problem, row: BackwardRow) -> DkdvConstants:
         block_m=row.dkdv.block_m,
         query_stages=row.dkdv.query_stages,
         grad_stages=row.dkdv.grad_stages,
-        range_layout=int(problem.range_layout is not None),
+        range_layout=range_layout(problem),
         softcap=problem.softcap > 0.0,
         consumer_registers=row.dkdv.consumer_registers,
         producer_registers=row.dkdv.producer_registers,
@@ -238,9 +238,17 @@ def _eights(tensor: torch.Tensor) -> tuple[int, ...]:
     return (*(stride // 8 for stride in tensor.stride()[:3]), tensor.shape[3] // 8)
 
 
-def _line(key_range: torch.Tensor | None) -> int:
-    """Words from one sequence's line to the next."""
-    return 0 if key_range is None else key_range.stride(0)
+def range_layout(problem: Problem) -> int:
+    """0 no KeyRange, 1 a line a sequence, 2 a line a query."""
+    return (None, "sequence", "rows").index(problem.range_layout)
+
+
+def _visibility(problem: Problem, key_range: torch.Tensor | None) -> tuple[int, ...]:
+    """What a `Visibility` holds, in its order."""
+    strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
+    return (
+        problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, *strides,
+    )  # fmt: skip
 
 
 def _section(problem: Problem, all_heads: int, tiles: int, bytes_per_head: int, processors: int) -> int:

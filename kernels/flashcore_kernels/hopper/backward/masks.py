@@ -42,6 +42,15 @@ def query_blocks(bounds, n0, num_queries, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
+def seeing_queries(bounds):
+    """(first, behind the last) of the queries that see some of the sequence's keys, where it has no holes.
+
+    They may be beyond the queries that there are.
+    """
+    return bounds.first - bounds.right - bounds.start, bounds.end + bounds.left - bounds.start
+
+
+@gluon.jit
 def whole_blocks(bounds, k0, BM: gl.constexpr, KEYS: gl.constexpr):
     """(first, behind the last) of the blocks whose queries all see all of those keys [k0, k0 + KEYS) that exist."""
     shift = query_shift(bounds, BM)

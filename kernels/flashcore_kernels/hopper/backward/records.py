@@ -67,6 +67,7 @@ class DkdvBuffers(NamedTuple):
         q, g: `[query_stages, 1, 1, BM, d]` and `[grad_stages, 1, 1, BM, dv]`.
         k, v: of each consumer, `[2, 1, 1, 64, d]` and `dv`.
         lse, delta: fp32 `[query_stages, BM]` and `[grad_stages, BM]`: of the queries in q and in g, see `preprocess`.
+        keep: int32 `[BM]`: which queries of a block see a key, for the producer alone.
     """
 
     q: gl.shared_memory_descriptor
@@ -75,6 +76,7 @@ class DkdvBuffers(NamedTuple):
     v: gl.shared_memory_descriptor
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
+    keep: gl.shared_memory_descriptor
 
 
 class DkdvBarriers(NamedTuple):
@@ -84,6 +86,7 @@ class DkdvBarriers(NamedTuple):
         q_full, q_empty: one for each stage, of Q and lse.
         g_full, g_empty: one for each stage, of dO and delta.
         kv_full, kv_empty: one for each consumer.
+        raw: one alone: queries or dO have arrived that the producer has to scrub before it calls them full.
     """
 
     q_full: gl.shared_memory_descriptor
@@ -92,6 +95,7 @@ class DkdvBarriers(NamedTuple):
     g_empty: gl.shared_memory_descriptor
     kv_full: gl.shared_memory_descriptor
     kv_empty: gl.shared_memory_descriptor
+    raw: gl.shared_memory_descriptor
 
 
 class GradientStrides(NamedTuple):
@@ -161,12 +165,12 @@ class Call(NamedTuple):
     order: TileOrder
 
 
-class CleanKeys(NamedTuple):
-    """Which keys are no NaN: those of [lo, hi), but where `any_key` holds any key may be seen by nobody, and be one."""
+class CleanRows(NamedTuple):
+    """Which rows are no NaN: those of [lo, hi), but where `any` holds only those that the buffer `keep` says."""
 
     lo: gl.tensor
     hi: gl.tensor
-    any_key: gl.tensor
+    any: gl.tensor
 
 
 class KeyTile(NamedTuple):

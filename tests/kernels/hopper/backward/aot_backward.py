@@ -107,7 +107,8 @@ def loads_of_rows(value_dim: int) -> list[str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constexprs = {"GradLse": None, "Range": None, "BLOCK_M": 64, "BLOCK_DV": value_dim, "RANGE": 0, "PLACES": 32}
+    constexprs = {"GradLse": None, "Range": None, "BLOCK_M": 64, "BLOCK_DV": value_dim, "RANGE": 0, "SINKS": False}
+    constexprs["PLACES"] = 32
     pointers = {"Out": "*bf16", "GradOut": "*bf16", "Lse": "*fp32", "Rows": "*fp32"}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):

@@ -6,11 +6,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from flashcore_kernels import make_key_range
+from flashcore_kernels import make_key_range, make_row_ranges
 from flashcore_kernels.device import Device
 from flashcore_kernels.hopper.backward.choose import choose_hopper_backward
 from flashcore_kernels.hopper.backward.table import ROWS
 from flashcore_kernels.key_range import visible
+from flashcore_kernels.naive import visible_mask
 from flashcore_kernels.problem import Inputs, Problem
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
@@ -46,7 +47,7 @@ def problem(**changed) -> Problem:
 def plain_python(monkeypatch):
     """The device functions of `masks` as plain Python."""
     monkeypatch.setattr(masks, "gl", PlainPython)
-    for name in ("missing", "query_shift", "first_key", "query_blocks", "whole_blocks"):
+    for name in ("missing", "query_shift", "first_key", "query_blocks", "whole_blocks", "seeing_queries"):
         monkeypatch.setattr(masks, name, getattr(masks, name).fn)
 
 
@@ -88,6 +89,10 @@ def test_blocks(plain_python, sequence, block_m):
                 queries = [m for m in range(i * block_m - shift, (i + 1) * block_m - shift) if 0 <= m < num_queries]
                 assert all(seen(m, n) for m in queries for n in exist), (n0, k0, i)
     assert covered == set(range(num_keys))
+    # Those that see nothing may be NaN, and are scrubbed.
+    seeing = [m for m in range(num_queries) if any(seen(m, n) for n in range(num_keys))]
+    seeing_from, seeing_to = masks.seeing_queries(bounds)
+    assert seeing == (list(range(max(seeing_from, 0), min(seeing_to, num_queries))) if first < end else [])
 
 
 @pytest.mark.parametrize("block_m", [64, 128])
@@ -150,6 +155,8 @@ def test_rows(name, with_lse):
 def test_sink_gradient(softcap):
     """Against float64 autograd of the formula, rows without a key too."""
     key_range = make_key_range(2, 40, first=torch.tensor([0, 7]), right=0)
+    blind = ~visible(key_range, 40, 40)[:, 0].any(-1)  # [B, Q]
+    assert blind.any()
     call = problem(num_queries=40, num_keys=40, has_sinks=True, range_layout="sequence", softcap=softcap)
     config = choose_hopper_backward(call, H200).config
     generator = torch.Generator().manual_seed(0)
@@ -162,11 +169,59 @@ def test_sink_gradient(softcap):
     (want,) = torch.autograd.grad((output * grad).sum() + (lse * grad_lse).sum(), sinks)
     rows = torch.full((2, 8, launch.places_of(call, config.row)), torch.nan)
     output, lse = output.detach().float(), lse.detach().float()
+    grad = torch.where(blind[:, None, :, None], torch.nan, grad)
     launch.launch_rows(call, config, inputs_of(key_range), output, lse, grad, grad_lse, rows)
     got = launch.sink_gradient(call, sinks.detach().float(), rows)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     rows[1] = 0.0
     assert not torch.allclose(launch.sink_gradient(call, sinks.detach().float(), rows).double(), want, rtol=0.1)
+
+
+def with_hole(**changed) -> torch.Tensor:
+    """Of 150 queries on 300 keys, of which the 70th to the 249th are missing."""
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[1, 70:250] = False
+    return make_key_range(2, 300, query_start=100, key_mask=mask, **changed)
+
+
+BLIND = {  # for each, whether some query sees no key
+    "causal": (dict(left=-1, right=0, query_start=-20), lambda: None, True),
+    "window": (dict(left=10, right=0, query_start=170), lambda: None, True),
+    "everything": (dict(left=-1, right=-1), lambda: None, False),
+    "bounds": ({}, lambda: make_key_range(2, 300, first=torch.tensor([0, 150]), right=3), True),
+    "holes": ({}, lambda: with_hole(left=37, right=0), True),
+    "holes, no window": ({}, lambda: with_hole(right=0), False),
+    "rows": (
+        {},
+        lambda: make_row_ranges(*torch.tensor([[[0, 5, 7, 9] * 75] * 2, [[9, 4, 7, 400] * 75] * 2]), 300),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_queries_that_see_no_key_are_found_beside_sinks(name):
+    """Their lse is the sink's. Both kernels take -inf for a sign, and what such rows hold, or their dO, may be NaN."""
+    changed, made, some = BLIND[name]
+    key_range = made()
+    num_queries = 150 if name.startswith("holes") else 300
+    layout = None if key_range is None else "rows" if name == "rows" else "sequence"
+    call = problem(num_queries=num_queries, range_layout=layout, has_sinks=True, **changed)
+    seen = visible_mask(call, torch.device("cpu"), key_range, None).expand(2, 1, num_queries, 300)[:, 0].any(-1)
+    assert bool((~seen).any()) == some
+    config = choose_hopper_backward(problem(), H200).config
+    out = torch.zeros(2, 4, num_queries, 64, dtype=torch.float16)
+    grad = torch.full_like(out, torch.nan).where(~seen[:, None, :, None], torch.tensor(1.0, dtype=torch.float16))
+    lse = torch.full((2, 4, num_queries), 0.5)
+    for grad_lse in (None, torch.full_like(lse, 3.0)):
+        rows = torch.full((2, 8, launch.places_of(call, config.row)), torch.nan)
+        launch.launch_rows(call, config, inputs_of(key_range), out, lse, grad, grad_lse, rows)
+        for b in range(2):
+            first, start = (0, call.query_start) if layout != "sequence" else key_range[b, 0, 0, [0, 2]].tolist()
+            shift = -max(first - start, 0) % config.row.dkdv.block_m
+            of = rows[:, 4 * b : 4 * b + 4, shift : shift + num_queries]
+            assert torch.equal(of[0] == -torch.inf, ~seen[b].expand(4, -1))
+            assert (of[1] == (0.0 if grad_lse is None else 3.0)).all()
 
 
 REASONS = {
