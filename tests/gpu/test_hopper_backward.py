@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from flashcore_kernels import make_key_range
+from flashcore_kernels import make_key_range, make_row_ranges
 from flashcore_kernels.choose import choose_backward
 from flashcore_kernels.device import device_of
 from flashcore_kernels.naive import visible_mask
@@ -26,7 +26,8 @@ class Case:
 
     Args:
         heads: (H, Hkv).
-        key_range: of B, Q and K; keys that no query sees are NaN then. Queries that see no key always are, and their dO.
+        key_range: of B, Q and K; keys that no query sees are NaN then. Queries that see no key are, always, and so is
+            their dO.
         with_lse, with_sinks: whether a gradient comes through the lse, and whether heads have sinks, which want theirs.
         transposed: heads inside the sequence in memory.
         arguments: of `check_problem`.
@@ -205,6 +206,36 @@ def window_before_padding(batch_size, num_queries, num_keys):
     return make_key_range(batch_size, num_keys, end=end, query_start=num_keys - num_queries, left=9, right=0)
 
 
+def documents(batch_size, num_queries, num_keys):
+    """Causal, behind each other, of 1 to 97 tokens; each sequence ends in queries that see nothing."""
+    drawn = torch.Generator().manual_seed(batch_size + num_queries)
+    first, end = torch.zeros(2, batch_size, num_queries, dtype=torch.int64)
+    for b in range(batch_size):
+        at = 0
+        while at < min(num_queries, num_keys) - 9:
+            length = min(int(torch.randint(1, 98, (), generator=drawn)), min(num_queries, num_keys) - at)
+            first[b, at : at + length] = at
+            end[b, at : at + length] = torch.arange(at, at + length) + 1
+            at += length
+    return make_row_ranges(first.cuda(), end.cuda(), num_keys)
+
+
+def prefixes(batch_size, num_queries, num_keys):
+    """Each sequence sees a prefix of its own as a whole, and goes on causally."""
+    m = torch.arange(num_queries).expand(batch_size, -1)
+    prefix = torch.arange(batch_size)[:, None] * 41 % num_keys + 1
+    return make_row_ranges(torch.zeros_like(m).cuda(), torch.maximum(m + 1, prefix).cuda(), num_keys)
+
+
+def arbitrary(batch_size, num_queries, num_keys):
+    """Ranges in no order, some of them empty, some beyond the keys."""
+    drawn = torch.Generator().manual_seed(num_queries)
+    ends = torch.randint(-9, num_keys + 9, (2, batch_size, num_queries), generator=drawn)
+    first, end = ends.amin(0), ends.amax(0)
+    end = torch.where(torch.arange(num_queries) % 7 == 3, first, end)
+    return make_row_ranges(first.cuda(), end.cuda(), num_keys)
+
+
 FEATURES = {
     "full": {},
     "causal": {"is_causal": True},
@@ -222,6 +253,11 @@ FEATURES = {
     "hole": {"key_range": hole},
     "hole and sinks": {"key_range": hole, "with_lse": True, "with_sinks": True},
     "window before padding": {"key_range": window_before_padding},
+    "documents": {"key_range": documents},
+    "documents and sinks": {"key_range": documents, "with_lse": True, "with_sinks": True},
+    "documents and softcap": {"key_range": documents, "softcap": 8.0},
+    "prefixes": {"key_range": prefixes, "with_lse": True},
+    "arbitrary": {"key_range": arbitrary, "transposed": True},
     "sinks and holes": {"key_range": holes, "with_lse": True, "with_sinks": True},
 }
 LENGTHS = [(64, 64), (128, 128), (333, 333), (200, 333), (333, 200), (17, 700), (512, 512)]
@@ -260,6 +296,19 @@ def test_random_calls(seed):
     heads = (num_kv_heads * drawn.choice((1, 2, 4, 7)), num_kv_heads)
     case = Case(drawn.choice((1, 2, 3)), heads, num_queries, num_keys, head_dim, seed=seed, **features)
     assert not case.wrong(case.run())
+
+
+def test_a_wrong_range_shows():
+    """Negative control: a document that sees one key too many, and one query that sees one too few."""
+    case = Case(2, (4, 2), 333, 333, 128, key_range=documents)
+    assert not case.wrong(case.run())
+    for query, key, by in ((200, 0, -1), (150, 1, -1)):
+        changed = case.key_range.clone()
+        changed[:, :, query : query + 3, key] += by
+        changed[..., 0].clamp_(min=0)
+        finite = [t.nan_to_num() for t in (case.query, case.key, case.value)]
+        inputs = Inputs(*finite, changed, sinks=case.sinks)
+        assert case.wrong(case.run(inputs=inputs, grad_output=case.grad.nan_to_num())), (query, key)
 
 
 def test_what_is_wrong_shows():

@@ -36,7 +36,7 @@ class DkdvConstants:
         d, dv: columns of the tiles of Q and K, and of dO and V: powers of two.
         block_m: queries of a block.
         query_stages, grad_stages: blocks of Q and of dO in shared memory.
-        range_layout: 0 no KeyRange, 1 a line a sequence.
+        range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap: whether there is any.
         consumer_registers, producer_registers: of a thread.
     """
@@ -77,6 +77,7 @@ def flashcore_hopper_backward_dkdv(
     v_desc,
     Rows,
     Range,
+    Spans,
     GradKey,
     GradValue,
     Counter,
@@ -111,8 +112,9 @@ def flashcore_hopper_backward_dkdv(
 
     Shapes: descriptors of Q `[B, H, Q, D]`, of dO `[B, H, Q, Dv]` in blocks of `C.block_m` rows, of K and V in blocks
     of 64; Rows fp32 `[2, B * H, places]` as `preprocess` leaves it, `of_delta` elements between its halves; Range a
-    KeyRange; GradKey `[B, Hkv, K, D]` and GradValue `[B, Hkv, K, Dv]` with strides and columns in units of 8 elements;
-    Counter an int32 that is 0, and 0 again at the end. `all_heads` are those of keys.
+    KeyRange; with a line a query Spans int32 `[B, spans, 8]`, see spans.py; GradKey `[B, Hkv, K, D]` and GradValue
+    `[B, Hkv, K, Dv]` with strides and columns in units of 8 elements; Counter an int32 that is 0, and 0 again at the
+    end. `all_heads` are those of keys.
     Grid: as many programs as run at once, or as there are tiles.
     """
     BM: gl.constexpr = C.block_m
@@ -122,12 +124,18 @@ def flashcore_hopper_backward_dkdv(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     if C.range_layout == 0:
         Range = num_keys
+    if C.range_layout != 2:
+        Spans = num_keys
     q_smem = gl.allocate_shared_memory(dtype, [QS, 1, 1, BM, C.d], q_desc.layout)
     g_smem = gl.allocate_shared_memory(dtype, [GS, 1, 1, BM, C.dv], g_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, C.d], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, C.dv], v_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [QS, BM], PLAIN)
     delta_smem = gl.allocate_shared_memory(gl.float32, [GS, BM], PLAIN)
+    # Without a key range a query nobody looks at those.
+    ranges_smem = lse_smem
+    if C.range_layout == 2:
+        ranges_smem = gl.allocate_shared_memory(gl.int32, [2 * QS, BM], PLAIN)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BM], PLAIN)
     q_full = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
@@ -154,7 +162,8 @@ def flashcore_hopper_backward_dkdv(
     mbarrier.init(position_asked, count=1)
     fence_async_shared()
     pointers = DkdvPointers(
-        rows=Rows, key_range=Range, grad_key=GradKey, grad_value=GradValue, places=places, of_delta=of_delta,
+        rows=Rows, key_range=Range, spans=Spans, grad_key=GradKey, grad_value=GradValue, places=places,
+        of_delta=of_delta,
         key_strides=GradientStrides(stride_b=stride_kb, stride_h=stride_kh, stride_s=stride_ks, eights=key_eights),
         value_strides=GradientStrides(
             stride_b=stride_vb, stride_h=stride_vh, stride_s=stride_vs, eights=value_eights
@@ -163,7 +172,8 @@ def flashcore_hopper_backward_dkdv(
     call = Call(
         descriptors=Descriptors(q=q_desc, g=g_desc, k=k_desc, v=v_desc),
         buffers=DkdvBuffers(
-            q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem, keep=keep_smem
+            q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem, ranges=ranges_smem,
+            keep=keep_smem,
         ),
         barriers=DkdvBarriers(
             q_full=q_full, q_empty=q_empty, g_full=g_full, g_empty=g_empty, kv_full=kv_full, kv_empty=kv_empty, raw=raw

@@ -6,8 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from ..copies import release
 from ..schedule import next_position, position_of
-from .key_tile import KEYS, key_tile
-from .masks import keep_queries, query_blocks, query_shift, seen_keys, whole_blocks
+from .key_tile import KEYS, blocks_of_keys, key_tile, span_of
+from .masks import keep_queries, keep_ranges, query_shift, seen_keys, seen_of_span
 from .products import as_operand, capped, product, product_onto, started_at
 from .store import store_rows
 
@@ -67,7 +67,10 @@ def _step(dk, dv, use, m, edge, k, v, k0, bounds, call, C: gl.constexpr):
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * score_scale)
     if edge:
-        p = keep_queries(p, bounds, k0, m)
+        if C.range_layout == 2:
+            p = keep_ranges(p, buffers.ranges.index(2 * q_stage), buffers.ranges.index(2 * q_stage + 1), k0)
+        else:
+            p = keep_queries(p, bounds, k0, m)
     dv = warpgroup_mma(as_operand(p, dtype, DV), g, dv, is_async=True)
     if C.softcap:
         p = p * slope
@@ -107,8 +110,7 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         b, kv_head, n0, begin, end, bounds = key_tile(position, call, C)
         k0 = n0 + CONSUMER * KEYS
         shift = query_shift(bounds, BM)
-        own_begin, own_end = query_blocks(bounds, k0, visibility.num_queries, BM, KEYS)
-        whole_begin, whole_end = whole_blocks(bounds, k0, BM, KEYS)
+        own_begin, own_end, whole_begin, whole_end = blocks_of_keys(call, b, k0, bounds, C)
         own_begin = gl.where(own_begin < own_end, own_begin, begin)
         own_end = gl.maximum(own_begin, own_end)
         dk = gl.zeros([KEYS, D], gl.float32, DK_LAYOUT)
@@ -123,10 +125,13 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
             use = _pass_over_blocks(end - own_end, use, barriers, C)
         release(barriers.kv_empty.index(CONSUMER))
         keys = k0 + gl.arange(0, KEYS, gl.SliceLayout(1, DK_LAYOUT))
-        line = pointers.key_range
-        if C.range_layout == 1:
-            line = pointers.key_range + b.to(gl.int64) * visibility.stride_rb
-        keep = seen_keys(bounds, line, keys, visibility, C.range_layout)
+        if C.range_layout == 2:
+            keep = seen_of_span(span_of(call, b, k0, C), keys)
+        else:
+            line = pointers.key_range
+            if C.range_layout == 1:
+                line = pointers.key_range + b.to(gl.int64) * visibility.stride_rb
+            keep = seen_keys(bounds, line, keys, visibility, C.range_layout)
         head = pointers.grad_key + b.to(gl.int64) * (key_strides.stride_b * 8)
         head = head + kv_head.to(gl.int64) * (key_strides.stride_h * 8)
         store_rows(head, dk * call.grad_scale, keep, k0, num_keys, key_strides, dtype, KEY_LAYOUTS)

@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..schedule import next_position, position_of
 from ..triton_api import copy_async, tma_load
-from .key_tile import KEYS, key_tile
+from .key_tile import KEYS, key_tile, span_of
 from .load import load_block
 from .masks import query_shift, seeing_queries
 from .records import CleanRows
@@ -30,12 +30,27 @@ def _copy_rows(smem, row, full, BM: gl.constexpr):
 
 
 @gluon.jit
-def _may_be_blind(begin, end, bounds, num_queries, shift, BM: gl.constexpr):
+def _copy_ranges(lo_smem, hi_smem, line, m, visibility, BM: gl.constexpr):
+    """Copy which keys each query from m on sees, `[BM]` each. The arrival of a later `_copy_rows` counts for it too."""
+    queries = m + gl.arange(0, BM, gl.BlockedLayout([1], [32], [1], [0]))
+    lo = line + queries.to(gl.int64) * visibility.stride_rs
+    copy_async(lo_smem, lo, mask=queries < visibility.num_queries)
+    copy_async(hi_smem, lo + 1, mask=queries < visibility.num_queries)
+
+
+@gluon.jit
+def _may_be_blind(call, b, n0, begin, end, bounds, shift, C: gl.constexpr):
     """Whether the blocks of queries [begin, end) may hold one that sees no key at all: that one may be NaN."""
-    seeing_from, seeing_to = seeing_queries(bounds)
-    first = gl.maximum(begin * BM - shift, 0)
-    behind = gl.minimum(end * BM - shift, num_queries)
-    return (bounds.holes != 0) | (first < seeing_from) | (behind > seeing_to)
+    if C.range_layout == 2:
+        may = begin != begin
+        for c in gl.static_range(2):
+            may = may | (gl.load(span_of(call, b, n0 + c * KEYS, C) + 6) != 0)
+    else:
+        seeing_from, seeing_to = seeing_queries(bounds)
+        first = gl.maximum(begin * C.block_m - shift, 0)
+        behind = gl.minimum(end * C.block_m - shift, call.visibility.num_queries)
+        may = (bounds.holes != 0) | (first < seeing_from) | (behind > seeing_to)
+    return may
 
 
 @gluon.jit
@@ -93,7 +108,7 @@ def produce(call, C: gl.constexpr):
         if begin == end:
             _load_keys(call, b, kv_head, n0, tiles_done, C)
             mbarrier.arrive(call.queue.asked, count=1)
-        may_be_blind = _may_be_blind(begin, end, bounds, call.visibility.num_queries, shift, BM)
+        may_be_blind = _may_be_blind(call, b, n0, begin, end, bounds, shift, C)
         done = 0
         for g in range(group):
             h = kv_head * group + g
@@ -111,6 +126,10 @@ def produce(call, C: gl.constexpr):
                 scrubs = load_block(
                     descriptors.q, b, h, m, buffers.q.index(q_stage), q_full, scrubs, dirty, clean, call, BM, C.d
                 )
+                if C.range_layout == 2:
+                    line = pointers.key_range + b.to(gl.int64) * call.visibility.stride_rb
+                    lo_smem, hi_smem = buffers.ranges.index(2 * q_stage), buffers.ranges.index(2 * q_stage + 1)
+                    _copy_ranges(lo_smem, hi_smem, line, m, call.visibility, BM)
                 _copy_rows(buffers.lse.index(q_stage), head + i * BM, q_full, BM)
                 mbarrier.wait(barriers.g_empty.index(g_stage), (use // GS & 1) ^ 1)
                 g_full = barriers.g_full.index(g_stage)

@@ -22,7 +22,7 @@ from ..query_tile import pass_over_blocks, tile_of
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out, next_position, position_of
 from ..triton_api import SHARED_WORKER_ARGUMENTS, tma_load
-from ..visible import FAR, Visibility, sequence_bounds, tile_blocks, tile_keys
+from ..visible import FAR, Visibility, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
 from .load import load_block
 from .masks import keep_keys, query_shift
 from .products import as_operand, capped, product
@@ -43,7 +43,7 @@ class DqConstants:
         block_n: keys of a block.
         stages: blocks of K and V in shared memory.
         query_block: queries of a block of `dkdv`, on whose grid lse and delta lie.
-        range_layout: 0 no KeyRange, 1 a line a sequence.
+        range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap: whether there is any.
         consumer_registers, producer_registers: of a thread.
     """
@@ -207,22 +207,25 @@ def _produce(call, C: gl.constexpr):
         bounds = sequence_bounds(Range, b, visibility, RANGE)
         lo, hi = tile_keys(Range, b, m0, bounds, visibility, 128, RANGE, 1)
         begin, count = tile_blocks(bounds.first, lo, hi, num_keys, BN)
-        clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
-        clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
-        clean = CleanRows(lo=clean_lo, hi=clean_hi, any=bounds.holes != 0)
+        if RANGE == 2:
+            clean = CleanRows(lo=lo, hi=hi, any=may_have_gaps(Range, b, m0, visibility, 128))
+        else:
+            clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
+            clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
+            clean = CleanRows(lo=clean_lo, hi=clean_hi, any=bounds.holes != 0)
         # The copy engine itself gives zeros behind the last key.
-        dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
+        dirty_from = gl.where(clean.hi < num_keys, clean.hi, FAR)
         # Late, as in the forward, and behind the load of the queries: see `hand_out`.
         ask_at = gl.where(m0 + 128 <= num_queries, gl.maximum(count - ASK_BLOCKS, 0), 0)
         for j in range(count):
             n = begin + j * BN
             stage = use % STAGES
             phase = use // STAGES & 1
-            dirty = clean.any | (n < clean_lo) | (n + BN > dirty_from)
+            dirty = clean.any | (n < clean.lo) | (n + BN > dirty_from)
             mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)
             if RANGE > 0:
                 if clean.any:
-                    write_seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, 128, BN, RANGE)
+                    write_seen_keys(Range, buffers.keep, b, m0, n, clean.lo, clean.hi, visibility, 128, BN, RANGE)
             scrubs = load_block(
                 descriptors.k, b, kv_head, n, buffers.k.index(stage), barriers.k_full.index(stage), scrubs, dirty,
                 clean, call, BN, C.d,

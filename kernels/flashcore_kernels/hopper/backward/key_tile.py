@@ -4,12 +4,38 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..visible import sequence_bounds
-from .masks import first_key, query_blocks
+from .masks import first_key, query_blocks, whole_blocks
 from .records import KeyTile
 
 # Keys of a consumer, and of a tile.
 KEYS = gl.constexpr(64)
 BLOCK_N = gl.constexpr(128)
+
+
+@gluon.jit
+def span_of(call, b, k0, C: gl.constexpr):
+    """Address of what `flashcore_hopper_backward_spans` says of the 64 keys from k0 on."""
+    spans = call.order.tiles_per_head * (BLOCK_N // KEYS)
+    return call.pointers.spans + (b.to(gl.int64) * spans + k0 // KEYS) * 8
+
+
+@gluon.jit
+def blocks_of_keys(call, b, k0, bounds, C: gl.constexpr):
+    """(begin, end, whole_begin, whole_end) of a consumer's keys from k0 on.
+
+    The blocks of queries [begin, end) see some of them, and none does where end <= begin. In those of [whole_begin,
+    whole_end) nothing is hidden.
+    """
+    if C.range_layout == 2:
+        span = span_of(call, b, k0, C)
+        begin = gl.load(span)
+        end = gl.load(span + 1)
+        whole_begin = gl.load(span + 2)
+        whole_end = gl.load(span + 3)
+    else:
+        begin, end = query_blocks(bounds, k0, call.visibility.num_queries, C.block_m, KEYS)
+        whole_begin, whole_end = whole_blocks(bounds, k0, C.block_m, KEYS)
+    return begin, end, whole_begin, whole_end
 
 
 @gluon.jit
@@ -19,5 +45,11 @@ def key_tile(position, call, C: gl.constexpr):
     bounds = sequence_bounds(call.pointers.key_range, b, call.visibility, C.range_layout)
     # The keys that most queries see first, under causal attention: `position_of` numbers the other way round.
     n0 = first_key(bounds, call.order.tiles_per_head - 1 - gl.maximum(number, 0), BLOCK_N)
-    begin, end = query_blocks(bounds, n0, call.visibility.num_queries, C.block_m, BLOCK_N)
+    if C.range_layout == 2:
+        begin, end, _, _ = blocks_of_keys(call, b, n0, bounds, C)
+        other_begin, other_end, _, _ = blocks_of_keys(call, b, n0 + KEYS, bounds, C)
+        end = gl.maximum(end, other_end)
+        begin = gl.minimum(gl.minimum(begin, other_begin), end)
+    else:
+        begin, end = query_blocks(bounds, n0, call.visibility.num_queries, C.block_m, BLOCK_N)
     return KeyTile(b=b, kv_head=kv_head, n0=n0, begin=begin, end=end, bounds=bounds)

@@ -12,6 +12,7 @@ from .choose import HopperBackwardConfig
 from .dkdv import DkdvConstants, flashcore_hopper_backward_dkdv
 from .dq import DqConstants, flashcore_hopper_backward_dq
 from .preprocess import flashcore_hopper_backward_rows
+from .spans import SCAN, flashcore_hopper_backward_blocks, flashcore_hopper_backward_spans
 from .table import BackwardRow
 
 # Places for which a program of `preprocess` reads O and dO.
@@ -65,7 +66,8 @@ def run_backward(
         _, counter = workspace(0, 1, query.device)
         launch_rows(problem, config, inputs, output, lse, grad_output, grad_lse, rows)
         launch_dq(problem, config, inputs, grad_output, rows, grad_query, counter)
-        launch_dkdv(problem, config, inputs, grad_output, rows, grad_key, grad_value, counter)
+        spans = launch_spans(problem, config, inputs.key_range) if problem.range_layout == "rows" else None
+        launch_dkdv(problem, config, inputs, grad_output, rows, spans, grad_key, grad_value, counter)
     except BaseException:
         forget(query.device)
         raise
@@ -143,12 +145,30 @@ def launch_dq(
     )  # fmt: skip
 
 
+def launch_spans(problem: Problem, config: HopperBackwardConfig, key_range: torch.Tensor) -> torch.Tensor:
+    """Which queries see each 64 keys: int32 `[B, spans, 8]`, see spans.py."""
+    block_m = config.row.dkdv.block_m
+    num_blocks, spans = -(-problem.num_queries // block_m), TILE // 64 * -(-problem.num_keys // TILE)
+    words = {"dtype": torch.int32, "device": key_range.device}
+    blocks = fresh(torch.empty(problem.batch_size, 5, num_blocks, **words))
+    found = fresh(torch.empty(problem.batch_size, spans, 8, **words))
+    sizes = problem.num_queries, problem.num_keys, key_range.stride(0), key_range.stride(2)
+    grid = num_blocks, problem.batch_size
+    launch(flashcore_hopper_backward_blocks, grid, (key_range, blocks), sizes, (block_m,))
+    grid = spans, problem.batch_size
+    launch(
+        flashcore_hopper_backward_spans, grid, (key_range, blocks, found), (num_blocks, *sizes), (block_m, SCAN)
+    )  # fmt: skip
+    return found
+
+
 def launch_dkdv(
     problem: Problem,
     config: HopperBackwardConfig,
     inputs: Inputs,
     grad_output: torch.Tensor,
     rows: torch.Tensor,
+    spans: torch.Tensor | None,
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
     counter: torch.Tensor,
@@ -157,8 +177,8 @@ def launch_dkdv(
     constants = dkdv_constants(problem, config.row)
     query, key, value, key_range = inputs[:4]
     heads = problem.batch_size * problem.num_kv_heads
-    # With a key range the grid of blocks begins at the sequence's first key, and one may lie before it.
-    tiles = -(-(problem.num_keys + (0 if key_range is None else TILE - 1)) // TILE)
+    # With a line a sequence the grid of blocks begins at the sequence's first key, and one may lie before it.
+    tiles = -(-(problem.num_keys + (TILE - 1 if problem.range_layout == "sequence" else 0)) // TILE)
     bytes_per_head = 2 * problem.group * problem.num_queries * (problem.head_dim + problem.value_dim)
     launch(
         flashcore_hopper_backward_dkdv,
@@ -166,7 +186,7 @@ def launch_dkdv(
         (
             descriptor(query, constants.block_m, constants.d), descriptor(grad_output, constants.block_m, constants.dv),
             descriptor(key, 64, constants.d), descriptor(value, 64, constants.dv),
-            rows, key_range, grad_key, grad_value, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
+            rows, key_range, spans, grad_key, grad_value, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
         ),
         (
             problem.num_kv_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_key),

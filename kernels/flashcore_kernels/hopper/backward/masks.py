@@ -95,6 +95,16 @@ def keep_queries(p, bounds, k0, m):
 
 
 @gluon.jit
+def keep_ranges(p, lo_smem, hi_smem, k0):
+    """P^T `[keys, queries]` of the keys from k0 on, zero where a key is not in the query's [lo, hi) `[queries]`."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, p.type.layout)
+    keys = (k0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, p.type.layout)))[:, None]
+    # One after the other: both together are 64 registers, of 128 queries.
+    p = gl.where(keys >= lo_smem.load(COLUMNS)[None, :], p, 0.0)
+    return gl.where(keys < hi_smem.load(COLUMNS)[None, :], p, 0.0)
+
+
+@gluon.jit
 def keep_keys(p, n, tile, line, num_keys, RANGE: gl.constexpr):
     """P `[queries, keys]` of the keys from n on, zero where a query does not see a key.
 
@@ -122,3 +132,10 @@ def seen_keys(bounds, line, keys, visibility, RANGE: gl.constexpr):
             word = gl.load(line + BITMAP + (keys >> 5), mask=inside, other=0)
             seen = seen & (((word >> (keys & 31)) & 1) == 1)
     return seen
+
+
+@gluon.jit
+def seen_of_span(span, keys):
+    """Which of the 64 `keys` some query sees; `span`: see `span_of`."""
+    bits = gl.where(keys % 64 < 32, gl.load(span + 4), gl.load(span + 5))
+    return ((bits >> (keys & 31)) & 1) == 1

@@ -67,6 +67,8 @@ class DkdvBuffers(NamedTuple):
         q, g: `[query_stages, 1, 1, BM, d]` and `[grad_stages, 1, 1, BM, dv]`.
         k, v: of each consumer, `[2, 1, 1, 64, d]` and `dv`.
         lse, delta: fp32 `[query_stages, BM]` and `[grad_stages, BM]`: of the queries in q and in g, see `preprocess`.
+        ranges: int32 `[2 * query_stages, BM]`: first and end of the keys that each query in q sees; only with a key
+            range a query.
         keep: int32 `[BM]`: which queries of a block see a key, for the producer alone.
     """
 
@@ -76,6 +78,7 @@ class DkdvBuffers(NamedTuple):
     v: gl.shared_memory_descriptor
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
+    ranges: gl.shared_memory_descriptor
     keep: gl.shared_memory_descriptor
 
 
@@ -132,12 +135,14 @@ class DkdvPointers(NamedTuple):
 
     Attributes:
         rows, key_range, places, of_delta: as in DqPointers.
+        spans: int32 `[B, spans, 8]`, see spans.py; without a key range a query an integer, which is never looked at.
         grad_key, grad_value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`.
         key_strides, value_strides: of these.
     """
 
     rows: gl.tensor
     key_range: gl.tensor
+    spans: gl.tensor
     grad_key: gl.tensor
     grad_value: gl.tensor
     places: gl.tensor

@@ -1,6 +1,6 @@
 """Compile the Hopper backward ahead of time, without a GPU, and report what ptxas made of it (see ../../aot.py).
 
-    python -m tests.kernels.hopper.backward.aot_backward [plain] [range]
+    python -m tests.kernels.hopper.backward.aot_backward [plain] [range] [rows]
 
 One JSON line for each compiled kernel, with its `problems`.
 """
@@ -14,6 +14,7 @@ from ...machine_code import LATE_EXPONENTIALS, resources
 
 # Loads of parked values in a main loop of 250 to 500 instructions.
 MAIN_LOOP_SPILLS = 0
+RANGE_LAYOUTS = {"plain": None, "range": "sequence", "rows": "rows"}
 
 
 def source(kernel, constants, dtype: str):
@@ -30,7 +31,8 @@ def source(kernel, constants, dtype: str):
         "k": (keys, constants.d),
         "v": (keys, constants.dv),
     }
-    pointers = {"Rows": "*fp32", "Range": "*i32", "Counter": "*i32"}
+    optional = {"Range": constants.range_layout > 0, "Spans": constants.range_layout == 2}
+    pointers = {"Rows": "*fp32", "Range": "*i32", "Spans": "*i32", "Counter": "*i32"}
     signature, constexprs, attributes = {}, {"C": constants}, {}
     for position, name in enumerate(kernel.arg_names):
         if name == "C":
@@ -38,7 +40,7 @@ def source(kernel, constants, dtype: str):
         elif name.endswith("_desc"):
             rows, columns = tiles[name[0]]
             signature[name] = f"tensordesc<{dtype}[1,1,{rows},{columns}],{tile_layout(rows, columns, torch_dtype)!r}>"
-        elif name == "Range" and not constants.range_layout:
+        elif not optional.get(name, True):
             signature[name], constexprs[name] = "constexpr", None
         elif name in pointers or name.startswith("Grad"):
             signature[name] = pointers.get(name, f"*{dtype}")
@@ -78,7 +80,7 @@ def compiled(kernel, constants, dtype: str = "bf16") -> dict:
 
 
 def reports(features: str, rows) -> list[dict]:
-    """Both kernels of each of `rows`, for calls without ("plain") or with ("range") a key range."""
+    """Both kernels of each of `rows`, for calls of RANGE_LAYOUTS' kinds."""
     import torch
     from flashcore_kernels.hopper.backward import launch
     from flashcore_kernels.problem import Problem
@@ -89,7 +91,7 @@ def reports(features: str, rows) -> list[dict]:
             batch_size=2, num_heads=32, num_kv_heads=8, num_queries=4096, num_keys=4096, head_dim=row.head_dim,
             value_dim=row.value_dim, dtype=torch.bfloat16, device_type="cuda", mask_kind=None, scale=1.0, left=-1,
             right=0, query_start=0, has_sinks=False, aligned=True,
-            range_layout="sequence" if features == "range" else None, softcap=30.0 if row.softcap else 0.0,
+            range_layout=RANGE_LAYOUTS[features], softcap=30.0 if row.softcap else 0.0,
         )  # fmt: skip
         for kernel, constants in (
             (launch.flashcore_hopper_backward_dq, launch.dq_constants(problem, row)),
@@ -124,6 +126,6 @@ def loads_of_rows(value_dim: int) -> list[str]:
 if __name__ == "__main__":
     from flashcore_kernels.hopper.backward.table import ROWS
 
-    for features in sys.argv[1:] or ("plain", "range"):
+    for features in sys.argv[1:] or RANGE_LAYOUTS:
         for report in reports(features, ROWS):
             print(json.dumps(report), flush=True)

@@ -229,7 +229,6 @@ REASONS = {
     "fp32": ({"dtype": torch.float32}, H200, "float32"),
     "fp8": ({"fp8": True}, H200, "fp8"),
     "mask": ({"mask_kind": "bool"}, H200, "dense mask"),
-    "rows": ({"range_layout": "rows"}, H200, "each query"),
     "head_dim": ({"head_dim": 136}, H200, "136"),
     "odd head_dim": ({"head_dim": 68}, H200, "68"),
     "odd value_dim": ({"value_dim": 60}, H200, "60"),
