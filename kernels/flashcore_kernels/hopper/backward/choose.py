@@ -1,6 +1,6 @@
 """Which backwards the Gluon kernels can serve on compute capability 9.0, and with which tiles.
 
-Supported: float16 and bfloat16; head_dim and value_dim up to 128, multiples of 8; any ratio of heads; causal, windows
+Supported: float16 and bfloat16; head_dim and value_dim up to 256, multiples of 8; any ratio of heads; causal, windows
 to both sides, any offset of the queries; a KeyRange of either layout, holes too; softcap; sinks and their gradient;
 gradients through lse. Keys and values that no query sees may be NaN, and so may queries that see no key, and their dO.
 """

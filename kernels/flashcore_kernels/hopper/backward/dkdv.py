@@ -21,7 +21,8 @@ from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out
 from ..triton_api import SHARED_WORKER_ARGUMENTS
 from ..visible import Visibility
-from .dkdv_consumer import consumer_0, consumer_1
+from .dkdv_consumer import consume
+from .dkdv_pair import consume_of_pair
 from .dkdv_producer import produce
 from .key_tile import KEYS
 from .records import Call, Descriptors, DkdvBarriers, DkdvBuffers, DkdvPointers, GradientStrides
@@ -36,6 +37,7 @@ class DkdvConstants:
         d, dv: columns of the tiles of Q and K, and of dO and V: powers of two.
         block_m: queries of a block.
         query_stages, grad_stages: blocks of Q and of dO in shared memory.
+        shared_keys: both consumers have the same keys, see dkdv_pair.py.
         range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap: whether there is any.
         consumer_registers, producer_registers: of a thread.
@@ -46,10 +48,16 @@ class DkdvConstants:
     block_m: int
     query_stages: int
     grad_stages: int
+    shared_keys: bool
     range_layout: int
     softcap: bool
     consumer_registers: int
     producer_registers: int
+
+    @property
+    def tile_keys(self) -> int:
+        """Keys of a tile."""
+        return 64 if self.shared_keys else 128
 
     @property
     def key_layouts(self) -> tuple:
@@ -60,6 +68,22 @@ class DkdvConstants:
     def value_layouts(self) -> tuple:
         """Of dV."""
         return store_layouts(self.dv)
+
+
+@gluon.jit
+def _consumer_0(call, C: gl.constexpr):
+    if C.shared_keys:
+        consume_of_pair(0, call, C)
+    else:
+        consume(0, call, C)
+
+
+@gluon.jit
+def _consumer_1(call, C: gl.constexpr):
+    if C.shared_keys:
+        consume_of_pair(1, call, C)
+    else:
+        consume(1, call, C)
 
 
 _NOT_SPECIALIZED = [
@@ -128,8 +152,8 @@ def flashcore_hopper_backward_dkdv(
         Spans = num_keys
     q_smem = gl.allocate_shared_memory(dtype, [QS, 1, 1, BM, C.d], q_desc.layout)
     g_smem = gl.allocate_shared_memory(dtype, [GS, 1, 1, BM, C.dv], g_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, C.d], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, KEYS, C.dv], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [C.tile_keys // KEYS, 1, 1, KEYS, C.d], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [C.tile_keys // KEYS, 1, 1, KEYS, C.dv], v_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [QS, BM], PLAIN)
     delta_smem = gl.allocate_shared_memory(gl.float32, [GS, BM], PLAIN)
     # Without a key range a query nobody looks at those.
@@ -143,6 +167,16 @@ def flashcore_hopper_backward_dkdv(
     g_empty = gl.allocate_shared_memory(gl.int64, [GS, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    # A warp's threads write and read 8 rows at once: swizzled, so that these lie in different banks.
+    p_smem = lse_smem
+    p_full = kv_full
+    p_empty = kv_full
+    if C.shared_keys:
+        p_smem = gl.allocate_shared_memory(gl.float32, [KEYS, BM], gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
+        p_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        p_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(p_full, count=1)
+        mbarrier.init(p_empty, count=128)
     raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     positions = gl.allocate_shared_memory(gl.int32, [6, 1], PLAIN)
     position_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -172,11 +206,12 @@ def flashcore_hopper_backward_dkdv(
     call = Call(
         descriptors=Descriptors(q=q_desc, g=g_desc, k=k_desc, v=v_desc),
         buffers=DkdvBuffers(
-            q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem, ranges=ranges_smem,
+            q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem, ranges=ranges_smem, p=p_smem,
             keep=keep_smem,
         ),
         barriers=DkdvBarriers(
-            q_full=q_full, q_empty=q_empty, g_full=g_full, g_empty=g_empty, kv_full=kv_full, kv_empty=kv_empty, raw=raw
+            q_full=q_full, q_empty=q_empty, g_full=g_full, g_empty=g_empty, kv_full=kv_full, kv_empty=kv_empty, raw=raw,
+            p_full=p_full, p_empty=p_empty,
         ),
         queue=Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter),
         pointers=pointers,
@@ -192,15 +227,15 @@ def flashcore_hopper_backward_dkdv(
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
     if SHARED_WORKER_ARGUMENTS:
         gl.warp_specialize(
-            (call, C), consumer_0,
-            (call, C), [consumer_1, produce, hand_out],
+            (call, C), _consumer_0,
+            (call, C), [_consumer_1, produce, hand_out],
             [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consumer_0, (call, C)),
-                (consumer_1, (call, C)),
+                (_consumer_0, (call, C)),
+                (_consumer_1, (call, C)),
                 (produce, (call, C)),
                 (hand_out, (call, C)),
             ],

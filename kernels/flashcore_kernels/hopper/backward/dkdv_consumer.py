@@ -13,6 +13,43 @@ from .store import store_rows
 
 
 @gluon.jit
+def kept_keys(call, b, k0, bounds, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """Which of a consumer's 64 keys some query sees, for the rows of an accumulator of this layout."""
+    keys = k0 + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
+    if C.range_layout == 2:
+        keep = seen_of_span(span_of(call, b, k0, C), keys)
+    else:
+        line = call.pointers.key_range
+        if C.range_layout == 1:
+            line = call.pointers.key_range + b.to(gl.int64) * call.visibility.stride_rb
+        keep = seen_keys(bounds, line, keys, call.visibility, C.range_layout)
+    return keep
+
+
+@gluon.jit
+def store_gradient(call, gradient, strides, acc, keep, b, kv_head, k0, LAYOUTS: gl.constexpr):
+    """Write a consumer's sums `[64, columns]` to a gradient `[B, Hkv, K, columns]`."""
+    head = gradient + b.to(gl.int64) * (strides.stride_b * 8) + kv_head.to(gl.int64) * (strides.stride_h * 8)
+    store_rows(head, acc, keep, k0, call.visibility.num_keys, strides, call.buffers.q.dtype, LAYOUTS)
+
+
+@gluon.jit
+def hidden_zeroed(p, edge, k0, m, q_stage, bounds, call, C: gl.constexpr):
+    """P^T `[64, BM]` of the keys from k0 and the queries from m on, zero where a query does not see a key.
+
+    Args:
+        edge: whether there is such a pair.
+    """
+    if edge:
+        if C.range_layout == 2:
+            ranges = call.buffers.ranges
+            p = keep_ranges(p, ranges.index(2 * q_stage), ranges.index(2 * q_stage + 1), k0)
+        else:
+            p = keep_queries(p, bounds, k0, m)
+    return p
+
+
+@gluon.jit
 def _pass_over_blocks(count, use, barriers, C: gl.constexpr):
     """Release blocks that only the other consumer sees. Not before they are full: it would count for older ones."""
     for _ in range(count):
@@ -66,11 +103,7 @@ def _step(dk, dv, use, m, edge, k, v, k0, bounds, call, C: gl.constexpr):
         dp = product_onto(v, g, dp)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * score_scale)
-    if edge:
-        if C.range_layout == 2:
-            p = keep_ranges(p, buffers.ranges.index(2 * q_stage), buffers.ranges.index(2 * q_stage + 1), k0)
-        else:
-            p = keep_queries(p, bounds, k0, m)
+    p = hidden_zeroed(p, edge, k0, m, q_stage, bounds, call, C)
     dv = warpgroup_mma(as_operand(p, dtype, DV), g, dv, is_async=True)
     if C.softcap:
         p = p * slope
@@ -84,7 +117,7 @@ def _step(dk, dv, use, m, edge, k, v, k0, bounds, call, C: gl.constexpr):
 
 
 @gluon.jit
-def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
+def consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
     """A consumer: its keys of each tile, one tile after the other."""
     BM: gl.constexpr = C.block_m
     D: gl.constexpr = C.d
@@ -96,11 +129,8 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
     buffers = call.buffers
     barriers = call.barriers
     pointers = call.pointers
-    visibility = call.visibility
-    num_keys = visibility.num_keys
     key_strides = pointers.key_strides
     value_strides = pointers.value_strides
-    dtype: gl.constexpr = buffers.q.dtype
     k = buffers.k.index(CONSUMER).reshape([KEYS, D])
     v = buffers.v.index(CONSUMER).reshape([KEYS, DV])
     position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
@@ -124,29 +154,8 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
                 use += 1
             use = _pass_over_blocks(end - own_end, use, barriers, C)
         release(barriers.kv_empty.index(CONSUMER))
-        keys = k0 + gl.arange(0, KEYS, gl.SliceLayout(1, DK_LAYOUT))
-        if C.range_layout == 2:
-            keep = seen_of_span(span_of(call, b, k0, C), keys)
-        else:
-            line = pointers.key_range
-            if C.range_layout == 1:
-                line = pointers.key_range + b.to(gl.int64) * visibility.stride_rb
-            keep = seen_keys(bounds, line, keys, visibility, C.range_layout)
-        head = pointers.grad_key + b.to(gl.int64) * (key_strides.stride_b * 8)
-        head = head + kv_head.to(gl.int64) * (key_strides.stride_h * 8)
-        store_rows(head, dk * call.grad_scale, keep, k0, num_keys, key_strides, dtype, KEY_LAYOUTS)
-        head = pointers.grad_value + b.to(gl.int64) * (value_strides.stride_b * 8)
-        head = head + kv_head.to(gl.int64) * (value_strides.stride_h * 8)
-        store_rows(head, dv, keep, k0, num_keys, value_strides, dtype, VALUE_LAYOUTS)
+        keep = kept_keys(call, b, k0, bounds, DK_LAYOUT, C)
+        store_gradient(call, pointers.grad_key, key_strides, dk * call.grad_scale, keep, b, kv_head, k0, KEY_LAYOUTS)
+        store_gradient(call, pointers.grad_value, value_strides, dv, keep, b, kv_head, k0, VALUE_LAYOUTS)
         position = next_position(call.queue, tiles_done, 4)
         tiles_done += 1
-
-
-@gluon.jit
-def consumer_0(call, C: gl.constexpr):
-    _consume(0, call, C)
-
-
-@gluon.jit
-def consumer_1(call, C: gl.constexpr):
-    _consume(1, call, C)

@@ -43,7 +43,7 @@ def _may_be_blind(call, b, n0, begin, end, bounds, shift, C: gl.constexpr):
     """Whether the blocks of queries [begin, end) may hold one that sees no key at all: that one may be NaN."""
     if C.range_layout == 2:
         may = begin != begin
-        for c in gl.static_range(2):
+        for c in gl.static_range(C.tile_keys // KEYS):
             may = may | (gl.load(span_of(call, b, n0 + c * KEYS, C) + 6) != 0)
     else:
         seeing_from, seeing_to = seeing_queries(bounds)
@@ -73,7 +73,14 @@ def _write_seeing(lse, keep, m, num_queries, BM: gl.constexpr):
 def _load_keys(call, b, kv_head, n0, tiles_done, C: gl.constexpr):
     """Copy a tile's keys and values, each consumer's when it has done with those before."""
     descriptors = call.descriptors
-    for c in gl.static_range(2):
+    if C.shared_keys:
+        mbarrier.wait(call.barriers.kv_empty.index(0), (tiles_done & 1) ^ 1)
+        mbarrier.expect(call.barriers.kv_full.index(0), KEYS * C.d * 2)
+        tma_load(descriptors.k, [b, kv_head, n0, 0], call.barriers.kv_full.index(0), call.buffers.k.index(0))
+        mbarrier.wait(call.barriers.kv_empty.index(1), (tiles_done & 1) ^ 1)
+        mbarrier.expect(call.barriers.kv_full.index(1), KEYS * C.dv * 2)
+        tma_load(descriptors.v, [b, kv_head, n0, 0], call.barriers.kv_full.index(1), call.buffers.v.index(0))
+    for c in gl.static_range(0 if C.shared_keys else 2):
         mbarrier.wait(call.barriers.kv_empty.index(c), (tiles_done & 1) ^ 1)
         kv_full = call.barriers.kv_full.index(c)
         mbarrier.expect(kv_full, KEYS * (C.d + C.dv) * 2)

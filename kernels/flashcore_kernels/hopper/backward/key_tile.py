@@ -7,15 +7,14 @@ from ..visible import sequence_bounds
 from .masks import first_key, query_blocks, whole_blocks
 from .records import KeyTile
 
-# Keys of a consumer, and of a tile.
+# Keys of a consumer.
 KEYS = gl.constexpr(64)
-BLOCK_N = gl.constexpr(128)
 
 
 @gluon.jit
 def span_of(call, b, k0, C: gl.constexpr):
     """Address of what `flashcore_hopper_backward_spans` says of the 64 keys from k0 on."""
-    spans = call.order.tiles_per_head * (BLOCK_N // KEYS)
+    spans = call.order.tiles_per_head * (C.tile_keys // KEYS)
     return call.pointers.spans + (b.to(gl.int64) * spans + k0 // KEYS) * 8
 
 
@@ -44,12 +43,14 @@ def key_tile(position, call, C: gl.constexpr):
     b, kv_head, number = position
     bounds = sequence_bounds(call.pointers.key_range, b, call.visibility, C.range_layout)
     # The keys that most queries see first, under causal attention: `position_of` numbers the other way round.
-    n0 = first_key(bounds, call.order.tiles_per_head - 1 - gl.maximum(number, 0), BLOCK_N)
+    n0 = first_key(bounds, call.order.tiles_per_head - 1 - gl.maximum(number, 0), C.tile_keys)
     if C.range_layout == 2:
         begin, end, _, _ = blocks_of_keys(call, b, n0, bounds, C)
-        other_begin, other_end, _, _ = blocks_of_keys(call, b, n0 + KEYS, bounds, C)
-        end = gl.maximum(end, other_end)
-        begin = gl.minimum(gl.minimum(begin, other_begin), end)
+        if C.tile_keys > KEYS:
+            other_begin, other_end, _, _ = blocks_of_keys(call, b, n0 + KEYS, bounds, C)
+            end = gl.maximum(end, other_end)
+            begin = gl.minimum(begin, other_begin)
+        begin = gl.minimum(begin, end)
     else:
-        begin, end = query_blocks(bounds, n0, call.visibility.num_queries, C.block_m, BLOCK_N)
+        begin, end = query_blocks(bounds, n0, call.visibility.num_queries, C.block_m, C.tile_keys)
     return KeyTile(b=b, kv_head=kv_head, n0=n0, begin=begin, end=end, bounds=bounds)

@@ -17,7 +17,7 @@ from .table import BackwardRow
 
 # Places for which a program of `preprocess` reads O and dO.
 PLACES = 32
-# Keys of a tile of `dkdv`, queries of one of `dq`.
+# Queries of a tile of `dq`.
 TILE = 128
 # Tiles of a program, where they differ in length, that a section of heads has at least, see `heads_in_section`.
 LEAST_ROUNDS = 2
@@ -147,8 +147,8 @@ def launch_dq(
 
 def launch_spans(problem: Problem, config: HopperBackwardConfig, key_range: torch.Tensor) -> torch.Tensor:
     """Which queries see each 64 keys: int32 `[B, spans, 8]`, see spans.py."""
-    block_m = config.row.dkdv.block_m
-    num_blocks, spans = -(-problem.num_queries // block_m), TILE // 64 * -(-problem.num_keys // TILE)
+    block_m, tile_keys = config.row.dkdv.block_m, dkdv_constants(problem, config.row).tile_keys
+    num_blocks, spans = -(-problem.num_queries // block_m), tile_keys // 64 * -(-problem.num_keys // tile_keys)
     words = {"dtype": torch.int32, "device": key_range.device}
     blocks = fresh(torch.empty(problem.batch_size, 5, num_blocks, **words))
     found = fresh(torch.empty(problem.batch_size, spans, 8, **words))
@@ -178,7 +178,8 @@ def launch_dkdv(
     query, key, value, key_range = inputs[:4]
     heads = problem.batch_size * problem.num_kv_heads
     # With a line a sequence the grid of blocks begins at the sequence's first key, and one may lie before it.
-    tiles = -(-(problem.num_keys + (TILE - 1 if problem.range_layout == "sequence" else 0)) // TILE)
+    before = constants.tile_keys - 1 if problem.range_layout == "sequence" else 0
+    tiles = -(-(problem.num_keys + before) // constants.tile_keys)
     bytes_per_head = 2 * problem.group * problem.num_queries * (problem.head_dim + problem.value_dim)
     launch(
         flashcore_hopper_backward_dkdv,
@@ -220,6 +221,7 @@ def dkdv_constants(problem: Problem, row: BackwardRow) -> DkdvConstants:
         block_m=row.dkdv.block_m,
         query_stages=row.dkdv.query_stages,
         grad_stages=row.dkdv.grad_stages,
+        shared_keys=row.dkdv.shared_keys,
         range_layout=range_layout(problem),
         softcap=problem.softcap > 0.0,
         consumer_registers=row.dkdv.consumer_registers,

@@ -65,10 +65,11 @@ class DkdvBuffers(NamedTuple):
 
     Attributes:
         q, g: `[query_stages, 1, 1, BM, d]` and `[grad_stages, 1, 1, BM, dv]`.
-        k, v: of each consumer, `[2, 1, 1, 64, d]` and `dv`.
+        k, v: of each consumer, `[2, 1, 1, 64, d]` and `dv`; `[1, ...]` where they share them.
         lse, delta: fp32 `[query_stages, BM]` and `[grad_stages, BM]`: of the queries in q and in g, see `preprocess`.
         ranges: int32 `[2 * query_stages, BM]`: first and end of the keys that each query in q sees; only with a key
             range a query.
+        p: fp32 `[64, BM]`: P^T, which one consumer hands to the other where they share their keys.
         keep: int32 `[BM]`: which queries of a block see a key, for the producer alone.
     """
 
@@ -79,6 +80,7 @@ class DkdvBuffers(NamedTuple):
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
     ranges: gl.shared_memory_descriptor
+    p: gl.shared_memory_descriptor
     keep: gl.shared_memory_descriptor
 
 
@@ -88,8 +90,9 @@ class DkdvBarriers(NamedTuple):
     Attributes:
         q_full, q_empty: one for each stage, of Q and lse.
         g_full, g_empty: one for each stage, of dO and delta.
-        kv_full, kv_empty: one for each consumer.
+        kv_full, kv_empty: one for each consumer: of its K and V, or, where they share keys, of K and of V.
         raw: one alone: queries or dO have arrived that the producer has to scrub before it calls them full.
+        p_full, p_empty: one alone each, of p.
     """
 
     q_full: gl.shared_memory_descriptor
@@ -99,6 +102,8 @@ class DkdvBarriers(NamedTuple):
     kv_full: gl.shared_memory_descriptor
     kv_empty: gl.shared_memory_descriptor
     raw: gl.shared_memory_descriptor
+    p_full: gl.shared_memory_descriptor
+    p_empty: gl.shared_memory_descriptor
 
 
 class GradientStrides(NamedTuple):

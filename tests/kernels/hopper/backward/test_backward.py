@@ -229,7 +229,7 @@ REASONS = {
     "fp32": ({"dtype": torch.float32}, H200, "float32"),
     "fp8": ({"fp8": True}, H200, "fp8"),
     "mask": ({"mask_kind": "bool"}, H200, "dense mask"),
-    "head_dim": ({"head_dim": 136}, H200, "136"),
+    "head_dim": ({"head_dim": 264}, H200, "264"),
     "odd head_dim": ({"head_dim": 68}, H200, "68"),
     "odd value_dim": ({"value_dim": 60}, H200, "60"),
     "scale": ({"scale": -1.0}, H200, "scale"),
