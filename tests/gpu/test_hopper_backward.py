@@ -263,7 +263,7 @@ FEATURES = {
 LENGTHS = [(64, 64), (128, 128), (333, 333), (200, 333), (333, 200), (17, 700), (512, 512)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature, head_dim):
     for lengths in LENGTHS:
@@ -272,8 +272,11 @@ def test_features(feature, head_dim):
             assert not case.wrong(case.run()), (lengths, heads)
 
 
+DIMS = [(8, 8), (40, 40), (72, 72), (96, 96), (120, 64), (64, 128), (192, 128), (136, 40), (160, 160), (40, 200)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dims", [(8, 8), (40, 40), (72, 72), (96, 96), (120, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_head_dims(dims, dtype):
     case = Case(2, (4, 2), 200, 333, *dims, dtype=dtype, is_causal=True)
     assert not case.wrong(case.run())
@@ -288,7 +291,7 @@ def test_many_tiles():
 @pytest.mark.parametrize("seed", range(40))
 def test_random_calls(seed):
     drawn = random.Random(seed)
-    head_dim = drawn.choice((64, 128, 56, 104))
+    head_dim = drawn.choice((64, 128, 56, 104, 256, 192))
     num_kv_heads = drawn.choice((1, 2, 3))
     num_queries = drawn.choice((17, 63, 64, 65, 127, 128, 129, 200, 512))
     num_keys = num_queries + drawn.choice((0, 0, 0, 13, 128, 301))
@@ -342,7 +345,7 @@ def test_an_expanded_gradient():
     assert all(map(torch.equal, case.run(grad_output=ones), case.run(grad_output=ones.contiguous())))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_two_runs_give_the_same_bits(head_dim):
     case = Case(4, (16, 4), 777, 777, head_dim, is_causal=True)
     first = case.run()
@@ -351,7 +354,7 @@ def test_two_runs_give_the_same_bits(head_dim):
 
 
 @pytest.mark.parametrize("padding", [1, 64, 77, 128, 200])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_padded_and_alone_give_the_same_bits(head_dim, padding):
     """And a sequence of another length in the batch changes none either."""
 

@@ -12,8 +12,9 @@ import sys
 from ...aot import SHARED_LIMIT
 from ...machine_code import LATE_EXPONENTIALS, resources
 
-# Loads of parked values in a main loop of 250 to 500 instructions.
-MAIN_LOOP_SPILLS = 0
+# Loads of parked values in a main loop of 250 to 500 instructions, with head_dim up to 128 and above: there dq keeps
+# 128 registers of sums, and with a key range parks addresses and bounds.
+MAIN_LOOP_SPILLS = {False: 0, True: 5}
 RANGE_LAYOUTS = {"plain": None, "range": "sequence", "rows": "rows"}
 
 
@@ -56,10 +57,10 @@ def source(kernel, constants, dtype: str):
 def problems(report: dict) -> list[str]:
     """What is wrong with a compiled kernel: an empty list is what tests want to see."""
     wrong = []
-    main_loops = report["wgmma_loops"][:2]
+    main_loops, most = report["wgmma_loops"][:2], MAIN_LOOP_SPILLS[report["head_dim"] > 128]
     if report["shared"] > SHARED_LIMIT[90]:
         wrong.append(f"{report['shared']} bytes of shared memory, {SHARED_LIMIT[90]} exist")
-    if not main_loops or any(spills > MAIN_LOOP_SPILLS for _, spills, _ in main_loops):
+    if not main_loops or any(spills > most for _, spills, _ in main_loops):
         wrong.append(f"registers spill in the main loops: {main_loops}")
     if any(exponentials > LATE_EXPONENTIALS for _, _, exponentials in main_loops):
         wrong.append(f"the exponentials of the main loops wait for the products: {main_loops}")
@@ -74,7 +75,12 @@ def compiled(kernel, constants, dtype: str = "bf16") -> dict:
     from triton.backends.compiler import GPUTarget
 
     code = triton.compile(source(kernel, constants, dtype), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    report = {"kernel": kernel.__name__, "constants": repr(constants), "triton": triton.__version__}
+    report = {
+        "kernel": kernel.__name__,
+        "head_dim": constants.d,
+        "constants": repr(constants),
+        "triton": triton.__version__,
+    }
     report |= {"shared": code.metadata.shared} | resources(code.asm["cubin"], True)
     return report | {"problems": problems(report)}
 
@@ -97,7 +103,7 @@ def reports(features: str, rows) -> list[dict]:
             (launch.flashcore_hopper_backward_dq, launch.dq_constants(problem, row)),
             (launch.flashcore_hopper_backward_dkdv, launch.dkdv_constants(problem, row)),
         ):
-            size = {"head_dim": row.head_dim, "softcap": row.softcap, "features": features}
+            size = {"value_dim": row.value_dim, "softcap": row.softcap, "features": features}
             found.append(size | compiled(kernel, constants))
     return found
 

@@ -284,11 +284,11 @@ def test_what_the_copy_engine_cannot_read_is_copied():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """launched(key_range) -> what the launch of each kernel gets, by its name, and the gradients."""
+    """launched(layout, key_range, head_dim) -> what the launch of each kernel gets, by its name, and the gradients."""
 
-    def run(key_range=None):
-        call = problem(range_layout=None if key_range is None else "sequence")
-        shapes = {"query": (4, 300, 64), "key": (2, 300, 64), "value": (2, 300, 64), "output": (4, 300, 64)}
+    def run(layout=None, key_range=None, head_dim=64):
+        call = problem(range_layout=layout, head_dim=head_dim)
+        shapes = {"query": (4, 300, head_dim), "key": (2, 300, head_dim), "value": (2, 300, 64), "output": (4, 300, 64)}
         of = {name: torch.zeros(2, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         caught = {}
         monkeypatch.setattr(launch, "launch", lambda kernel, *given: caught.update({kernel.__name__: given}))
@@ -301,25 +301,40 @@ def launched(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_launches(padded, launched):
+LAUNCHED = {  # layout, KeyRange, kernels, tiles of keys of a head with head_dim 64 and 256
+    "plain": (None, lambda: None, ("rows", "dq", "dkdv"), (3, 5)),
+    "padded": (
+        "sequence", lambda: make_key_range(2, 300, first=torch.tensor([0, 77]), right=0),
+        ("rows", "dq", "dkdv"), (4, 6),
+    ),
+    "packed": (
+        "rows", lambda: make_row_ranges(*torch.zeros(2, 2, 300, dtype=torch.int32), 300),
+        ("rows", "dq", "blocks", "spans", "dkdv"), (3, 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_launches(name, head_dim, launched):
     """Every parameter is given, a grid has no more programs than tiles, and there is a tile for keys before the first.
 
     tests/gpu/test_hopper_backward.py sees what the launches compute.
     """
-    key_range = make_key_range(2, 300, first=torch.tensor([0, 77]), right=0) if padded else None
-    caught, gradients = launched(key_range)
-    assert list(caught) == [f"flashcore_hopper_backward_{name}" for name in ("rows", "dq", "dkdv")]
-    for name, (_, arguments, scalars, constants) in caught.items():
-        kernel = getattr(launch, name)
-        assert len(kernel.arg_names) == len(arguments) + len(scalars) + len(constants)
+    layout, made, kernels, key_tiles = LAUNCHED[name]
+    caught, gradients = launched(layout, made(), head_dim)
+    assert list(caught) == [f"flashcore_hopper_backward_{kernel}" for kernel in kernels]
+    for kernel, (_, arguments, scalars, constants) in caught.items():
+        assert len(getattr(launch, kernel).arg_names) == len(arguments) + len(scalars) + len(constants)
     assert caught["flashcore_hopper_backward_dq"][0] == 2 * 4 * 3
-    assert caught["flashcore_hopper_backward_dkdv"][0] == 2 * 2 * (4 if padded else 3)
+    assert caught["flashcore_hopper_backward_dkdv"][0] == 2 * 2 * key_tiles[head_dim == 256]
     query, grad_output, key, value = caught["flashcore_hopper_backward_dkdv"][1][:4]
-    row = choose_hopper_backward(problem(), H200).config.row
-    assert [list(d.block_shape) for d in (query, key)] == [[1, 1, row.dkdv.block_m, 64], [1, 1, 64, 64]]
+    row = choose_hopper_backward(problem(head_dim=head_dim), H200).config.row
+    blocks = [[1, 1, row.dkdv.block_m, head_dim], [1, 1, 64, head_dim]]
+    assert [list(d.block_shape) for d in (query, key)] == blocks
     assert grad_output.base.is_contiguous() and list(value.base.shape) == [2, 2, 300, 64]
-    assert [tuple(gradient.shape) for gradient in gradients[:3]] == [(2, 4, 300, 64), (2, 2, 300, 64), (2, 2, 300, 64)]
+    shapes = [(2, 4, 300, head_dim), (2, 2, 300, head_dim), (2, 2, 300, 64)]
+    assert [tuple(gradient.shape) for gradient in gradients[:3]] == shapes
     assert gradients[3:] == (None, None)
 
 
