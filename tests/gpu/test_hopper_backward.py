@@ -227,6 +227,12 @@ def prefixes(batch_size, num_queries, num_keys):
     return make_row_ranges(torch.zeros_like(m).cuda(), torch.maximum(m + 1, prefix).cuda(), num_keys)
 
 
+def islands(batch_size, num_queries, num_keys):
+    """Each 50 queries see 30 keys, and nobody sees those between: they are NaN."""
+    first = (torch.arange(num_queries) // 50 * 50).expand(batch_size, -1) + torch.arange(batch_size)[:, None]
+    return make_row_ranges(first.cuda(), first.cuda() + 30, num_keys)
+
+
 def arbitrary(batch_size, num_queries, num_keys):
     """Ranges in no order, some of them empty, some beyond the keys."""
     drawn = torch.Generator().manual_seed(num_queries)
@@ -257,6 +263,7 @@ FEATURES = {
     "documents and sinks": {"key_range": documents, "with_lse": True, "with_sinks": True},
     "documents and softcap": {"key_range": documents, "softcap": 8.0},
     "prefixes": {"key_range": prefixes, "with_lse": True},
+    "islands": {"key_range": islands},
     "arbitrary": {"key_range": arbitrary, "transposed": True},
     "sinks and holes": {"key_range": holes, "with_lse": True, "with_sinks": True},
 }

@@ -24,7 +24,7 @@ from ..visible import Visibility
 from .dkdv_consumer import consume
 from .dkdv_pair import consume_of_pair
 from .dkdv_producer import produce
-from .key_tile import KEYS
+from .masks import KEYS
 from .records import Call, Descriptors, DkdvBarriers, DkdvBuffers, DkdvPointers, GradientStrides
 from .store import store_layouts
 

@@ -6,8 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from ..copies import release
 from ..schedule import next_position, position_of
-from .key_tile import KEYS, blocks_of_keys, key_tile, span_of
-from .masks import keep_queries, keep_ranges, query_shift, seen_keys, seen_of_span
+from .key_tile import blocks_of_keys, key_tile
+from .masks import KEYS, keep_queries, keep_ranges, query_shift, seen_keys, seen_of_span
 from .products import as_operand, capped, product, product_onto, started_at
 from .store import store_rows
 
@@ -17,7 +17,7 @@ def kept_keys(call, b, k0, bounds, LAYOUT: gl.constexpr, C: gl.constexpr):
     """Which of a consumer's 64 keys some query sees, for the rows of an accumulator of this layout."""
     keys = k0 + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
     if C.range_layout == 2:
-        keep = seen_of_span(span_of(call, b, k0, C), keys)
+        keep = seen_of_span(call, b, keys)
     else:
         line = call.pointers.key_range
         if C.range_layout == 1:

@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from ..copies import release
 from ..schedule import next_position, position_of
 from .dkdv_consumer import hidden_zeroed, kept_keys, store_gradient
-from .key_tile import KEYS, blocks_of_keys, key_tile
-from .masks import query_shift
+from .key_tile import blocks_of_keys, key_tile
+from .masks import KEYS, query_shift
 from .products import as_operand, capped, product, product_onto, started_at
 
 

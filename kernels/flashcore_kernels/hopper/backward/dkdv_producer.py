@@ -7,9 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..schedule import next_position, position_of
 from ..triton_api import copy_async, tma_load
-from .key_tile import KEYS, key_tile, span_of
+from .key_tile import key_tile
 from .load import load_block
-from .masks import query_shift, seeing_queries
+from .masks import KEYS, query_shift, seeing_queries, span_of
 from .records import CleanRows
 
 # With how many blocks left to fetch a program asks for its next tile.
@@ -44,7 +44,7 @@ def _may_be_blind(call, b, n0, begin, end, bounds, shift, C: gl.constexpr):
     if C.range_layout == 2:
         may = begin != begin
         for c in gl.static_range(C.tile_keys // KEYS):
-            may = may | (gl.load(span_of(call, b, n0 + c * KEYS, C) + 6) != 0)
+            may = may | (gl.load(span_of(call, b, n0 + c * KEYS) + 6) != 0)
     else:
         seeing_from, seeing_to = seeing_queries(bounds)
         first = gl.maximum(begin * C.block_m - shift, 0)

@@ -22,9 +22,9 @@ from ..query_tile import pass_over_blocks, tile_of
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out, next_position, position_of
 from ..triton_api import SHARED_WORKER_ARGUMENTS, tma_load
-from ..visible import FAR, Visibility, may_have_gaps, sequence_bounds, tile_blocks, tile_keys
+from ..visible import FAR, Visibility, sequence_bounds, tile_blocks, tile_keys
 from .load import load_block
-from .masks import keep_keys, query_shift
+from .masks import any_unseen, keep_keys, query_shift, seen_of_span
 from .products import as_operand, capped, product
 from .records import Call, CleanRows, Descriptors, DqBarriers, DqBuffers, DqPointers, GradientStrides
 from .store import store_layouts, store_rows
@@ -208,7 +208,7 @@ def _produce(call, C: gl.constexpr):
         lo, hi = tile_keys(Range, b, m0, bounds, visibility, 128, RANGE, 1)
         begin, count = tile_blocks(bounds.first, lo, hi, num_keys, BN)
         if RANGE == 2:
-            clean = CleanRows(lo=lo, hi=hi, any=may_have_gaps(Range, b, m0, visibility, 128))
+            clean = CleanRows(lo=0, hi=num_keys, any=any_unseen(call, b, begin, hi))
         else:
             clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
             clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
@@ -223,9 +223,13 @@ def _produce(call, C: gl.constexpr):
             phase = use // STAGES & 1
             dirty = clean.any | (n < clean.lo) | (n + BN > dirty_from)
             mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)
-            if RANGE > 0:
+            if RANGE == 1:
                 if clean.any:
                     write_seen_keys(Range, buffers.keep, b, m0, n, clean.lo, clean.hi, visibility, 128, BN, RANGE)
+            if RANGE == 2:
+                if clean.any:
+                    keys = n + gl.arange(0, BN, gl.BlockedLayout([1], [32], [1], [0]))
+                    buffers.keep.store(seen_of_span(call, b, keys).to(gl.int32))
             scrubs = load_block(
                 descriptors.k, b, kv_head, n, buffers.k.index(stage), barriers.k_full.index(stage), scrubs, dirty,
                 clean, call, BN, C.d,
@@ -263,6 +267,7 @@ def flashcore_hopper_backward_dq(
     v_desc,
     Rows,
     Range,
+    Spans,
     GradQuery,
     Counter,
     places,
@@ -292,8 +297,8 @@ def flashcore_hopper_backward_dq(
 
     Shapes: descriptors of Q `[B, H, Q, D]` and dO `[B, H, Q, Dv]` in blocks of 64 rows, of K and V in blocks of
     `C.block_n`; Rows fp32 `[2, B * H, places]` as `preprocess` leaves it, `of_delta` elements between its halves; Range
-    a KeyRange; GradQuery `[B, H, Q, D]` with strides and columns in units of 8 elements; Counter an int32 that is 0,
-    and 0 again at the end.
+    a KeyRange; with a line a query Spans int32 `[B, spans, 8]`, see spans.py; GradQuery `[B, H, Q, D]` with strides and
+    columns in units of 8 elements; Counter an int32 that is 0, and 0 again at the end.
     Grid: as many programs as run at once, or as there are tiles.
     """
     BN: gl.constexpr = C.block_n
@@ -302,6 +307,8 @@ def flashcore_hopper_backward_dq(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     if C.range_layout == 0:
         Range = num_keys
+    if C.range_layout != 2:
+        Spans = num_keys
     q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.d], q_desc.layout)
     g_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.dv], g_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, C.d], k_desc.layout)
@@ -331,7 +338,7 @@ def flashcore_hopper_backward_dq(
     fence_async_shared()
     queue = Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter)
     pointers = DqPointers(
-        rows=Rows, key_range=Range, grad_query=GradQuery, places=places, of_delta=of_delta,
+        rows=Rows, key_range=Range, spans=Spans, grad_query=GradQuery, places=places, of_delta=of_delta,
         query_strides=GradientStrides(stride_b=stride_b, stride_h=stride_h, stride_s=stride_s, eights=eights),
     )  # fmt: skip
     call = Call(

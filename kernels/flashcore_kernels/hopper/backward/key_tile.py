@@ -4,18 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..visible import sequence_bounds
-from .masks import first_key, query_blocks, whole_blocks
+from .masks import KEYS, first_key, query_blocks, span_of, whole_blocks
 from .records import KeyTile
-
-# Keys of a consumer.
-KEYS = gl.constexpr(64)
-
-
-@gluon.jit
-def span_of(call, b, k0, C: gl.constexpr):
-    """Address of what `flashcore_hopper_backward_spans` says of the 64 keys from k0 on."""
-    spans = call.order.tiles_per_head * (C.tile_keys // KEYS)
-    return call.pointers.spans + (b.to(gl.int64) * spans + k0 // KEYS) * 8
 
 
 @gluon.jit
@@ -26,7 +16,7 @@ def blocks_of_keys(call, b, k0, bounds, C: gl.constexpr):
     whole_end) nothing is hidden.
     """
     if C.range_layout == 2:
-        span = span_of(call, b, k0, C)
+        span = span_of(call, b, k0)
         begin = gl.load(span)
         end = gl.load(span + 1)
         whole_begin = gl.load(span + 2)

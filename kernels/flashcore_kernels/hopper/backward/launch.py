@@ -65,8 +65,8 @@ def run_backward(
     try:
         _, counter = workspace(0, 1, query.device)
         launch_rows(problem, config, inputs, output, lse, grad_output, grad_lse, rows)
-        launch_dq(problem, config, inputs, grad_output, rows, grad_query, counter)
         spans = launch_spans(problem, config, inputs.key_range) if problem.range_layout == "rows" else None
+        launch_dq(problem, config, inputs, grad_output, rows, spans, grad_query, counter)
         launch_dkdv(problem, config, inputs, grad_output, rows, spans, grad_key, grad_value, counter)
     except BaseException:
         forget(query.device)
@@ -118,6 +118,7 @@ def launch_dq(
     inputs: Inputs,
     grad_output: torch.Tensor,
     rows: torch.Tensor,
+    spans: torch.Tensor | None,
     grad_query: torch.Tensor,
     counter: torch.Tensor,
 ) -> None:
@@ -134,7 +135,7 @@ def launch_dq(
         (
             descriptor(query, 64, constants.d), descriptor(grad_output, 64, constants.dv),
             descriptor(key, constants.block_n, constants.d), descriptor(value, constants.block_n, constants.dv),
-            rows, key_range, grad_query, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
+            rows, key_range, spans, grad_query, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
         ),
         (
             problem.num_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_query), problem.scale,
@@ -147,8 +148,9 @@ def launch_dq(
 
 def launch_spans(problem: Problem, config: HopperBackwardConfig, key_range: torch.Tensor) -> torch.Tensor:
     """Which queries see each 64 keys: int32 `[B, spans, 8]`, see spans.py."""
-    block_m, tile_keys = config.row.dkdv.block_m, dkdv_constants(problem, config.row).tile_keys
-    num_blocks, spans = -(-problem.num_queries // block_m), tile_keys // 64 * -(-problem.num_keys // tile_keys)
+    block_m = config.row.dkdv.block_m
+    # One more, of no keys: the last tile of `dkdv` may have it.
+    num_blocks, spans = -(-problem.num_queries // block_m), -(-problem.num_keys // 64) + 1
     words = {"dtype": torch.int32, "device": key_range.device}
     blocks = fresh(torch.empty(problem.batch_size, 5, num_blocks, **words))
     found = fresh(torch.empty(problem.batch_size, spans, 8, **words))

@@ -9,6 +9,9 @@ from triton.experimental.gluon import language as gl
 
 from ..visible import BITMAP
 
+# Keys of a consumer of `dkdv`, and of a span (see spans.py).
+KEYS = gl.constexpr(64)
+
 
 @gluon.jit
 def missing(distance, BLOCK: gl.constexpr):
@@ -135,7 +138,26 @@ def seen_keys(bounds, line, keys, visibility, RANGE: gl.constexpr):
 
 
 @gluon.jit
-def seen_of_span(span, keys):
-    """Which of the 64 `keys` some query sees; `span`: see `span_of`."""
-    bits = gl.where(keys % 64 < 32, gl.load(span + 4), gl.load(span + 5))
+def span_of(call, b, key):
+    """Address of what `flashcore_hopper_backward_spans` says of the 64 keys among which this one is."""
+    spans = (call.visibility.num_keys + KEYS - 1) // KEYS
+    # A tile of more may end behind them.
+    return call.pointers.spans + (b.to(gl.int64) * (spans + 1) + gl.minimum(key // KEYS, spans)) * 8
+
+
+@gluon.jit
+def seen_of_span(call, b, keys):
+    """Which of `keys` some query sees, or do not exist."""
+    bits = gl.load(span_of(call, b, keys) + 4 + keys % KEYS // 32)
     return ((bits >> (keys & 31)) & 1) == 1
+
+
+@gluon.jit
+def any_unseen(call, b, begin, end):
+    """Whether there is a key in the spans of [begin, end) that no query sees: a warp looks at 32 spans at once."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * KEYS
+    some = begin * 0
+    for key in range(begin, end, 32 * KEYS):
+        span = span_of(call, b, gl.minimum(key + lanes, end - 1))
+        some = some | gl.max(((gl.load(span + 4) & gl.load(span + 5)) != -1).to(gl.int32), axis=0)
+    return some != 0

@@ -121,6 +121,7 @@ class DqPointers(NamedTuple):
     Attributes:
         rows: fp32 `[2, B * H, places]`: lse and delta, see `preprocess`.
         key_range: int32, see key_range.py; where there is none an integer, which is never looked at.
+        spans: int32 `[B, spans, 8]`, see spans.py; without a key range a query an integer, which is never looked at.
         grad_query: `[B, H, Q, D]`.
         places: of a head in `rows`.
         of_delta: elements from the lse of a query to its delta.
@@ -129,6 +130,7 @@ class DqPointers(NamedTuple):
 
     rows: gl.tensor
     key_range: gl.tensor
+    spans: gl.tensor
     grad_query: gl.tensor
     places: gl.tensor
     of_delta: gl.tensor
@@ -139,8 +141,7 @@ class DkdvPointers(NamedTuple):
     """Global memory that `dkdv` reads and writes without the copy engine.
 
     Attributes:
-        rows, key_range, places, of_delta: as in DqPointers.
-        spans: int32 `[B, spans, 8]`, see spans.py; without a key range a query an integer, which is never looked at.
+        rows, key_range, spans, places, of_delta: as in DqPointers.
         grad_key, grad_value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`.
         key_strides, value_strides: of these.
     """

@@ -42,8 +42,8 @@ def flashcore_hopper_backward_spans(
     """Of each 64 keys (begin, end, whole_begin, whole_end, seen, seen, blind).
 
     The blocks of queries [begin, end) hold all that see some of these keys; where none does, end is 0. In those of
-    [whole_begin, whole_end) each query sees all of them, or no key at all. Bit k % 32 of word k / 32 of `seen` says
-    whether a query sees key k.
+    [whole_begin, whole_end) each query sees all of them, or no key at all. Bit k % 32 of word k / 32 of `seen` is 0
+    where a query could see key k and none does.
     `blind` says whether a block of [begin, end) may hold a query that sees no key at all.
 
     Whole blocks are one run, and documents have no second one. What else might be whole is masked to no effect.
@@ -89,7 +89,7 @@ def flashcore_hopper_backward_spans(
             sees = (keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]) & (keys < behind)[:, None]
             seen = seen | (tl.max(sees.to(tl.int32), axis=1) != 0)
     # Each bit occurs once, so that the sum is an OR; bit 31 is the sign.
-    bits = tl.where(seen, tl.full([64], 1, tl.int32) << (keys & 31), 0)
+    bits = tl.where(seen | (keys >= num_keys), tl.full([64], 1, tl.int32) << (keys & 31), 0)
     out = Spans + (b * tl.num_programs(0) + tl.program_id(0)) * 8
     tl.store(out, begin)
     tl.store(out + 1, end)

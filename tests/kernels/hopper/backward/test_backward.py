@@ -309,7 +309,7 @@ LAUNCHED = {  # layout, KeyRange, kernels, tiles of keys of a head with head_dim
     ),
     "packed": (
         "rows", lambda: make_row_ranges(*torch.zeros(2, 2, 300, dtype=torch.int32), 300),
-        ("rows", "dq", "blocks", "spans", "dkdv"), (3, 5),
+        ("rows", "blocks", "spans", "dq", "dkdv"), (3, 5),
     ),
 }  # fmt: skip
 
