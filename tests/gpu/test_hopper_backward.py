@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from flashcore_kernels import make_key_range
+from flashcore_kernels import make_key_range, make_row_ranges
 from flashcore_kernels.choose import choose_backward
 from flashcore_kernels.device import device_of
 from flashcore_kernels.naive import visible_mask
@@ -26,7 +26,8 @@ class Case:
 
     Args:
         heads: (H, Hkv).
-        key_range: of B, Q and K; keys that no query sees are NaN then.
+        key_range: of B, Q and K; keys that no query sees are NaN then. Queries that see no key are, always, and so is
+            their dO.
         with_lse, with_sinks: whether a gradient comes through the lse, and whether heads have sinks, which want theirs.
         transposed: heads inside the sequence in memory.
         arguments: of `check_problem`.
@@ -60,6 +61,8 @@ class Case:
         if self.key_range is not None:
             hidden = ~self.seen.any(-2)[..., None]  # [B, 1, K, 1]
             self.key, self.value = (t.masked_fill(hidden, torch.nan) for t in (self.key, self.value))
+        blind = ~self.seen.any(-1)[..., None]  # [B, 1, Q, 1]
+        self.query, self.grad = (t.masked_fill(blind, torch.nan) for t in (self.query, self.grad))
 
     @property
     def inputs(self) -> Inputs:
@@ -134,7 +137,7 @@ class Case:
     def sum_of_roundings(self) -> torch.Tensor:
         """`[H]`: the root of the squares that a sink's gradient sums up, share * dO * O of every query and column."""
         share = torch.exp(self.sinks.double()[None, :, None] - self.lse.double())  # [B, H, Q]
-        terms = share[..., None] * self.grad.double() * self.output.double()
+        terms = share[..., None] * self.grad.double().nan_to_num() * self.output.double()
         return terms.square().sum((0, 2, 3)).sqrt()
 
     def wrong(self, gradients) -> list[str]:
@@ -190,6 +193,55 @@ def holes(batch_size, num_queries, num_keys):
     return make_key_range(batch_size, num_keys, query_start=num_keys - num_queries, right=0, key_mask=mask)
 
 
+def hole(batch_size, num_queries, num_keys):
+    """In the midst of the keys, and wider than the window: queries there see nothing, and are NaN."""
+    mask = torch.ones(batch_size, num_keys, dtype=torch.bool, device="cuda")
+    mask[:, num_keys // 4 : num_keys // 4 + 70] = False
+    return make_key_range(batch_size, num_keys, query_start=num_keys - num_queries, left=20, right=0, key_mask=mask)
+
+
+def window_before_padding(batch_size, num_queries, num_keys):
+    """Queries beyond the last key by more than the window see nothing."""
+    end = num_keys - torch.arange(batch_size, device="cuda") * 53 % (num_keys // 2)
+    return make_key_range(batch_size, num_keys, end=end, query_start=num_keys - num_queries, left=9, right=0)
+
+
+def documents(batch_size, num_queries, num_keys):
+    """Causal, behind each other, of 1 to 97 tokens; each sequence ends in queries that see nothing."""
+    drawn = torch.Generator().manual_seed(batch_size + num_queries)
+    first, end = torch.zeros(2, batch_size, num_queries, dtype=torch.int64)
+    for b in range(batch_size):
+        at = 0
+        while at < min(num_queries, num_keys) - 9:
+            length = min(int(torch.randint(1, 98, (), generator=drawn)), min(num_queries, num_keys) - at)
+            first[b, at : at + length] = at
+            end[b, at : at + length] = torch.arange(at, at + length) + 1
+            at += length
+    return make_row_ranges(first.cuda(), end.cuda(), num_keys)
+
+
+def prefixes(batch_size, num_queries, num_keys):
+    """Each sequence sees a prefix of its own as a whole, and goes on causally."""
+    m = torch.arange(num_queries).expand(batch_size, -1)
+    prefix = torch.arange(batch_size)[:, None] * 41 % num_keys + 1
+    return make_row_ranges(torch.zeros_like(m).cuda(), torch.maximum(m + 1, prefix).cuda(), num_keys)
+
+
+def islands(batch_size, num_queries, num_keys):
+    """Each 50 queries see 30 keys, and nobody sees those between: they are NaN."""
+    first = (torch.arange(num_queries) // 50 * 50).expand(batch_size, -1) + torch.arange(batch_size)[:, None]
+    return make_row_ranges(first.cuda(), first.cuda() + 30, num_keys)
+
+
+def arbitrary(batch_size, num_queries, num_keys):
+    """Ranges in no order, some of them empty, some beyond the keys."""
+    drawn = torch.Generator().manual_seed(num_queries)
+    ends = torch.randint(-9, num_keys + 9, (2, batch_size, num_queries), generator=drawn)
+    first, end = ends.amin(0), ends.amax(0)
+    end = torch.where(torch.arange(num_queries) % 7 == 3, first, end)
+    return make_row_ranges(first.cuda(), end.cuda(), num_keys)
+
+
 FEATURES = {
     "full": {},
     "causal": {"is_causal": True},
@@ -204,12 +256,21 @@ FEATURES = {
     "right padding": {"key_range": right_padding},
     "bounds": {"key_range": both_sides},
     "holes": {"key_range": holes, "with_lse": True},
+    "hole": {"key_range": hole},
+    "hole and sinks": {"key_range": hole, "with_lse": True, "with_sinks": True},
+    "window before padding": {"key_range": window_before_padding},
+    "documents": {"key_range": documents},
+    "documents and sinks": {"key_range": documents, "with_lse": True, "with_sinks": True},
+    "documents and softcap": {"key_range": documents, "softcap": 8.0},
+    "prefixes": {"key_range": prefixes, "with_lse": True},
+    "islands": {"key_range": islands},
+    "arbitrary": {"key_range": arbitrary, "transposed": True},
     "sinks and holes": {"key_range": holes, "with_lse": True, "with_sinks": True},
 }
 LENGTHS = [(64, 64), (128, 128), (333, 333), (200, 333), (333, 200), (17, 700), (512, 512)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature, head_dim):
     for lengths in LENGTHS:
@@ -218,8 +279,11 @@ def test_features(feature, head_dim):
             assert not case.wrong(case.run()), (lengths, heads)
 
 
+DIMS = [(8, 8), (40, 40), (72, 72), (96, 96), (120, 64), (64, 128), (192, 128), (136, 40), (160, 160), (40, 200)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dims", [(8, 8), (40, 40), (72, 72), (96, 96), (120, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_head_dims(dims, dtype):
     case = Case(2, (4, 2), 200, 333, *dims, dtype=dtype, is_causal=True)
     assert not case.wrong(case.run())
@@ -234,7 +298,7 @@ def test_many_tiles():
 @pytest.mark.parametrize("seed", range(40))
 def test_random_calls(seed):
     drawn = random.Random(seed)
-    head_dim = drawn.choice((64, 128, 56, 104))
+    head_dim = drawn.choice((64, 128, 56, 104, 256, 192))
     num_kv_heads = drawn.choice((1, 2, 3))
     num_queries = drawn.choice((17, 63, 64, 65, 127, 128, 129, 200, 512))
     num_keys = num_queries + drawn.choice((0, 0, 0, 13, 128, 301))
@@ -242,6 +306,19 @@ def test_random_calls(seed):
     heads = (num_kv_heads * drawn.choice((1, 2, 4, 7)), num_kv_heads)
     case = Case(drawn.choice((1, 2, 3)), heads, num_queries, num_keys, head_dim, seed=seed, **features)
     assert not case.wrong(case.run())
+
+
+def test_a_wrong_range_shows():
+    """Negative control: a document that sees one key too many, and one query that sees one too few."""
+    case = Case(2, (4, 2), 333, 333, 128, key_range=documents)
+    assert not case.wrong(case.run())
+    for query, key, by in ((200, 0, -1), (150, 1, -1)):
+        changed = case.key_range.clone()
+        changed[:, :, query : query + 3, key] += by
+        changed[..., 0].clamp_(min=0)
+        finite = [t.nan_to_num() for t in (case.query, case.key, case.value)]
+        inputs = Inputs(*finite, changed, sinks=case.sinks)
+        assert case.wrong(case.run(inputs=inputs, grad_output=case.grad.nan_to_num())), (query, key)
 
 
 def test_what_is_wrong_shows():
@@ -275,7 +352,7 @@ def test_an_expanded_gradient():
     assert all(map(torch.equal, case.run(grad_output=ones), case.run(grad_output=ones.contiguous())))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_two_runs_give_the_same_bits(head_dim):
     case = Case(4, (16, 4), 777, 777, head_dim, is_causal=True)
     first = case.run()
@@ -284,7 +361,7 @@ def test_two_runs_give_the_same_bits(head_dim):
 
 
 @pytest.mark.parametrize("padding", [1, 64, 77, 128, 200])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_padded_and_alone_give_the_same_bits(head_dim, padding):
     """And a sequence of another length in the batch changes none either."""
 

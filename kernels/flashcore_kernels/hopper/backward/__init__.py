@@ -7,6 +7,4 @@
 see; `dkdv` keeps 128 keys of a KV head and walks over the queries that see them, head after head of its group. Scores
 and dP are made twice, seven products in place of five: that is what it costs that every sum has one owner, who adds in
 the order of the sequence. So two runs give the same bits, and a sequence has the same bits alone, batched or padded.
-
-Nothing chooses it yet: the operators for training run the portable backward.
 """

@@ -1,9 +1,8 @@
 """Which backwards the Gluon kernels can serve on compute capability 9.0, and with which tiles.
 
-Supported: float16 and bfloat16; head_dim and value_dim up to 128, multiples of 8; any ratio of heads; causal, windows
-to both sides, any offset of the queries; a KeyRange of a line a sequence, holes too; softcap; sinks and their gradient;
-gradients through lse. Keys and values that no query sees may be NaN. The queries of a call may not, nor their dO, even
-of queries that see no key: `dkdv` multiplies what its blocks hold of them by 0, which the portable backward does not.
+Supported: float16 and bfloat16; head_dim and value_dim up to 256, multiples of 8; any ratio of heads; causal, windows
+to both sides, any offset of the queries; a KeyRange of either layout, holes too; softcap; sinks and their gradient;
+gradients through lse. Keys and values that no query sees may be NaN, and so may queries that see no key, and their dO.
 """
 
 from typing import NamedTuple
@@ -50,8 +49,6 @@ def _reason_against(problem: Problem, device: Device) -> str | None:
         return "key and value are in fp8"
     if problem.mask_kind is not None:
         return "there is a dense mask"
-    if problem.range_layout == "rows":
-        return "there is a key range for each query"
     if problem.dropout:
         return "the forward dropped weights"
     if problem.head_dim % 8 or problem.value_dim % 8:

@@ -17,15 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..copies import release, scrub, write_seen_keys
+from ..copies import release, write_seen_keys
 from ..query_tile import pass_over_blocks, tile_of
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out, next_position, position_of
-from ..triton_api import SHARED_WORKER_ARGUMENTS, barrier, tma_load
+from ..triton_api import SHARED_WORKER_ARGUMENTS, tma_load
 from ..visible import FAR, Visibility, sequence_bounds, tile_blocks, tile_keys
-from .masks import keep_keys, query_shift
+from .load import load_block
+from .masks import any_unseen, keep_keys, query_shift, seen_of_span
 from .products import as_operand, capped, product
-from .records import Call, CleanKeys, Descriptors, DqBarriers, DqBuffers, DqPointers, GradientStrides
+from .records import Call, CleanRows, Descriptors, DqBarriers, DqBuffers, DqPointers, GradientStrides
 from .store import store_layouts, store_rows
 
 # With how many blocks left to fetch a program asks for its next tile.
@@ -42,7 +43,7 @@ class DqConstants:
         block_n: keys of a block.
         stages: blocks of K and V in shared memory.
         query_block: queries of a block of `dkdv`, on whose grid lse and delta lie.
-        range_layout: 0 no KeyRange, 1 a line a sequence.
+        range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
         softcap: whether there is any.
         consumer_registers, producer_registers: of a thread.
     """
@@ -184,34 +185,6 @@ def _consumer_1(call, C: gl.constexpr):
 
 
 @gluon.jit
-def _load_block(desc, b, kv_head, n, smem, full, scrubs, dirty, clean, call, BN: gl.constexpr, COLUMNS: gl.constexpr):
-    """Copy a block of keys or values `[BN, COLUMNS]`, and zero those that nobody sees before saying that it is full.
-
-    Args:
-        scrubs: how many blocks were scrubbed before: the phase of `raw` follows from it.
-        dirty: whether this one is to be.
-        clean: a CleanKeys.
-
-    Returns:
-        scrubs with this block.
-    """
-    raw = call.barriers.raw
-    if dirty:
-        mbarrier.expect(raw, BN * COLUMNS * 2)
-        tma_load(desc, [b, kv_head, n, 0], raw, smem)
-        mbarrier.wait(raw, scrubs & 1)
-        block = smem.reshape([BN, COLUMNS])
-        scrub(block, call.buffers.keep, n, clean.lo, clean.hi, clean.any_key, BN, COLUMNS)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(full, count=1)
-    else:
-        mbarrier.expect(full, BN * COLUMNS * 2)
-        tma_load(desc, [b, kv_head, n, 0], full, smem)
-    return scrubs + dirty.to(gl.int32)
-
-
-@gluon.jit
 def _produce(call, C: gl.constexpr):
     """The producer warp: copies Q and dO once a tile, K and V block by block, ahead of the consumers."""
     BN: gl.constexpr = C.block_n
@@ -234,23 +207,30 @@ def _produce(call, C: gl.constexpr):
         bounds = sequence_bounds(Range, b, visibility, RANGE)
         lo, hi = tile_keys(Range, b, m0, bounds, visibility, 128, RANGE, 1)
         begin, count = tile_blocks(bounds.first, lo, hi, num_keys, BN)
-        clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
-        clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
-        clean = CleanKeys(lo=clean_lo, hi=clean_hi, any_key=bounds.holes != 0)
+        if RANGE == 2:
+            clean = CleanRows(lo=0, hi=num_keys, any=any_unseen(call, b, begin, hi))
+        else:
+            clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
+            clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
+            clean = CleanRows(lo=clean_lo, hi=clean_hi, any=bounds.holes != 0)
         # The copy engine itself gives zeros behind the last key.
-        dirty_from = gl.where(clean_hi < num_keys, clean_hi, FAR)
+        dirty_from = gl.where(clean.hi < num_keys, clean.hi, FAR)
         # Late, as in the forward, and behind the load of the queries: see `hand_out`.
         ask_at = gl.where(m0 + 128 <= num_queries, gl.maximum(count - ASK_BLOCKS, 0), 0)
         for j in range(count):
             n = begin + j * BN
             stage = use % STAGES
             phase = use // STAGES & 1
-            dirty = clean.any_key | (n < clean_lo) | (n + BN > dirty_from)
+            dirty = clean.any | (n < clean.lo) | (n + BN > dirty_from)
             mbarrier.wait(barriers.k_empty.index(stage), phase ^ 1)
-            if RANGE > 0:
-                if clean.any_key:
-                    write_seen_keys(Range, buffers.keep, b, m0, n, clean_lo, clean_hi, visibility, 128, BN, RANGE)
-            scrubs = _load_block(
+            if RANGE == 1:
+                if clean.any:
+                    write_seen_keys(Range, buffers.keep, b, m0, n, clean.lo, clean.hi, visibility, 128, BN, RANGE)
+            if RANGE == 2:
+                if clean.any:
+                    keys = n + gl.arange(0, BN, gl.BlockedLayout([1], [32], [1], [0]))
+                    buffers.keep.store(seen_of_span(call, b, keys).to(gl.int32))
+            scrubs = load_block(
                 descriptors.k, b, kv_head, n, buffers.k.index(stage), barriers.k_full.index(stage), scrubs, dirty,
                 clean, call, BN, C.d,
             )  # fmt: skip
@@ -262,7 +242,7 @@ def _produce(call, C: gl.constexpr):
                     tma_load(descriptors.q, [b, h, m0 + c * ROWS, 0], q_full, buffers.q.index(c))
                     tma_load(descriptors.g, [b, h, m0 + c * ROWS, 0], q_full, buffers.g.index(c))
             mbarrier.wait(barriers.v_empty.index(stage), phase ^ 1)
-            scrubs = _load_block(
+            scrubs = load_block(
                 descriptors.v, b, kv_head, n, buffers.v.index(stage), barriers.v_full.index(stage), scrubs, dirty,
                 clean, call, BN, C.dv,
             )  # fmt: skip
@@ -275,7 +255,7 @@ def _produce(call, C: gl.constexpr):
 
 _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
-    "stride_b", "stride_h", "stride_s", "eights", "all_heads", "tiles_per_head", "section",
+    "stride_rs", "stride_b", "stride_h", "stride_s", "eights", "all_heads", "tiles_per_head", "section",
 ]  # fmt: skip
 
 
@@ -287,6 +267,7 @@ def flashcore_hopper_backward_dq(
     v_desc,
     Rows,
     Range,
+    Spans,
     GradQuery,
     Counter,
     places,
@@ -299,6 +280,7 @@ def flashcore_hopper_backward_dq(
     window_left,
     window_right,
     stride_rb,
+    stride_rs,
     stride_b,
     stride_h,
     stride_s,
@@ -315,8 +297,8 @@ def flashcore_hopper_backward_dq(
 
     Shapes: descriptors of Q `[B, H, Q, D]` and dO `[B, H, Q, Dv]` in blocks of 64 rows, of K and V in blocks of
     `C.block_n`; Rows fp32 `[2, B * H, places]` as `preprocess` leaves it, `of_delta` elements between its halves; Range
-    a KeyRange; GradQuery `[B, H, Q, D]` with strides and columns in units of 8 elements; Counter an int32 that is 0,
-    and 0 again at the end.
+    a KeyRange; with a line a query Spans int32 `[B, spans, 8]`, see spans.py; GradQuery `[B, H, Q, D]` with strides and
+    columns in units of 8 elements; Counter an int32 that is 0, and 0 again at the end.
     Grid: as many programs as run at once, or as there are tiles.
     """
     BN: gl.constexpr = C.block_n
@@ -325,6 +307,8 @@ def flashcore_hopper_backward_dq(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     if C.range_layout == 0:
         Range = num_keys
+    if C.range_layout != 2:
+        Spans = num_keys
     q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.d], q_desc.layout)
     g_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, C.dv], g_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, C.d], k_desc.layout)
@@ -354,7 +338,7 @@ def flashcore_hopper_backward_dq(
     fence_async_shared()
     queue = Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter)
     pointers = DqPointers(
-        rows=Rows, key_range=Range, grad_query=GradQuery, places=places, of_delta=of_delta,
+        rows=Rows, key_range=Range, spans=Spans, grad_query=GradQuery, places=places, of_delta=of_delta,
         query_strides=GradientStrides(stride_b=stride_b, stride_h=stride_h, stride_s=stride_s, eights=eights),
     )  # fmt: skip
     call = Call(
@@ -369,7 +353,7 @@ def flashcore_hopper_backward_dq(
         heads=Heads(num_heads=num_heads, group=group),
         visibility=Visibility(
             num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,
-            window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rb,
+            window_right=window_right, stride_rb=stride_rb, stride_rs=stride_rs,
         ),
         factors=ScoreFactors(score_scale=score_scale, cap_scale=cap_scale),
         order=TileOrder(all_heads=all_heads, tiles_per_head=tiles_per_head, section=section),

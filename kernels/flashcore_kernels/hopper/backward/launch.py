@@ -12,11 +12,12 @@ from .choose import HopperBackwardConfig
 from .dkdv import DkdvConstants, flashcore_hopper_backward_dkdv
 from .dq import DqConstants, flashcore_hopper_backward_dq
 from .preprocess import flashcore_hopper_backward_rows
+from .spans import SCAN, flashcore_hopper_backward_blocks, flashcore_hopper_backward_spans
 from .table import BackwardRow
 
 # Places for which a program of `preprocess` reads O and dO.
 PLACES = 32
-# Keys of a tile of `dkdv`, queries of one of `dq`.
+# Queries of a tile of `dq`.
 TILE = 128
 # Tiles of a program, where they differ in length, that a section of heads has at least, see `heads_in_section`.
 LEAST_ROUNDS = 2
@@ -64,8 +65,9 @@ def run_backward(
     try:
         _, counter = workspace(0, 1, query.device)
         launch_rows(problem, config, inputs, output, lse, grad_output, grad_lse, rows)
-        launch_dq(problem, config, inputs, grad_output, rows, grad_query, counter)
-        launch_dkdv(problem, config, inputs, grad_output, rows, grad_key, grad_value, counter)
+        spans = launch_spans(problem, config, inputs.key_range) if problem.range_layout == "rows" else None
+        launch_dq(problem, config, inputs, grad_output, rows, spans, grad_query, counter)
+        launch_dkdv(problem, config, inputs, grad_output, rows, spans, grad_key, grad_value, counter)
     except BaseException:
         forget(query.device)
         raise
@@ -79,8 +81,9 @@ def sink_gradient(problem: Problem, sinks: torch.Tensor, rows: torch.Tensor) -> 
     A sink is one more key, whose value is 0, so that its dP is too: P * (0 - delta), summed over all queries.
     """
     lse, negative_delta = rows.view(2, problem.batch_size, problem.num_heads, -1)
-    # Places without a query say that lse is infinite.
-    probability = torch.exp(sinks.float()[:, None] - lse / lse_factor(problem))
+    # A row that saw no key, whose lse is the sink and says -inf here, and places without a query, whose delta is 0.
+    blind = lse == -torch.inf
+    probability = torch.exp(sinks.float()[:, None] - lse / lse_factor(problem)).masked_fill(blind, 1.0)
     return (probability * negative_delta).sum((0, 2)).to(sinks.dtype)
 
 
@@ -102,10 +105,10 @@ def launch_rows(
         heads * places // PLACES,
         (output, grad_output, lse, grad_lse, key_range, rows, places, heads * places, problem.value_dim),
         (
-            *_eights(output)[:3], *_eights(grad_output)[:3], problem.num_heads, problem.num_queries,
-            problem.query_start, _line(key_range), lse_factor(problem),
+            *_eights(output)[:3], *_eights(grad_output)[:3], problem.num_heads, *_visibility(problem, key_range),
+            lse_factor(problem),
         ),
-        (row.dkdv.block_m, row.value_dim, int(key_range is not None), PLACES),
+        (row.dkdv.block_m, row.value_dim, range_layout(problem), problem.has_sinks, PLACES),
     )  # fmt: skip
 
 
@@ -115,6 +118,7 @@ def launch_dq(
     inputs: Inputs,
     grad_output: torch.Tensor,
     rows: torch.Tensor,
+    spans: torch.Tensor | None,
     grad_query: torch.Tensor,
     counter: torch.Tensor,
 ) -> None:
@@ -131,15 +135,33 @@ def launch_dq(
         (
             descriptor(query, 64, constants.d), descriptor(grad_output, 64, constants.dv),
             descriptor(key, constants.block_n, constants.d), descriptor(value, constants.block_n, constants.dv),
-            rows, key_range, grad_query, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
+            rows, key_range, spans, grad_query, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
         ),
         (
-            problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start, problem.left,
-            problem.right, _line(key_range), *_eights(grad_query), problem.scale, *problem.score_factors[:2], heads,
-            tiles, _section(problem, heads, tiles, bytes_per_head, config.processors),
+            problem.num_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_query), problem.scale,
+            *problem.score_factors[:2], heads, tiles,
+            _section(problem, heads, tiles, bytes_per_head, config.processors),
         ),
         (constants,),
     )  # fmt: skip
+
+
+def launch_spans(problem: Problem, config: HopperBackwardConfig, key_range: torch.Tensor) -> torch.Tensor:
+    """Which queries see each 64 keys: int32 `[B, spans, 8]`, see spans.py."""
+    block_m = config.row.dkdv.block_m
+    # One more, of no keys: the last tile of `dkdv` may have it.
+    num_blocks, spans = -(-problem.num_queries // block_m), -(-problem.num_keys // 64) + 1
+    words = {"dtype": torch.int32, "device": key_range.device}
+    blocks = fresh(torch.empty(problem.batch_size, 5, num_blocks, **words))
+    found = fresh(torch.empty(problem.batch_size, spans, 8, **words))
+    sizes = problem.num_queries, problem.num_keys, key_range.stride(0), key_range.stride(2)
+    grid = num_blocks, problem.batch_size
+    launch(flashcore_hopper_backward_blocks, grid, (key_range, blocks), sizes, (block_m,))
+    grid = spans, problem.batch_size
+    launch(
+        flashcore_hopper_backward_spans, grid, (key_range, blocks, found), (num_blocks, *sizes), (block_m, SCAN)
+    )  # fmt: skip
+    return found
 
 
 def launch_dkdv(
@@ -148,6 +170,7 @@ def launch_dkdv(
     inputs: Inputs,
     grad_output: torch.Tensor,
     rows: torch.Tensor,
+    spans: torch.Tensor | None,
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
     counter: torch.Tensor,
@@ -156,8 +179,9 @@ def launch_dkdv(
     constants = dkdv_constants(problem, config.row)
     query, key, value, key_range = inputs[:4]
     heads = problem.batch_size * problem.num_kv_heads
-    # With a key range the grid of blocks begins at the sequence's first key, and one may lie before it.
-    tiles = -(-(problem.num_keys + (0 if key_range is None else TILE - 1)) // TILE)
+    # With a line a sequence the grid of blocks begins at the sequence's first key, and one may lie before it.
+    before = constants.tile_keys - 1 if problem.range_layout == "sequence" else 0
+    tiles = -(-(problem.num_keys + before) // constants.tile_keys)
     bytes_per_head = 2 * problem.group * problem.num_queries * (problem.head_dim + problem.value_dim)
     launch(
         flashcore_hopper_backward_dkdv,
@@ -165,12 +189,11 @@ def launch_dkdv(
         (
             descriptor(query, constants.block_m, constants.d), descriptor(grad_output, constants.block_m, constants.dv),
             descriptor(key, 64, constants.d), descriptor(value, 64, constants.dv),
-            rows, key_range, grad_key, grad_value, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
+            rows, key_range, spans, grad_key, grad_value, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
         ),
         (
-            problem.num_kv_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
-            problem.left, problem.right, _line(key_range), *_eights(grad_key), *_eights(grad_value), problem.scale,
-            *problem.score_factors[:2], heads, tiles,
+            problem.num_kv_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_key),
+            *_eights(grad_value), problem.scale, *problem.score_factors[:2], heads, tiles,
             _section(problem, heads, tiles, bytes_per_head, config.processors),
         ),
         (constants,),
@@ -185,7 +208,7 @@ def dq_constants(problem: Problem, row: BackwardRow) -> DqConstants:
         block_n=row.dq.block_n,
         stages=row.dq.stages,
         query_block=row.dkdv.block_m,
-        range_layout=int(problem.range_layout is not None),
+        range_layout=range_layout(problem),
         softcap=problem.softcap > 0.0,
         consumer_registers=row.dq.consumer_registers,
         producer_registers=row.dq.producer_registers,
@@ -200,7 +223,8 @@ def dkdv_constants(problem: Problem, row: BackwardRow) -> DkdvConstants:
         block_m=row.dkdv.block_m,
         query_stages=row.dkdv.query_stages,
         grad_stages=row.dkdv.grad_stages,
-        range_layout=int(problem.range_layout is not None),
+        shared_keys=row.dkdv.shared_keys,
+        range_layout=range_layout(problem),
         softcap=problem.softcap > 0.0,
         consumer_registers=row.dkdv.consumer_registers,
         producer_registers=row.dkdv.producer_registers,
@@ -238,9 +262,17 @@ def _eights(tensor: torch.Tensor) -> tuple[int, ...]:
     return (*(stride // 8 for stride in tensor.stride()[:3]), tensor.shape[3] // 8)
 
 
-def _line(key_range: torch.Tensor | None) -> int:
-    """Words from one sequence's line to the next."""
-    return 0 if key_range is None else key_range.stride(0)
+def range_layout(problem: Problem) -> int:
+    """0 no KeyRange, 1 a line a sequence, 2 a line a query."""
+    return (None, "sequence", "rows").index(problem.range_layout)
+
+
+def _visibility(problem: Problem, key_range: torch.Tensor | None) -> tuple[int, ...]:
+    """What a `Visibility` holds, in its order."""
+    strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
+    return (
+        problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, *strides,
+    )  # fmt: skip
 
 
 def _section(problem: Problem, all_heads: int, tiles: int, bytes_per_head: int, processors: int) -> int:

@@ -9,6 +9,9 @@ from triton.experimental.gluon import language as gl
 
 from ..visible import BITMAP
 
+# Keys of a consumer of `dkdv`, and of a span (see spans.py).
+KEYS = gl.constexpr(64)
+
 
 @gluon.jit
 def missing(distance, BLOCK: gl.constexpr):
@@ -39,6 +42,15 @@ def query_blocks(bounds, n0, num_queries, BM: gl.constexpr, BN: gl.constexpr):
     some = (n_lo < n_hi) & (lo < hi)
     begin = gl.where(some, (lo + shift) // BM, 0)
     return begin, gl.where(some, (hi + shift + BM - 1) // BM, 0)
+
+
+@gluon.jit
+def seeing_queries(bounds):
+    """(first, behind the last) of the queries that see some of the sequence's keys, where it has no holes.
+
+    They may be beyond the queries that there are.
+    """
+    return bounds.first - bounds.right - bounds.start, bounds.end + bounds.left - bounds.start
 
 
 @gluon.jit
@@ -86,6 +98,16 @@ def keep_queries(p, bounds, k0, m):
 
 
 @gluon.jit
+def keep_ranges(p, lo_smem, hi_smem, k0):
+    """P^T `[keys, queries]` of the keys from k0 on, zero where a key is not in the query's [lo, hi) `[queries]`."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, p.type.layout)
+    keys = (k0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, p.type.layout)))[:, None]
+    # One after the other: both together are 64 registers, of 128 queries.
+    p = gl.where(keys >= lo_smem.load(COLUMNS)[None, :], p, 0.0)
+    return gl.where(keys < hi_smem.load(COLUMNS)[None, :], p, 0.0)
+
+
+@gluon.jit
 def keep_keys(p, n, tile, line, num_keys, RANGE: gl.constexpr):
     """P `[queries, keys]` of the keys from n on, zero where a query does not see a key.
 
@@ -113,3 +135,29 @@ def seen_keys(bounds, line, keys, visibility, RANGE: gl.constexpr):
             word = gl.load(line + BITMAP + (keys >> 5), mask=inside, other=0)
             seen = seen & (((word >> (keys & 31)) & 1) == 1)
     return seen
+
+
+@gluon.jit
+def span_of(call, b, key):
+    """Address of what `flashcore_hopper_backward_spans` says of the 64 keys among which this one is."""
+    spans = (call.visibility.num_keys + KEYS - 1) // KEYS
+    # A tile of more may end behind them.
+    return call.pointers.spans + (b.to(gl.int64) * (spans + 1) + gl.minimum(key // KEYS, spans)) * 8
+
+
+@gluon.jit
+def seen_of_span(call, b, keys):
+    """Which of `keys` some query sees, or do not exist."""
+    bits = gl.load(span_of(call, b, keys) + 4 + keys % KEYS // 32)
+    return ((bits >> (keys & 31)) & 1) == 1
+
+
+@gluon.jit
+def any_unseen(call, b, begin, end):
+    """Whether there is a key in the spans of [begin, end) that no query sees: a warp looks at 32 spans at once."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * KEYS
+    some = begin * 0
+    for key in range(begin, end, 32 * KEYS):
+        span = span_of(call, b, gl.minimum(key + lanes, end - 1))
+        some = some | gl.max(((gl.load(span + 4) & gl.load(span + 5)) != -1).to(gl.int32), axis=0)
+    return some != 0

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..visible import FIRST, QUERY_START
+from ..visible import BITMAP, END, FIRST, HOLES, LEFT, QUERY_START, RIGHT
 
 
 @triton.jit
@@ -16,9 +16,43 @@ def _shift(Range, b, query_start, stride_rb, BLOCK_M: tl.constexpr, RANGE: tl.co
     return (BLOCK_M - tl.maximum(first - query_start, 0) % BLOCK_M) % BLOCK_M
 
 
+@triton.jit
+def _are_blind(Range, b, m, num_queries, num_keys, query_start, left, right, stride_rb, stride_rs, RANGE: tl.constexpr):
+    """Which of the queries `m` see no key. Where there are sinks, lse does not say so."""
+    if RANGE == 2:
+        line = Range + b * stride_rb
+        there = (m >= 0) & (m < num_queries)
+        lo = tl.load(line + m * stride_rs, mask=there, other=0)
+        hi = tl.load(line + m * stride_rs + 1, mask=there, other=0)
+        return tl.maximum(lo, 0) >= tl.minimum(hi, num_keys)
+    first = query_start * 0
+    end = num_keys
+    if RANGE == 1:
+        line = Range + b * stride_rb
+        first = tl.maximum(tl.load(line + FIRST), 0)
+        end = tl.minimum(tl.load(line + END), num_keys)
+        query_start = tl.load(line + QUERY_START)
+        left = tl.load(line + LEFT)
+        right = tl.load(line + RIGHT)
+    lo = tl.where(left < 0, first, tl.maximum(first, query_start + m - left))
+    hi = tl.where(right < 0, end, tl.minimum(end, query_start + m + right + 1))
+    blind = lo >= hi
+    if RANGE == 1:
+        if tl.load(line + HOLES) != 0:
+            blind = m == m
+            for word in range(first // 32, tl.cdiv(end, 32)):
+                exist = tl.load(line + BITMAP + word).to(tl.int64)
+                # The bits of the word's keys in [lo, hi).
+                one = tl.full(m.shape, 1, tl.int64)
+                from_lo = (one << 32) - (one << tl.minimum(tl.maximum(lo - 32 * word, 0), 32))
+                to_hi = (one << tl.minimum(tl.maximum(hi - 32 * word, 0), 32)) - 1
+                blind = blind & ((exist & from_lo & to_hi) == 0)
+    return blind
+
+
 _NOT_SPECIALIZED = [
     "stride_ob", "stride_oh", "stride_os", "stride_gb", "stride_gh", "stride_gs", "num_heads", "num_queries",
-    "query_start", "stride_rb",
+    "num_keys", "query_start", "window_left", "window_right", "stride_rb", "stride_rs",
 ]  # fmt: skip
 
 
@@ -41,15 +75,20 @@ def flashcore_hopper_backward_rows(
     stride_gs,
     num_heads,
     num_queries,
+    num_keys,
     query_start,
+    window_left,
+    window_right,
     stride_rb,
+    stride_rs,
     lse_factor,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     RANGE: tl.constexpr,
+    SINKS: tl.constexpr,
     PLACES: tl.constexpr,
 ):
-    """Rows[0] = lse_factor * lse, -inf where a row saw no key; Rows[1] = dLse - rowsum(dO * O).
+    """Rows[0] = lse_factor * lse, -inf where a row saw no key; Rows[1] = dLse - rowsum(dO * O), dLse alone of such.
 
     Shapes: Out, GradOut `[B, H, Q, Dv]`, their strides in units of 8 elements; Lse, and GradLse where there is one,
     `[B, H, Q]` fp32, dense; Rows `[2, B * H, places]` fp32, `of_delta` elements apart: query m is at place m + shift
@@ -79,7 +118,18 @@ def flashcore_hopper_backward_rows(
     if GradLse is not None:
         delta += tl.load(GradLse + bh * num_queries + m, mask=there, other=0.0)
     empty = lse == float("-inf")
+    # What a row that saw no key passes on is nobody's: it may be NaN.
+    delta = tl.where(empty, 0.0, delta)
+    if SINKS:
+        blind = _are_blind(
+            Range, b, m, num_queries, num_keys, query_start, window_left, window_right, stride_rb, stride_rs, RANGE
+        )
+        # But through its lse it has a share in the sink's gradient.
+        of_lse = tl.zeros_like(delta)
+        if GradLse is not None:
+            of_lse = tl.load(GradLse + bh * num_queries + m, mask=there, other=0.0)
+        delta = tl.where(blind & (empty == 0), of_lse, delta)
+        empty = empty | blind
     to = Rows + bh * places + place
     tl.store(to, tl.where(empty, float("-inf"), lse * lse_factor))
-    # What a row that saw no key passes on is nobody's.
-    tl.store(to + of_delta, tl.where(empty, 0.0, delta))
+    tl.store(to + of_delta, delta)

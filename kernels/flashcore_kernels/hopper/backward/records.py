@@ -65,8 +65,12 @@ class DkdvBuffers(NamedTuple):
 
     Attributes:
         q, g: `[query_stages, 1, 1, BM, d]` and `[grad_stages, 1, 1, BM, dv]`.
-        k, v: of each consumer, `[2, 1, 1, 64, d]` and `dv`.
+        k, v: of each consumer, `[2, 1, 1, 64, d]` and `dv`; `[1, ...]` where they share them.
         lse, delta: fp32 `[query_stages, BM]` and `[grad_stages, BM]`: of the queries in q and in g, see `preprocess`.
+        ranges: int32 `[2 * query_stages, BM]`: first and end of the keys that each query in q sees; only with a key
+            range a query.
+        p: fp32 `[64, BM]`: P^T, which one consumer hands to the other where they share their keys.
+        keep: int32 `[BM]`: which queries of a block see a key, for the producer alone.
     """
 
     q: gl.shared_memory_descriptor
@@ -75,6 +79,9 @@ class DkdvBuffers(NamedTuple):
     v: gl.shared_memory_descriptor
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
+    ranges: gl.shared_memory_descriptor
+    p: gl.shared_memory_descriptor
+    keep: gl.shared_memory_descriptor
 
 
 class DkdvBarriers(NamedTuple):
@@ -83,7 +90,9 @@ class DkdvBarriers(NamedTuple):
     Attributes:
         q_full, q_empty: one for each stage, of Q and lse.
         g_full, g_empty: one for each stage, of dO and delta.
-        kv_full, kv_empty: one for each consumer.
+        kv_full, kv_empty: one for each consumer: of its K and V, or, where they share keys, of K and of V.
+        raw: one alone: queries or dO have arrived that the producer has to scrub before it calls them full.
+        p_full, p_empty: one alone each, of p.
     """
 
     q_full: gl.shared_memory_descriptor
@@ -92,6 +101,9 @@ class DkdvBarriers(NamedTuple):
     g_empty: gl.shared_memory_descriptor
     kv_full: gl.shared_memory_descriptor
     kv_empty: gl.shared_memory_descriptor
+    raw: gl.shared_memory_descriptor
+    p_full: gl.shared_memory_descriptor
+    p_empty: gl.shared_memory_descriptor
 
 
 class GradientStrides(NamedTuple):
@@ -109,6 +121,7 @@ class DqPointers(NamedTuple):
     Attributes:
         rows: fp32 `[2, B * H, places]`: lse and delta, see `preprocess`.
         key_range: int32, see key_range.py; where there is none an integer, which is never looked at.
+        spans: int32 `[B, spans, 8]`, see spans.py; without a key range a query an integer, which is never looked at.
         grad_query: `[B, H, Q, D]`.
         places: of a head in `rows`.
         of_delta: elements from the lse of a query to its delta.
@@ -117,6 +130,7 @@ class DqPointers(NamedTuple):
 
     rows: gl.tensor
     key_range: gl.tensor
+    spans: gl.tensor
     grad_query: gl.tensor
     places: gl.tensor
     of_delta: gl.tensor
@@ -127,13 +141,14 @@ class DkdvPointers(NamedTuple):
     """Global memory that `dkdv` reads and writes without the copy engine.
 
     Attributes:
-        rows, key_range, places, of_delta: as in DqPointers.
+        rows, key_range, spans, places, of_delta: as in DqPointers.
         grad_key, grad_value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`.
         key_strides, value_strides: of these.
     """
 
     rows: gl.tensor
     key_range: gl.tensor
+    spans: gl.tensor
     grad_key: gl.tensor
     grad_value: gl.tensor
     places: gl.tensor
@@ -161,12 +176,12 @@ class Call(NamedTuple):
     order: TileOrder
 
 
-class CleanKeys(NamedTuple):
-    """Which keys are no NaN: those of [lo, hi), but where `any_key` holds any key may be seen by nobody, and be one."""
+class CleanRows(NamedTuple):
+    """Which rows are no NaN: those of [lo, hi), but where `any` holds only those that the buffer `keep` says."""
 
     lo: gl.tensor
     hi: gl.tensor
-    any_key: gl.tensor
+    any: gl.tensor
 
 
 class KeyTile(NamedTuple):

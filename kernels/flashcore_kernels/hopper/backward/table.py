@@ -17,11 +17,16 @@ class DqRow(NamedTuple):
 
 
 class DkdvRow(NamedTuple):
-    """How `dkdv` works: queries of a block, blocks of Q and of dO in shared memory, registers of a thread."""
+    """How `dkdv` works: queries of a block, blocks of Q and of dO in shared memory, registers of a thread.
+
+    With `shared_keys` both consumers have the same 64 keys: one makes dV, the other dK, of which neither has registers
+    for both.
+    """
 
     block_m: int
     query_stages: int
     grad_stages: int
+    shared_keys: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -71,6 +76,24 @@ ROWS = (
         dq=DqRow(block_n=64, stages=3),
         dkdv=DkdvRow(block_m=32, query_stages=4, grad_stages=4),
         why="blocks of 64 queries spill 40",
+    ),
+    *(
+        BackwardRow(
+            head_dim=256, value_dim=128, softcap=softcap,
+            dq=DqRow(block_n=32, stages=4),
+            dkdv=DkdvRow(block_m=64, query_stages=3, grad_stages=3, shared_keys=True),
+            why="never timed; it serves 192 with 128, of whose products a quarter of the columns is zeros",
+        )
+        for softcap in (False, True)
+    ),
+    *(
+        BackwardRow(
+            head_dim=256, value_dim=256, softcap=softcap,
+            dq=DqRow(block_n=32, stages=3),
+            dkdv=DkdvRow(block_m=64, query_stages=2, grad_stages=2, shared_keys=True),
+            why="never timed; in dq blocks of 64 keys spill 85",
+        )
+        for softcap in (False, True)
     ),
 )  # fmt: skip
 

@@ -6,11 +6,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from flashcore_kernels import make_key_range
+from flashcore_kernels import make_key_range, make_row_ranges
 from flashcore_kernels.device import Device
 from flashcore_kernels.hopper.backward.choose import choose_hopper_backward
 from flashcore_kernels.hopper.backward.table import ROWS
 from flashcore_kernels.key_range import visible
+from flashcore_kernels.naive import visible_mask
 from flashcore_kernels.problem import Inputs, Problem
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
@@ -46,7 +47,7 @@ def problem(**changed) -> Problem:
 def plain_python(monkeypatch):
     """The device functions of `masks` as plain Python."""
     monkeypatch.setattr(masks, "gl", PlainPython)
-    for name in ("missing", "query_shift", "first_key", "query_blocks", "whole_blocks"):
+    for name in ("missing", "query_shift", "first_key", "query_blocks", "whole_blocks", "seeing_queries"):
         monkeypatch.setattr(masks, name, getattr(masks, name).fn)
 
 
@@ -88,6 +89,10 @@ def test_blocks(plain_python, sequence, block_m):
                 queries = [m for m in range(i * block_m - shift, (i + 1) * block_m - shift) if 0 <= m < num_queries]
                 assert all(seen(m, n) for m in queries for n in exist), (n0, k0, i)
     assert covered == set(range(num_keys))
+    # Those that see nothing may be NaN, and are scrubbed.
+    seeing = [m for m in range(num_queries) if any(seen(m, n) for n in range(num_keys))]
+    seeing_from, seeing_to = masks.seeing_queries(bounds)
+    assert seeing == (list(range(max(seeing_from, 0), min(seeing_to, num_queries))) if first < end else [])
 
 
 @pytest.mark.parametrize("block_m", [64, 128])
@@ -150,6 +155,8 @@ def test_rows(name, with_lse):
 def test_sink_gradient(softcap):
     """Against float64 autograd of the formula, rows without a key too."""
     key_range = make_key_range(2, 40, first=torch.tensor([0, 7]), right=0)
+    blind = ~visible(key_range, 40, 40)[:, 0].any(-1)  # [B, Q]
+    assert blind.any()
     call = problem(num_queries=40, num_keys=40, has_sinks=True, range_layout="sequence", softcap=softcap)
     config = choose_hopper_backward(call, H200).config
     generator = torch.Generator().manual_seed(0)
@@ -162,6 +169,7 @@ def test_sink_gradient(softcap):
     (want,) = torch.autograd.grad((output * grad).sum() + (lse * grad_lse).sum(), sinks)
     rows = torch.full((2, 8, launch.places_of(call, config.row)), torch.nan)
     output, lse = output.detach().float(), lse.detach().float()
+    grad = torch.where(blind[:, None, :, None], torch.nan, grad)
     launch.launch_rows(call, config, inputs_of(key_range), output, lse, grad, grad_lse, rows)
     got = launch.sink_gradient(call, sinks.detach().float(), rows)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
@@ -169,13 +177,59 @@ def test_sink_gradient(softcap):
     assert not torch.allclose(launch.sink_gradient(call, sinks.detach().float(), rows).double(), want, rtol=0.1)
 
 
+def with_hole(**changed) -> torch.Tensor:
+    """Of 150 queries on 300 keys, of which the 70th to the 249th are missing."""
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[1, 70:250] = False
+    return make_key_range(2, 300, query_start=100, key_mask=mask, **changed)
+
+
+BLIND = {  # for each, whether some query sees no key
+    "causal": (dict(left=-1, right=0, query_start=-20), lambda: None, True),
+    "window": (dict(left=10, right=0, query_start=170), lambda: None, True),
+    "everything": (dict(left=-1, right=-1), lambda: None, False),
+    "bounds": ({}, lambda: make_key_range(2, 300, first=torch.tensor([0, 150]), right=3), True),
+    "holes": ({}, lambda: with_hole(left=37, right=0), True),
+    "holes, no window": ({}, lambda: with_hole(right=0), False),
+    "rows": (
+        {},
+        lambda: make_row_ranges(*torch.tensor([[[0, 5, 7, 9] * 75] * 2, [[9, 4, 7, 400] * 75] * 2]), 300),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_queries_that_see_no_key_are_found_beside_sinks(name):
+    """Their lse is the sink's. Both kernels take -inf for a sign, and what such rows hold, or their dO, may be NaN."""
+    changed, made, some = BLIND[name]
+    key_range = made()
+    num_queries = 150 if name.startswith("holes") else 300
+    layout = None if key_range is None else "rows" if name == "rows" else "sequence"
+    call = problem(num_queries=num_queries, range_layout=layout, has_sinks=True, **changed)
+    seen = visible_mask(call, torch.device("cpu"), key_range, None).expand(2, 1, num_queries, 300)[:, 0].any(-1)
+    assert bool((~seen).any()) == some
+    config = choose_hopper_backward(problem(), H200).config
+    out = torch.zeros(2, 4, num_queries, 64, dtype=torch.float16)
+    grad = torch.full_like(out, torch.nan).where(~seen[:, None, :, None], torch.tensor(1.0, dtype=torch.float16))
+    lse = torch.full((2, 4, num_queries), 0.5)
+    for grad_lse in (None, torch.full_like(lse, 3.0)):
+        rows = torch.full((2, 8, launch.places_of(call, config.row)), torch.nan)
+        launch.launch_rows(call, config, inputs_of(key_range), out, lse, grad, grad_lse, rows)
+        for b in range(2):
+            first, start = (0, call.query_start) if layout != "sequence" else key_range[b, 0, 0, [0, 2]].tolist()
+            shift = -max(first - start, 0) % config.row.dkdv.block_m
+            of = rows[:, 4 * b : 4 * b + 4, shift : shift + num_queries]
+            assert torch.equal(of[0] == -torch.inf, ~seen[b].expand(4, -1))
+            assert (of[1] == (0.0 if grad_lse is None else 3.0)).all()
+
+
 REASONS = {
     "older Triton": ({}, Device("cuda", 90, triton=(3, 4)), "Triton 3.5"),
     "fp32": ({"dtype": torch.float32}, H200, "float32"),
     "fp8": ({"fp8": True}, H200, "fp8"),
     "mask": ({"mask_kind": "bool"}, H200, "dense mask"),
-    "rows": ({"range_layout": "rows"}, H200, "each query"),
-    "head_dim": ({"head_dim": 136}, H200, "136"),
+    "head_dim": ({"head_dim": 264}, H200, "264"),
     "odd head_dim": ({"head_dim": 68}, H200, "68"),
     "odd value_dim": ({"value_dim": 60}, H200, "60"),
     "scale": ({"scale": -1.0}, H200, "scale"),
@@ -230,11 +284,11 @@ def test_what_the_copy_engine_cannot_read_is_copied():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """launched(key_range) -> what the launch of each kernel gets, by its name, and the gradients."""
+    """launched(layout, key_range, head_dim) -> what the launch of each kernel gets, by its name, and the gradients."""
 
-    def run(key_range=None):
-        call = problem(range_layout=None if key_range is None else "sequence")
-        shapes = {"query": (4, 300, 64), "key": (2, 300, 64), "value": (2, 300, 64), "output": (4, 300, 64)}
+    def run(layout=None, key_range=None, head_dim=64):
+        call = problem(range_layout=layout, head_dim=head_dim)
+        shapes = {"query": (4, 300, head_dim), "key": (2, 300, head_dim), "value": (2, 300, 64), "output": (4, 300, 64)}
         of = {name: torch.zeros(2, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         caught = {}
         monkeypatch.setattr(launch, "launch", lambda kernel, *given: caught.update({kernel.__name__: given}))
@@ -247,25 +301,40 @@ def launched(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_launches(padded, launched):
+LAUNCHED = {  # layout, KeyRange, kernels, tiles of keys of a head with head_dim 64 and 256
+    "plain": (None, lambda: None, ("rows", "dq", "dkdv"), (3, 5)),
+    "padded": (
+        "sequence", lambda: make_key_range(2, 300, first=torch.tensor([0, 77]), right=0),
+        ("rows", "dq", "dkdv"), (4, 6),
+    ),
+    "packed": (
+        "rows", lambda: make_row_ranges(*torch.zeros(2, 2, 300, dtype=torch.int32), 300),
+        ("rows", "blocks", "spans", "dq", "dkdv"), (3, 5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_launches(name, head_dim, launched):
     """Every parameter is given, a grid has no more programs than tiles, and there is a tile for keys before the first.
 
     tests/gpu/test_hopper_backward.py sees what the launches compute.
     """
-    key_range = make_key_range(2, 300, first=torch.tensor([0, 77]), right=0) if padded else None
-    caught, gradients = launched(key_range)
-    assert list(caught) == [f"flashcore_hopper_backward_{name}" for name in ("rows", "dq", "dkdv")]
-    for name, (_, arguments, scalars, constants) in caught.items():
-        kernel = getattr(launch, name)
-        assert len(kernel.arg_names) == len(arguments) + len(scalars) + len(constants)
+    layout, made, kernels, key_tiles = LAUNCHED[name]
+    caught, gradients = launched(layout, made(), head_dim)
+    assert list(caught) == [f"flashcore_hopper_backward_{kernel}" for kernel in kernels]
+    for kernel, (_, arguments, scalars, constants) in caught.items():
+        assert len(getattr(launch, kernel).arg_names) == len(arguments) + len(scalars) + len(constants)
     assert caught["flashcore_hopper_backward_dq"][0] == 2 * 4 * 3
-    assert caught["flashcore_hopper_backward_dkdv"][0] == 2 * 2 * (4 if padded else 3)
+    assert caught["flashcore_hopper_backward_dkdv"][0] == 2 * 2 * key_tiles[head_dim == 256]
     query, grad_output, key, value = caught["flashcore_hopper_backward_dkdv"][1][:4]
-    row = choose_hopper_backward(problem(), H200).config.row
-    assert [list(d.block_shape) for d in (query, key)] == [[1, 1, row.dkdv.block_m, 64], [1, 1, 64, 64]]
+    row = choose_hopper_backward(problem(head_dim=head_dim), H200).config.row
+    blocks = [[1, 1, row.dkdv.block_m, head_dim], [1, 1, 64, head_dim]]
+    assert [list(d.block_shape) for d in (query, key)] == blocks
     assert grad_output.base.is_contiguous() and list(value.base.shape) == [2, 2, 300, 64]
-    assert [tuple(gradient.shape) for gradient in gradients[:3]] == [(2, 4, 300, 64), (2, 2, 300, 64), (2, 2, 300, 64)]
+    shapes = [(2, 4, 300, head_dim), (2, 2, 300, head_dim), (2, 2, 300, 64)]
+    assert [tuple(gradient.shape) for gradient in gradients[:3]] == shapes
     assert gradients[3:] == (None, None)
 
 
