@@ -79,7 +79,7 @@ class PrefillConstants:
     @property
     def warps(self) -> int:
         """Warps of a consumers' partition."""
-        return 8 if self.one_copy else 4
+        return 4 * self.consumers if self.one_copy else 4
 
     @property
     def rows(self) -> int:
