@@ -9,7 +9,8 @@ from ..choose import KERNEL_DTYPES, MAX_HEAD_DIM
 from ..device import Device, device_of, goes_past_dispatcher
 from ..fallback import note_fallback, torch_attention
 from ..op import count_path
-from ..portable.paged.choose import PagedProblem, choose_paged
+from ..paged_problem import PagedProblem
+from ..portable.paged.choose import choose_paged
 from ..problem import Inputs, Window, check_options, check_problem
 from .kv_write import E4M3_LARGEST
 

@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
 def problem_of(variant: Variant):
     import torch
-    from flashcore_kernels.portable.paged.choose import PagedProblem
+    from flashcore_kernels.paged_problem import PagedProblem
 
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype]
     common = PagedProblem(

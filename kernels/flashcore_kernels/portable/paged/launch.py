@@ -3,11 +3,12 @@
 import torch
 
 from ...device import Device
+from ...paged_problem import PagedProblem
 from ...plan import most_chunks
 from ...problem import LOG2_E
 from ...runtime.launch import launch
 from ...runtime.workspace import forget, workspace
-from .choose import PagedConfig, PagedProblem, shares
+from .choose import PagedConfig, shares
 from .kernel import flashcore_paged
 
 
