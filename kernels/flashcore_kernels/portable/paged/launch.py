@@ -29,8 +29,14 @@ def run_paged(
     sinks: torch.Tensor | None,
     key_scale: torch.Tensor | None,
     value_scale: torch.Tensor | None,
+    prompts: bool,
 ) -> None:
-    """Launch on the current stream of query's device: writes output `[T, H, Dv]` and, where given, lse `[H, T]`."""
+    """Launch on the current stream of query's device: writes output `[T, H, Dv]` and, where given, lse `[H, T]`.
+
+    Args:
+        prompts: sequences of several queries and the padding are among it, see `has_prompts`; without, another launch
+            has to write their rows.
+    """
     group = problem.group
     row_tiles = -(-group // config.decode_m)
     heads = problem.num_sequences * problem.num_kv_heads
@@ -38,7 +44,7 @@ def run_paged(
     programs_each = shares(problem, config, device)
     decode_programs = heads * row_tiles * programs_each
     programs = decode_programs
-    if has_prompts(problem):
+    if prompts:
         programs += (problem.num_tokens * group // config.block_m + problem.num_sequences + 1) * problem.num_kv_heads
     may_split = num_splits > 1
     partials = heads * num_splits * group * (config.block_dv + 2) if may_split else 0
@@ -63,7 +69,7 @@ def run_paged(
                 problem.num_tokens, problem.num_sequences, problem.table_width, problem.num_pages, problem.left,
                 problem.right, num_splits, programs_each, decode_programs, *factors,
             ),
-            tuple(kernel_constants(problem, config, lse is not None).values()),
+            tuple(kernel_constants(problem, config, lse is not None, prompts).values()),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
@@ -82,7 +88,7 @@ def has_prompts(problem: PagedProblem) -> bool:
     return problem.max_queries > 1 or problem.num_tokens > problem.num_sequences
 
 
-def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool) -> dict:
+def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool, prompts: bool) -> dict:
     """The kernel's constexpr parameters, in its order."""
     aligned = config.chunk_unit > 0 and config.chunk_unit % config.decode_n == 0
     return {
@@ -101,7 +107,8 @@ def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool) 
         "MAX_SPLITS": config.max_chunks,
         "CHUNK_UNIT": config.chunk_unit,
         "MAY_SPLIT": most_splits(problem, config) > 1,
-        "PROMPTS": has_prompts(problem),
+        "PROMPTS": prompts,
+        "PADDING": not has_prompts(problem),
         "PAGE_SIZE": problem.page_size,
         "RING": problem.ring,
         "WHOLE": _whole(problem, config.block_n),
