@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from .problem import Problem
+
 
 class PagedProblem(NamedTuple):
     """What one call asks, as plain values.
@@ -53,3 +55,19 @@ class PagedProblem(NamedTuple):
         """Keys that the longest sequence may show to one query."""
         stored = self.ring or self.table_width * self.page_size
         return min(stored, self.left + 1) if self.left >= 0 else stored
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be sequences of several queries, or padding that no sequence without a query stands for."""
+        return self.max_queries > 1 or self.num_tokens > self.num_sequences
+
+    @property
+    def single(self) -> Problem:
+        """What its single tokens ask, as if each sequence had as many keys as the longest one may show."""
+        return Problem(
+            batch_size=self.num_sequences, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, num_queries=1,
+            num_keys=self.most_keys, head_dim=self.head_dim, value_dim=self.value_dim, dtype=self.dtype,
+            device_type="cuda", range_layout="sequence", mask_kind=None, scale=self.scale, softcap=self.softcap,
+            left=self.left, right=self.right, query_start=self.most_keys - 1, has_sinks=self.has_sinks, aligned=True,
+            fp8=self.fp8,
+        )  # fmt: skip

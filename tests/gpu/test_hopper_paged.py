@@ -1,10 +1,10 @@
-"""Prompts on pages by the Gluon kernel: attention's answers, and the bits that the prefill has without pages."""
+"""Attention on pages by the Gluon kernels: attention's answers, and the bits that it has without pages."""
 
 import itertools
 
 import pytest
 import torch
-from flashcore_kernels import attention, paged_attention, path_counts
+from flashcore_kernels import attention, paged_attention, path_counts, write_pages
 
 from ..kernels.cache.test_paged import assert_all_right, build
 
@@ -21,11 +21,14 @@ LENGTHS = (
 SHAPE = {"head_dim": 128, "heads": (32, 8), "dtype": torch.bfloat16, "device": "cuda", "padding": 45}
 
 
+SINGLE = ((1, 5000), (1, 1), (0, 0), (1, -1), (1, 257), (1, 9000), (0, 0), (1, 64), (1, 3001), (0, 0))
+
+
 def run(batch, **arguments):
-    """The batch's answer, by the kernel that is meant."""
-    before = path_counts["flashcore_hopper_paged"]
+    """The batch's answer, by the kernels that are meant alone."""
+    path_counts.clear()
     answer = batch.run(**arguments)
-    assert path_counts["flashcore_hopper_paged"] == before + 1
+    assert dict(path_counts) == {"flashcore_hopper_paged": 1}
     return answer
 
 
@@ -71,6 +74,62 @@ def test_bits_are_those_without_pages(head_dim, page_size, window):
             assert torch.equal(output[begin:end], whole), f"tokens from {begin} on"
             compared += 1
     assert compared >= 6
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("window", [None, 300])
+def test_single_tokens(head_dim, page_size, window):
+    """The answers and bits of the decode without pages; padding is written by sequences that have no query."""
+    batch = build(SINGLE, page_size=page_size, **{**SHAPE, "head_dim": head_dim, "padding": 2})
+    output, lse = run(batch, window=window, max_queries=1, return_lse=True)
+    assert_all_right(batch, output, lse, window=window)
+    bounds = batch.pages.cu_seqlens_q.tolist()
+    for (begin, _), own in zip(itertools.pairwise(bounds), batch.own):
+        if len(own[0]) and len(own[1]):
+            q, k, v = (t.transpose(0, 1)[None] for t in own)
+            path_counts.clear()
+            whole = attention(q, k, v, is_causal=True, window=window)[0, :, 0]
+            assert dict(path_counts) == {"flashcore_hopper_decode": 1}
+            assert torch.equal(output[begin], whole), f"token {begin}"
+
+
+@pytest.mark.parametrize("ring, window", [(256, 256), (512, 300), (200, 128)])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_single_tokens_in_a_ring(ring, window, page_size):
+    """With the token's own key in the ring, and beside it: the same bits."""
+    layout = {"page_size": page_size, "ring": ring, **SHAPE, "padding": 0}
+    batch = build(SINGLE, filled=False, **layout)
+    beside = run(batch, window=window, max_queries=1, new_key=batch.new_key, new_value=batch.new_value)
+    assert_all_right(batch, beside, window=window)
+    write_pages(batch.pages, batch.new_key, batch.new_value)
+    assert torch.equal(run(batch, window=window, max_queries=1), beside)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_single_tokens_in_fp8(head_dim, page_size):
+    """As with the same numbers in 16 bits."""
+    layout = {"page_size": page_size, **SHAPE, "head_dim": head_dim, "padding": 0, "dtype": torch.float16}
+    batch = build(SINGLE, **layout)
+    scales = torch.linspace(0.02, 0.05, 8, device="cuda")
+    stored = [torch.full_like(pool, 448.0).to(torch.float8_e4m3fn) for pool in batch.pages[:2]]
+    pages = batch.pages._replace(key=stored[0], value=stored[1], key_scale=scales, value_scale=scales)
+    for pool, of in zip(stored, batch.pages[:2]):
+        pool.copy_((of.float() / scales[:, None]).to(torch.float8_e4m3fn))
+    rounded = [(pool.float() * scales[:, None]).half() for pool in stored]
+    want = paged_attention(batch.query, batch.pages._replace(key=rounded[0], value=rounded[1]), max_queries=1)
+    got = run(batch._replace(pages=pages), max_queries=1)
+    assert (got - want).abs().max() < 5e-3 and got.any()
+
+
+def test_a_ring_of_prompts_and_single_tokens():
+    """Prompts in a ring are the portable kernel's, single tokens beside them are not."""
+    batch = build(LENGTHS, page_size=64, ring=512, filled=False, **SHAPE)
+    path_counts.clear()
+    output = batch.run(window=300, new_key=batch.new_key, new_value=batch.new_value)
+    assert dict(path_counts) == {"flashcore_hopper_paged": 1, "flashcore_paged": 1}
+    assert_all_right(batch, output, window=300)
 
 
 def test_bits_are_those_of_a_sequence_alone():

@@ -8,12 +8,11 @@ import torch
 from ..choose import KERNEL_DTYPES, MAX_HEAD_DIM
 from ..device import Device, device_of, goes_past_dispatcher
 from ..fallback import note_fallback, torch_attention
-from ..hopper.paged.choose import HopperPagedConfig, choose_hopper_paged
 from ..op import count_path
 from ..paged_problem import PagedProblem
-from ..portable.paged.choose import choose_paged
 from ..problem import Inputs, Window, check_options, check_problem
 from .kv_write import E4M3_LARGEST
+from .paged_kernels import serve_pages
 
 _library = torch.library.Library("flashcore", "FRAGMENT")
 _library.define(
@@ -242,25 +241,10 @@ def _attend(
         cumulative=key_lengths.shape[0] == block_table.shape[0] + 1, max_queries=max_queries, scale=scale,
         softcap=softcap, left=left, right=right, has_sinks=sinks is not None, fp8=fp8,
     )  # fmt: skip
-    from ..portable.paged.launch import has_prompts, run_paged  # needs Triton
-
-    prompts = has_prompts(problem)
-    hopper = choose_hopper_paged(problem, device, _aligned(query, key_pages, value_pages)) if prompts else None
     with _on(query):
-        of_lse = lse if return_lse else None
-        if isinstance(hopper, HopperPagedConfig):
-            from ..hopper.paged.launch import run_prompts
-
-            count_path("flashcore_hopper_paged")
-            prompts = False
-            run_prompts(
-                problem, hopper, query, key_pages, value_pages, output, of_lse, block_table, cu_seqlens_q, key_lengths,
-                sinks,
-            )  # fmt: skip
-        count_path("flashcore_paged")
-        run_paged(
-            problem, choose_paged(problem, device), device, query, key_pages, value_pages, output, of_lse, new_key,
-            new_value, block_table, cu_seqlens_q, key_lengths, sinks, key_scale, value_scale, prompts,
+        serve_pages(
+            problem, device, query, key_pages, value_pages, output, lse if return_lse else None, new_key, new_value,
+            block_table, cu_seqlens_q, key_lengths, sinks, key_scale, value_scale,
         )  # fmt: skip
     return output, lse
 
@@ -287,16 +271,6 @@ def _write(
             states = (states.float() / scale[:, None]).clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn)
             stored, states = stored.view(torch.uint8), states.view(torch.uint8)
         stored[page, inside] = states
-
-
-def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can fetch these: addresses and strides are multiples of 16 bytes."""
-    for tensor in tensors:
-        elements = 16 // tensor.element_size()
-        strides = zip(tensor.shape[:-1], tensor.stride()[:-1])
-        if tensor.data_ptr() % 16 or any(stride % elements for size, stride in strides if size > 1):
-            return False
-    return True
 
 
 def _on(tensor: torch.Tensor):

@@ -52,11 +52,11 @@ def problem_of(variant: Variant):
 def source(variant: Variant, config):
     """The ASTSource of the variant, specialised as a launch on aligned tensors would be."""
     from flashcore_kernels.portable.paged.kernel import flashcore_paged
-    from flashcore_kernels.portable.paged.launch import has_prompts, kernel_constants
+    from flashcore_kernels.portable.paged.launch import kernel_constants
     from triton.compiler import ASTSource
 
     problem = problem_of(variant)
-    constants = kernel_constants(problem, config, variant.call == "all", has_prompts(problem))
+    constants = kernel_constants(problem, config, variant.call == "all", problem.several)
     stored = "fp8e4nv" if problem.fp8 else variant.dtype
     pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype}
     pointers |= dict.fromkeys(("Table", "CuQ", "Lengths"), "i32")

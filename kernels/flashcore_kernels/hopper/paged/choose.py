@@ -1,4 +1,4 @@
-"""Which prompts on pages the Gluon kernel serves on compute capability 9.0, and with which tiles."""
+"""Which prompts and single tokens on pages the Gluon kernels serve on compute capability 9.0, and with which tiles."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,13 @@ import torch
 
 from ...device import Device
 from ...paged_problem import PagedProblem
+from ...plan import Plan
 from .. import FIRST_TRITON
+from ..decode.choose import HopperDecodeConfig, choose_hopper_decode
 from .table import PagedRow, paged_row_for
 
 
-class HopperPagedConfig(NamedTuple):
+class PromptConfig(NamedTuple):
     """How `flashcore_hopper_paged` runs.
 
     Attributes:
@@ -29,7 +31,7 @@ class HopperPagedConfig(NamedTuple):
         return 128 // self.pack
 
 
-def choose_hopper_paged(problem: PagedProblem, device: Device, aligned: bool) -> HopperPagedConfig | str | None:
+def choose_hopper_prompts(problem: PagedProblem, device: Device, aligned: bool) -> PromptConfig | str | None:
     """The configuration for a call's prompts, or why the kernel cannot serve them; None: another GPU.
 
     Args:
@@ -42,7 +44,23 @@ def choose_hopper_paged(problem: PagedProblem, device: Device, aligned: bool) ->
     if reason is not None:
         return reason
     # The largest power of two in the group, so that a tile's rows are whole tokens of a unit.
-    return HopperPagedConfig(row, min(problem.group & -problem.group, 64), device.processors)
+    return PromptConfig(row, min(problem.group & -problem.group, 64), device.processors)
+
+
+def choose_hopper_single(problem: PagedProblem, device: Device, aligned: bool) -> HopperDecodeConfig | str | None:
+    """The configuration for a call's single tokens, that of the decode without pages; otherwise as above.
+
+    It does not depend on what else is in a batch, so that a token's bits do not.
+
+    Args:
+        aligned: addresses and strides of query, pages and new keys are multiples of 16 bytes.
+    """
+    if device.kind != "cuda":
+        return None
+    if problem.fp8 and (problem.ring or problem.new_keys):
+        return "pages in fp8 are a ring, or new keys, which are not in fp8, lie beside them"
+    chosen = choose_hopper_decode(problem.single._replace(aligned=aligned), device)
+    return chosen.config if isinstance(chosen, Plan) else chosen
 
 
 def _reason_against(problem: PagedProblem, device: Device, row: PagedRow | None, aligned: bool) -> str | None:

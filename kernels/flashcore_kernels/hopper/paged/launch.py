@@ -7,10 +7,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...paged_problem import PagedProblem
-from ...problem import LOG2_E
 from ...runtime.launch import launch
 from ...runtime.workspace import forget, workspace
-from .choose import HopperPagedConfig
+from .choose import PromptConfig
 from .kernel import PagedConstants, flashcore_hopper_paged
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -18,7 +17,7 @@ _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 def run_prompts(
     problem: PagedProblem,
-    config: HopperPagedConfig,
+    config: PromptConfig,
     query: torch.Tensor,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
@@ -36,9 +35,6 @@ def run_prompts(
     units = problem.num_heads // config.pack
     # No sequence has more than one tile that is not full, and the padding has one.
     most_tiles = (problem.num_tokens // config.tokens + problem.num_sequences + 1) * units
-    score_scale, cap_scale = problem.scale * LOG2_E, 0.0
-    if problem.softcap:
-        score_scale, cap_scale = problem.scale / problem.softcap, problem.softcap * LOG2_E
     try:
         launch(
             flashcore_hopper_paged,
@@ -51,7 +47,7 @@ def run_prompts(
             (
                 problem.num_sequences, problem.num_tokens, units, problem.group // config.pack, problem.left,
                 problem.right, block_table.stride(0), problem.table_width, problem.num_pages, problem.value_dim // 8,
-                score_scale, cap_scale,
+                *problem.single.score_factors[:2],
             ),
             (constants,),
             num_warps=4,
@@ -62,7 +58,7 @@ def run_prompts(
         raise
 
 
-def kernel_constants(problem: PagedProblem, config: HopperPagedConfig, has_lse: bool) -> PagedConstants:
+def kernel_constants(problem: PagedProblem, config: PromptConfig, has_lse: bool) -> PagedConstants:
     """What the kernel for this call is compiled for."""
     row = config.row
     return PagedConstants(

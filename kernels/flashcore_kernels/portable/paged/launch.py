@@ -29,20 +29,22 @@ def run_paged(
     sinks: torch.Tensor | None,
     key_scale: torch.Tensor | None,
     value_scale: torch.Tensor | None,
+    *,
+    single: bool,
     prompts: bool,
 ) -> None:
     """Launch on the current stream of query's device: writes output `[T, H, Dv]` and, where given, lse `[H, T]`.
 
     Args:
-        prompts: sequences of several queries and the padding are among it, see `has_prompts`; without, another launch
-            has to write their rows.
+        single, prompts: whether sequences of one query, and others beside the padding, are its own. What is not has
+            to be written by another launch.
     """
     group = problem.group
     row_tiles = -(-group // config.decode_m)
     heads = problem.num_sequences * problem.num_kv_heads
     num_splits = most_splits(problem, config)
     programs_each = shares(problem, config, device)
-    decode_programs = heads * row_tiles * programs_each
+    decode_programs = heads * row_tiles * programs_each if single else 0
     programs = decode_programs
     if prompts:
         programs += (problem.num_tokens * group // config.block_m + problem.num_sequences + 1) * problem.num_kv_heads
@@ -83,11 +85,6 @@ def most_splits(problem: PagedProblem, config: PagedConfig) -> int:
     return most_chunks(problem.most_keys + config.chunk_unit, config.min_chunk, config.max_chunks)
 
 
-def has_prompts(problem: PagedProblem) -> bool:
-    """Whether there are programs for sequences of several queries, and for padding that no sequence stands for."""
-    return problem.max_queries > 1 or problem.num_tokens > problem.num_sequences
-
-
 def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool, prompts: bool) -> dict:
     """The kernel's constexpr parameters, in its order."""
     aligned = config.chunk_unit > 0 and config.chunk_unit % config.decode_n == 0
@@ -108,7 +105,7 @@ def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool, 
         "CHUNK_UNIT": config.chunk_unit,
         "MAY_SPLIT": most_splits(problem, config) > 1,
         "PROMPTS": prompts,
-        "PADDING": not has_prompts(problem),
+        "PADDING": not problem.several,
         "PAGE_SIZE": problem.page_size,
         "RING": problem.ring,
         "WHOLE": _whole(problem, config.block_n),

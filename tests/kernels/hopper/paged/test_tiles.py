@@ -17,7 +17,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from flashcore_kernels.hopper import packed  # noqa: E402
 from flashcore_kernels.hopper.paged import producer  # noqa: E402
-from flashcore_kernels.hopper.paged.choose import choose_hopper_paged  # noqa: E402
+from flashcore_kernels.hopper.paged.choose import choose_hopper_prompts  # noqa: E402
 from flashcore_kernels.hopper.paged.launch import (  # noqa: E402
     kernel_constants,
     pool_descriptor,
@@ -133,7 +133,7 @@ class Emulated:
             new_keys=False, cumulative=len(pages.key_lengths) > len(pages.block_table), max_queries=len(query),
             scale=1.0, softcap=0.0, left=-1 if window is None else window - 1, right=0, has_sinks=False, fp8=False,
         )  # fmt: skip
-        config = choose_hopper_paged(self.problem, H200, True)
+        config = choose_hopper_prompts(self.problem, H200, True)
         self.C = C = kernel_constants(self.problem, config, False)
         self.batch = batch
         units = heads // C.pack
