@@ -19,7 +19,8 @@ from .visible import FAR
 
 # Sequences that the scheduler warp adds up at a time, four a thread.
 SEQUENCES = gl.constexpr(128)
-# int32 words of a PackedPosition.
+# PackedPositions in shared memory, and int32 words of each.
+POSITIONS = gl.constexpr(3)
 POSITION_WORDS = gl.constexpr(6)
 
 
@@ -135,7 +136,7 @@ def _position_of(number, packed, C: gl.constexpr):
 def _tell(queue, told, position):
     """Write the program's tile number `told`, from 0 on."""
     empty = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    at = told % 2 * POSITION_WORDS
+    at = told % POSITIONS * POSITION_WORDS
     queue.positions.index(at).store(empty + position.sequence)
     queue.positions.index(at + 1).store(empty + position.unit)
     queue.positions.index(at + 2).store(empty + position.tile)
@@ -143,16 +144,17 @@ def _tell(queue, told, position):
     queue.positions.index(at + 4).store(empty + position.num_queries)
     queue.positions.index(at + 5).store(empty + position.num_keys)
     barrier()
-    mbarrier.arrive(queue.full.index(told % 2), count=1)
+    mbarrier.arrive(queue.full.index(told % POSITIONS), count=1)
 
 
 @gluon.jit
 def hand_out_packed(call, C: gl.constexpr):
-    """The scheduler warp, as `schedule.hand_out`. What is told of tile i is written over what was told of tile i - 2.
+    """The scheduler warp, as `schedule.hand_out`. What is told of tile i is written over what was told of tile i - 3.
 
     All have read that by then: the producer asks for tile i when the queries of tile i - 1 are under way, so all
     consumers have released the buffer that these go to, which held the queries of tile i - 3. Before they did, they
-    read what was told of tile i - 2.
+    read even what was told of tile i - 2. (With two positions the first would be written over too early: the queries of
+    tile 1 wait for nobody.)
     """
     queue = call.queue
     position, tiles = _position_of(gl.program_id(0), call.visibility, C)
@@ -169,9 +171,9 @@ def hand_out_packed(call, C: gl.constexpr):
 @gluon.jit
 def told_position(queue, told, WARPS: gl.constexpr):
     """The PackedPosition of the program's tile number `told`, from 0 on: waits for `hand_out_packed`."""
-    mbarrier.wait(queue.full.index(told % 2), told // 2 & 1)
+    mbarrier.wait(queue.full.index(told % POSITIONS), told // POSITIONS & 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    at = told % 2 * POSITION_WORDS
+    at = told % POSITIONS * POSITION_WORDS
     return PackedPosition(
         sequence=gl.max(queue.positions.index(at).load(layout), axis=0),
         unit=gl.max(queue.positions.index(at + 1).load(layout), axis=0),

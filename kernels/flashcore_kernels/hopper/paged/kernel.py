@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ..packed import POSITION_WORDS, Packed, hand_out_packed
+from ..packed import POSITION_WORDS, POSITIONS, Packed, hand_out_packed
 from ..prefill.consumer import consume
 from ..prefill.kernel import PrefillConstants
 from ..prefill.records import Barriers, Buffers
@@ -118,8 +118,8 @@ def flashcore_hopper_paged(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    positions = gl.allocate_shared_memory(gl.int32, [2 * POSITION_WORDS, 1], words)
-    position_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    positions = gl.allocate_shared_memory(gl.int32, [POSITIONS * POSITION_WORDS, 1], words)
+    position_full = gl.allocate_shared_memory(gl.int64, [POSITIONS, 1], mbarrier.MBarrierLayout())
     position_asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for buffer in gl.static_range(QUERIES):
         mbarrier.init(q_full.index(buffer), count=1)
@@ -130,7 +130,7 @@ def flashcore_hopper_paged(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=256)
     mbarrier.init(v_raw, count=1)
-    for entry in gl.static_range(2):
+    for entry in gl.static_range(POSITIONS):
         mbarrier.init(position_full.index(entry), count=1)
     mbarrier.init(position_asked, count=1)
     fence_async_shared()
