@@ -9,9 +9,10 @@ from ..choose import KERNEL_DTYPES, MAX_HEAD_DIM
 from ..device import Device, device_of, goes_past_dispatcher
 from ..fallback import note_fallback, torch_attention
 from ..op import count_path
-from ..portable.paged.choose import PagedProblem, choose_paged
+from ..paged_problem import PagedProblem
 from ..problem import Inputs, Window, check_options, check_problem
 from .kv_write import E4M3_LARGEST
+from .paged_kernels import serve_pages
 
 _library = torch.library.Library("flashcore", "FRAGMENT")
 _library.define(
@@ -222,7 +223,6 @@ def _attend(
             query, pages, new_key, new_value, (left, right), scale, softcap, sinks, output, lse if return_lse else None
         )
         return output, lse
-    count_path("flashcore_paged")
     query, new_key, new_value = (
         t if t is None or t.stride(2) == 1 else t.contiguous() for t in (query, new_key, new_value)
     )
@@ -241,13 +241,10 @@ def _attend(
         cumulative=key_lengths.shape[0] == block_table.shape[0] + 1, max_queries=max_queries, scale=scale,
         softcap=softcap, left=left, right=right, has_sinks=sinks is not None, fp8=fp8,
     )  # fmt: skip
-    from ..portable.paged.launch import run_paged  # needs Triton
-
     with _on(query):
-        run_paged(
-            problem, choose_paged(problem, device), device, query, key_pages, value_pages, output,
-            lse if return_lse else None, new_key, new_value, block_table, cu_seqlens_q, key_lengths, sinks, key_scale,
-            value_scale,
+        serve_pages(
+            problem, device, query, key_pages, value_pages, output, lse if return_lse else None, new_key, new_value,
+            block_table, cu_seqlens_q, key_lengths, sinks, key_scale, value_scale,
         )  # fmt: skip
     return output, lse
 

@@ -8,7 +8,8 @@ import torch
 from flashcore_kernels import Pages, attention, paged_attention, path_counts, write_pages
 from flashcore_kernels.cache import paged
 from flashcore_kernels.device import Device, device_of
-from flashcore_kernels.portable.paged.choose import PagedProblem, choose_paged, shares
+from flashcore_kernels.paged_problem import PagedProblem
+from flashcore_kernels.portable.paged.choose import choose_paged, shares
 
 from ..reference import Call, assert_right
 

@@ -38,7 +38,7 @@ class Variant(NamedTuple):
 
 def problem_of(variant: Variant):
     import torch
-    from flashcore_kernels.portable.paged.choose import PagedProblem
+    from flashcore_kernels.paged_problem import PagedProblem
 
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[variant.dtype]
     common = PagedProblem(
@@ -56,7 +56,7 @@ def source(variant: Variant, config):
     from triton.compiler import ASTSource
 
     problem = problem_of(variant)
-    constants = kernel_constants(problem, config, has_lse=variant.call == "all")
+    constants = kernel_constants(problem, config, variant.call == "all", problem.several)
     stored = "fp8e4nv" if problem.fp8 else variant.dtype
     pointers = {"Q": variant.dtype, "K": stored, "V": stored, "Out": variant.dtype}
     pointers |= dict.fromkeys(("Table", "CuQ", "Lengths"), "i32")

@@ -20,13 +20,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from ..records import ScoreFactors
 from ..triton_api import barrier
 from ..visible import BITMAP, Visibility, sequence_bounds
 from .fp8 import in_order, load_keys, load_values, row_of, stored_layout
 from .mailboxes import mailbox_addresses
 from .merge import merge_nodes, push, unstack, write_rows
-from .records import Answer, Bitmap, Block, Buffers, KeysAndValues, RowLimits, Sums
-from .tiles import copy_keys, fold_scores, load_queries, next_block
+from .records import Answer, Bitmap, Block, Buffers, KeysAndValues, Partials, Queries, RowLimits, Sums
+from .tiles import bring_keys, bring_values, fold_scores, load_queries, next_block
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class DecodeConstants:
     sinks: bool
     lse: bool
 
+    @property
+    def paged(self) -> bool:
+        """Whether keys lie in pages, see hopper/paged/."""
+        return False
+
 
 @gluon.jit
 def _attend(buffers, head, block, coming, chunk, end, limits, bitmap, score_scale, to_log2, C: gl.constexpr):
@@ -89,7 +95,7 @@ def _attend(buffers, head, block, coming, chunk, end, limits, bitmap, score_scal
     The copies of its first blocks are under way. They go on across chunks, always as many blocks ahead.
 
     Args:
-        head: KeysAndValues.
+        head: as in `serve_rows`.
         block: the program's first Block.
         coming: the first Block whose copy has not begun: it takes the buffer of the first.
         chunk: keys of a chunk.
@@ -126,7 +132,7 @@ def _attend(buffers, head, block, coming, chunk, end, limits, bitmap, score_scal
             barrier()
             # Every warp has read this block's keys.
             if coming.n < end:
-                copy_keys(k, head.k, head.stride_ks, coming, bitmap, C, C.head_dim, C.key_step)
+                bring_keys(k, head, coming, bitmap, C)
             async_copy.commit_group()
             async_copy.wait_group(2 * S - 1)
             barrier()
@@ -147,15 +153,15 @@ def _attend(buffers, head, block, coming, chunk, end, limits, bitmap, score_scal
         # Every warp is done with this block's keys, and has read its values where they are e4m3.
         if coming.n < end:
             if C.fp8:
-                copy_keys(v, head.v, head.stride_vs, coming, bitmap, C, C.value_dim, C.value_step)
+                bring_values(v, head, coming, bitmap, C)
             else:
-                copy_keys(k, head.k, head.stride_ks, coming, bitmap, C, C.head_dim, C.key_step)
+                bring_keys(k, head, coming, bitmap, C)
         async_copy.commit_group()
         acc = warpgroup_mma_wait(0, deps=[acc])
         if not C.fp8:
             if coming.n < end:
                 barrier()
-                copy_keys(v, head.v, head.stride_vs, coming, bitmap, C, C.value_dim, C.value_step)
+                bring_values(v, head, coming, bitmap, C)
             async_copy.commit_group()
         coming = next_block(coming, chunk, end, C)
         after = next_block(block, chunk, end, C)
@@ -168,6 +174,106 @@ def _attend(buffers, head, block, coming, chunk, end, limits, bitmap, score_scal
                 number += 1
         block = after
     return unstack(stack, Sums(acc=acc, m=m, l=gl.sum(sums, axis=0)), number, C)
+
+
+@gluon.jit
+def serve_rows(head, bounds, bitmap, queries, answer, partial, tile, head_of_all, split, factors, C: gl.constexpr):
+    """What a program does: attend a tile of rows to its share of a sequence's keys, write the answer or merge it.
+
+    Args:
+        head: KeysAndValues of the KV head, or with pages PagedKeysAndValues.
+        bounds: the sequence's SequenceBounds.
+        bitmap: a Bitmap.
+        queries: Queries.
+        answer: an Answer.
+        partial: Partials.
+        tile: number of the tile among those of the KV head.
+        head_of_all: number of the KV head among those of all sequences.
+        split: number of the program among those of the tile.
+        factors: ScoreFactors.
+    """
+    BN: gl.constexpr = C.block_n
+    S: gl.constexpr = C.stages
+    R: gl.constexpr = C.rows
+    D: gl.constexpr = C.block_d
+    DV: gl.constexpr = C.block_dv
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+    dtype: gl.constexpr = head.k.dtype.element_ty
+    num_queries = answer.num_queries
+    rows = num_queries * C.group
+    first, end, start, left, right, holes = bounds
+    chunks_each = partial.chunks_each
+    score_scale = factors.score_scale
+    lo = gl.maximum(first, start - left)
+    hi = gl.maximum(gl.minimum(end, start + num_queries + right), lo)
+    # Multiples of 32 keys, so that lengths close to each other are cut alike.
+    chunk = gl.maximum(((hi - lo + C.max_splits - 1) // C.max_splits + 31) // 32 * 32, C.min_chunk)
+    # One chunk at least: somebody has to write the zeros of a sequence without keys.
+    n_begin = lo + split * chunks_each * chunk
+    if (split == 0) | (n_begin < hi):
+        wide: gl.constexpr = gl.float16 if C.fp8 else dtype
+        K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], wide)
+        V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, DV], wide)
+        # Swizzled as wgmma wants it, or for the threads, who widen e4m3.
+        k_smem = gl.allocate_shared_memory(dtype, [S, BN, D], stored_layout(D) if C.fp8 else K_LAYOUT)
+        v_smem = gl.allocate_shared_memory(dtype, [S, BN, DV], stored_layout(DV) if C.fp8 else V_LAYOUT)
+        q_smem = gl.allocate_shared_memory(wide, [R, D], gl.NVMMASharedLayout.get_default_for([R, D], wide))
+        p_smem = gl.allocate_shared_memory(wide, [R, BN], gl.NVMMASharedLayout.get_default_for([R, BN], wide))
+        buffers = Buffers(k=k_smem, v=v_smem, q=q_smem, p=p_smem)
+        chunk_end = gl.minimum(n_begin + chunk, hi)
+        program_end = chunk_end
+        if C.levels > 0:
+            program_end = gl.minimum(n_begin + chunks_each * chunk, hi)
+
+        # First of all the keys. The queries stand in the same group of copies, and hide behind them.
+        block = Block(n=n_begin, end=chunk_end)
+        coming = block
+        for i in gl.static_range(S):
+            if (i == 0) | (coming.n < program_end):
+                bring_keys(k_smem.index(i), head, coming, bitmap, C)
+            if i == 0:
+                if not C.fp8:
+                    load_queries(q_smem, queries, answer.kv_head, tile * R, rows, C)
+            async_copy.commit_group()
+            if (i == 0) | (coming.n < program_end):
+                bring_values(v_smem.index(i), head, coming, bitmap, C)
+            async_copy.commit_group()
+            coming = next_block(coming, chunk, program_end, C)
+        if C.fp8:
+            load_queries(q_smem, queries, answer.kv_head, tile * R, rows, C)
+            fence_async_shared()
+            score_scale *= gl.load(queries.key_scale)
+            value_scale = gl.load(queries.value_scale)
+
+        r = tile * R + gl.arange(0, R, gl.SliceLayout(0, LAYOUT))
+        token = r // C.group
+        row_lo = gl.maximum(first, start + token - left)
+        row_hi = gl.minimum(end, start + token + right + 1)
+        all_lo = gl.maximum(first, start + num_queries - 1 - left)
+        all_hi = gl.minimum(end, start + right + 1)
+        limits = RowLimits(row_lo=row_lo, row_hi=row_hi, all_lo=all_lo, all_hi=all_hi)
+        nodes = 1
+        addresses = ()
+        if C.may_split:
+            nodes = (hi - lo + chunks_each * chunk - 1) // (chunks_each * chunk)
+            all_heads = gl.num_programs(1 if C.in_a_row else 0) // C.row_tiles
+            sums_at = partial.words
+            stats = sums_at + all_heads.to(gl.int64) * rows * partial.row_nodes * DV
+            addresses = mailbox_addresses(sums_at, stats, head_of_all.to(gl.int64) * rows, partial.row_nodes, tile, C)
+        to_log2 = factors.cap_scale if C.softcap else score_scale
+        sums = _attend(buffers, head, block, coming, chunk, program_end, limits, bitmap, score_scale, to_log2, C)
+        if C.fp8:
+            sums = Sums(acc=sums.acc * value_scale, m=sums.m, l=sums.l)
+        async_copy.wait_group(0)
+
+        d = gl.arange(0, DV, gl.SliceLayout(1, LAYOUT))
+        if C.fp8:
+            d = row_of(d, DV)
+        if nodes <= 1:
+            write_rows(sums, r, d, answer, C)
+        elif C.may_split:
+            in_columns = Sums(acc=in_order(sums.acc) if C.fp8 else sums.acc, m=sums.m, l=sums.l)
+            merge_nodes(in_columns, addresses, answer, tile, split, nodes, partial.num_splits, C)
 
 
 _NOT_SPECIALIZED = [
@@ -222,15 +328,7 @@ def flashcore_hopper_decode(
     programs of a tile are numbered in a row. Programs beyond a sequence's own number of chunks leave at once. The
     others take `chunks_each` chunks, a power of two up to 2**levels.
     """
-    BN: gl.constexpr = C.block_n
-    S: gl.constexpr = C.stages
-    R: gl.constexpr = C.rows
-    D: gl.constexpr = C.block_d
-    DV: gl.constexpr = C.block_dv
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
-    dtype: gl.constexpr = K.dtype.element_ty
-    VEC: gl.constexpr = 128 // dtype.primitive_bitwidth
-    rows = num_queries * C.group
+    VEC: gl.constexpr = 128 // K.dtype.element_ty.primitive_bitwidth
     tile_of_all = gl.program_id(1 if C.in_a_row else 0)
     split = gl.program_id(0 if C.in_a_row else 1)
     head_of_all = tile_of_all // C.row_tiles
@@ -245,87 +343,33 @@ def flashcore_hopper_decode(
         Lse = num_keys
     if not C.sinks:
         Sinks = num_keys
+    if not C.may_split:
+        Partial = num_keys
     # There is no KeyRange here with a line a query, and so no stride of it.
     visibility = Visibility(
         num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,
         window_right=window_right, stride_rb=stride_rb, stride_rs=None,
     )  # fmt: skip
-    first, end, start, left, right, holes = sequence_bounds(Range, b, visibility, 1 if C.range else 0)
-    lo = gl.maximum(first, start - left)
-    hi = gl.maximum(gl.minimum(end, start + num_queries + right), lo)
-    # Multiples of 32 keys, so that lengths close to each other are cut alike.
-    chunk = gl.maximum(((hi - lo + C.max_splits - 1) // C.max_splits + 31) // 32 * 32, C.min_chunk)
-    # One chunk at least: somebody has to write the zeros of a sequence without keys.
-    n_begin = lo + split * chunks_each * chunk
-    if (split == 0) | (n_begin < hi):
-        wide: gl.constexpr = gl.float16 if C.fp8 else dtype
-        K_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], wide)
-        V_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, DV], wide)
-        # Swizzled as wgmma wants it, or for the threads, who widen e4m3.
-        k_smem = gl.allocate_shared_memory(dtype, [S, BN, D], stored_layout(D) if C.fp8 else K_LAYOUT)
-        v_smem = gl.allocate_shared_memory(dtype, [S, BN, DV], stored_layout(DV) if C.fp8 else V_LAYOUT)
-        q_smem = gl.allocate_shared_memory(wide, [R, D], gl.NVMMASharedLayout.get_default_for([R, D], wide))
-        p_smem = gl.allocate_shared_memory(wide, [R, BN], gl.NVMMASharedLayout.get_default_for([R, BN], wide))
-        buffers = Buffers(k=k_smem, v=v_smem, q=q_smem, p=p_smem)
-        chunk_end = gl.minimum(n_begin + chunk, hi)
-        program_end = chunk_end
-        if C.levels > 0:
-            program_end = gl.minimum(n_begin + chunks_each * chunk, hi)
-        k_head = K + (b.to(gl.int64) * stride_kb + kv_head.to(gl.int64) * stride_kh) * VEC
-        v_head = V + (b.to(gl.int64) * stride_vb + kv_head.to(gl.int64) * stride_vh) * VEC
-        head = KeysAndValues(k=k_head, v=v_head, stride_ks=stride_ks, stride_vs=stride_vs)
-        words = Range
-        if C.range:
-            words = Range + b.to(gl.int64) * stride_rb + BITMAP
-        bitmap = Bitmap(words=words, holes=holes)
-
-        # First of all the keys. The queries stand in the same group of copies, and hide behind them.
-        block = Block(n=n_begin, end=chunk_end)
-        coming = block
-        for i in gl.static_range(S):
-            if (i == 0) | (coming.n < program_end):
-                copy_keys(k_smem.index(i), k_head, stride_ks, coming, bitmap, C, C.head_dim, C.key_step)
-            if i == 0:
-                if not C.fp8:
-                    load_queries(q_smem, Q, b, kv_head, tile * R, rows, stride_qb, stride_qh, stride_qs, C)
-            async_copy.commit_group()
-            if (i == 0) | (coming.n < program_end):
-                copy_keys(v_smem.index(i), v_head, stride_vs, coming, bitmap, C, C.value_dim, C.value_step)
-            async_copy.commit_group()
-            coming = next_block(coming, chunk, program_end, C)
-        if C.fp8:
-            load_queries(q_smem, Q, b, kv_head, tile * R, rows, stride_qb, stride_qh, stride_qs, C)
-            fence_async_shared()
-            scales = b.to(gl.int64) * C.num_kv_heads + kv_head
-            score_scale *= gl.load(KeyScale + scales)
-            value_scale = gl.load(ValueScale + scales)
-
-        r = tile * R + gl.arange(0, R, gl.SliceLayout(0, LAYOUT))
-        token = r // C.group
-        row_lo = gl.maximum(first, start + token - left)
-        row_hi = gl.minimum(end, start + token + right + 1)
-        all_lo = gl.maximum(first, start + num_queries - 1 - left)
-        all_hi = gl.minimum(end, start + right + 1)
-        limits = RowLimits(row_lo=row_lo, row_hi=row_hi, all_lo=all_lo, all_hi=all_hi)
-        nodes = 1
-        addresses = ()
-        if C.may_split:
-            nodes = (hi - lo + chunks_each * chunk - 1) // (chunks_each * chunk)
-            all_heads = gl.num_programs(1 if C.in_a_row else 0) // C.row_tiles
-            stats = Partial + all_heads.to(gl.int64) * rows * row_nodes * DV
-            addresses = mailbox_addresses(Partial, stats, head_of_all.to(gl.int64) * rows, row_nodes, tile, C)
-        to_log2 = cap_scale if C.softcap else score_scale
-        sums = _attend(buffers, head, block, coming, chunk, program_end, limits, bitmap, score_scale, to_log2, C)
-        if C.fp8:
-            sums = Sums(acc=sums.acc * value_scale, m=sums.m, l=sums.l)
-        async_copy.wait_group(0)
-
-        d = gl.arange(0, DV, gl.SliceLayout(1, LAYOUT))
-        if C.fp8:
-            d = row_of(d, DV)
-        answer = Answer(out=Out, lse=Lse, sinks=Sinks, b=b, kv_head=kv_head, num_queries=num_queries)
-        if nodes <= 1:
-            write_rows(sums, r, d, answer, C)
-        elif C.may_split:
-            in_columns = Sums(acc=in_order(sums.acc) if C.fp8 else sums.acc, m=sums.m, l=sums.l)
-            merge_nodes(in_columns, addresses, answer, tile, split, nodes, num_splits, C)
+    bounds = sequence_bounds(Range, b, visibility, 1 if C.range else 0)
+    words = Range
+    if C.range:
+        words = Range + b.to(gl.int64) * stride_rb + BITMAP
+    key_scale = num_keys
+    value_scale = num_keys
+    if C.fp8:
+        scales = b.to(gl.int64) * C.num_kv_heads + kv_head
+        key_scale = KeyScale + scales
+        value_scale = ValueScale + scales
+    k_head = K + (b.to(gl.int64) * stride_kb + kv_head.to(gl.int64) * stride_kh) * VEC
+    v_head = V + (b.to(gl.int64) * stride_vb + kv_head.to(gl.int64) * stride_vh) * VEC
+    serve_rows(
+        KeysAndValues(k=k_head, v=v_head, stride_ks=stride_ks, stride_vs=stride_vs), bounds,
+        Bitmap(words=words, holes=bounds.holes),
+        Queries(
+            q=Q, b=b, stride_b=stride_qb, stride_h=stride_qh, stride_s=stride_qs, key_scale=key_scale,
+            value_scale=value_scale,
+        ),
+        Answer(out=Out, lse=Lse, lse_stride=num_queries, sinks=Sinks, b=b, kv_head=kv_head, num_queries=num_queries),
+        Partials(words=Partial, num_splits=num_splits, chunks_each=chunks_each, row_nodes=row_nodes), tile,
+        head_of_all, split, ScoreFactors(score_scale=score_scale, cap_scale=cap_scale), C,
+    )  # fmt: skip

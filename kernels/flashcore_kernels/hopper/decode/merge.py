@@ -30,7 +30,10 @@ def _shrink(m, l, r, once, answer, C: gl.constexpr):
         sink = gl.load(answer.sinks + head, mask=valid, other=0.0)
     shrink, lse = end_of_rows(m, l, sink, C)
     if C.lse:
-        at = (answer.b * C.num_kv_heads * C.group + head).to(gl.int64) * answer.num_queries + token
+        if C.paged:
+            at = head.to(gl.int64) * answer.lse_stride + answer.b
+        else:
+            at = (answer.b * C.num_kv_heads * C.group + head).to(gl.int64) * answer.lse_stride + token
         gl.store(answer.lse + at, lse, mask=valid & once)
     return shrink
 

@@ -13,12 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..copies import release
+from ..packed import packed_tile_of, told_position
 from ..query_tile import pass_over_blocks, tile_of
 from ..rows import tanh
 from ..schedule import next_position, position_of
 from ..triton_api import ROUND_LATE
 from .masks import BIAS, FLAGS, NO_MASK, block_list, listed_tile_of, mask_ahead, masked, pass_over_listed_blocks
-from .output import write
+from .output import write, write_packed
 from .records import Softmax
 from .softmax import exponents, fold_sums, hide, maxima, rescale, row_sums
 
@@ -141,8 +142,26 @@ def _capped(s, factors, C: gl.constexpr):
 
 
 @gluon.jit
+def _first_position(call, C: gl.constexpr):
+    if C.packed:
+        return told_position(call.queue, 0, C.warps)
+    else:
+        return position_of(gl.program_id(0), call.heads.num_heads, call.order)
+
+
+@gluon.jit
+def _next_position(call, tiles_done, C: gl.constexpr):
+    if C.packed:
+        return told_position(call.queue, tiles_done + 1, C.warps)
+    else:
+        return next_position(call.queue, tiles_done, C.warps)
+
+
+@gluon.jit
 def _tile_of(position, call, CONSUMER: gl.constexpr, C: gl.constexpr):
-    if C.mask == NO_MASK:
+    if C.packed:
+        return packed_tile_of(position, call, CONSUMER, C)
+    elif C.mask == NO_MASK:
         return tile_of(position, call, CONSUMER, C)
     else:
         return listed_tile_of(position, call, CONSUMER, C)
@@ -284,7 +303,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
     buffers = call.buffers
     barriers = call.barriers
     to_log2 = _to_log2(call.factors, C)
-    position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
+    position = _first_position(call, C)
     tile = _tile_of(position, call, CONSUMER, C)
     tiles_done = 0
     use = 0
@@ -320,7 +339,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
             l = row_sums(gl.full_like(p, 0.0))
         else:
             l = row_sums(p)
-        if QUERY_BUFFERS == 2 and not C.one_copy:
+        if QUERY_BUFFERS == 2 and not C.from_registers:
             if tiles_done > 0:  # the output of the tile before has left its buffer by now
                 tma.store_wait(0)
                 release(barriers.q_empty.index(CONSUMER * QUERY_BUFFERS + (tiles_done + 1) % QUERY_BUFFERS))
@@ -340,8 +359,8 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         if C.scores_ahead:
             p, l = _probabilities(p, m, l, alpha, to_log2, C)
         acc0_async, acc1_async = _add_values(p, buffers, stage, acc0, acc1, C)
-        position = next_position(call.queue, tiles_done, C.warps)
-        if QUERY_BUFFERS == 2 and C.one_copy:  # the output leaves from registers; for the order see hand_out
+        position = _next_position(call, tiles_done, C)
+        if QUERY_BUFFERS == 2 and C.from_registers:  # the output leaves from registers; for the order see hand_out
             release(barriers.q_empty.index(buffer))
         next_tile = _tile_of(position, call, CONSUMER, C)
         if DV1 > 0:
@@ -353,11 +372,14 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
             use = pass_over_listed_blocks(use, tile, call, C)
         else:
             use = pass_over_blocks(use, tile, barriers, C)
-        write(acc0, acc1, m, l, tile, buffers.o0.index(buffer), buffers.q1.index(buffer), output_rows, call, C)
+        if C.packed:
+            write_packed(acc0, m, l, tile, call, C)
+        else:
+            write(acc0, acc1, m, l, tile, buffers.o0.index(buffer), buffers.q1.index(buffer), output_rows, call, C)
         tile = next_tile
         tiles_done += 1
     if C.turns:
         if _second_warpgroup() == 0:
             _wait_for_turn()
-    if not C.one_copy:
+    if not C.from_registers:
         tma.store_wait(0)

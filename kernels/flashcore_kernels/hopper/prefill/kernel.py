@@ -77,6 +77,16 @@ class PrefillConstants:
     mask: int = 0
 
     @property
+    def packed(self) -> bool:
+        """Whether sequences of any lengths follow each other in one dimension, see packed.py."""
+        return False
+
+    @property
+    def from_registers(self) -> bool:
+        """Whether the output leaves without the copy engine, and so without a buffer."""
+        return self.one_copy or self.packed
+
+    @property
     def warps(self) -> int:
         """Warps of a consumers' partition."""
         return 4 * self.consumers if self.one_copy else 4

@@ -96,3 +96,40 @@ def write(acc0, acc1, m, l, tile, o0_smem, o1_smem, output_rows, call, C: gl.con
         tma_store(descriptors.o0, [b, h, r0, 0], o0_smem)
         if DV1 > 0:
             tma_store(descriptors.o1, [b, h, r0, DV0], o1_smem)
+
+
+@gluon.jit
+def write_packed(acc, m, l, tile, call, C: gl.constexpr):
+    """`write` for packed queries: straight from registers, since other sequences' rows may follow a tile's.
+
+    Args:
+        acc, m, l: see Softmax, with all blocks in them; `C.dv1` is 0.
+        tile, call: a PackedTile, and the call of a kernel for packed queries.
+    """
+    ROWS: gl.constexpr = C.rows
+    DV: gl.constexpr = C.dv0
+    PACK: gl.constexpr = C.pack
+    FOURS: gl.constexpr = C.output_layouts[0][0]
+    EIGHTS: gl.constexpr = C.output_layouts[0][1]
+    dtype: gl.constexpr = call.buffers.k0.dtype
+    pointers = call.pointers
+    rows = tile.r0 + gl.arange(0, ROWS, m.type.layout)
+    head = tile.unit * PACK + rows % PACK
+    query = tile.m0 + rows // PACK
+    l = row_totals(l, m)
+    sink = m
+    if C.sinks:
+        sink = gl.load(pointers.sinks + head)
+    shrink, lse = end_of_rows(m, l, sink, C)
+    if C.lse:
+        at = head.to(gl.int64) * call.visibility.num_tokens + tile.first_token + query
+        gl.store(pointers.lse + at, lse, mask=query < tile.num_queries)
+    out = gl.convert_layout(gl.convert_layout(_normalised(acc, shrink).to(dtype), FOURS), EIGHTS)
+    rows = tile.r0 + gl.arange(0, ROWS, gl.SliceLayout(1, EIGHTS))
+    columns = gl.arange(0, DV, gl.SliceLayout(0, EIGHTS))
+    query = tile.m0 + rows // PACK
+    head = tile.unit * PACK + rows % PACK
+    line = (tile.first_token + query).to(gl.int64) * call.visibility.units * PACK + head  # of heads of all tokens
+    lines = pointers.out + line * (pointers.value_eights * 8)
+    there = (query < tile.num_queries)[:, None] & (columns < pointers.value_eights * 8)[None, :]
+    gl.store(lines[:, None] + columns[None, :], out, mask=there)

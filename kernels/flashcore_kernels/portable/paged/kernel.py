@@ -121,7 +121,8 @@ def flashcore_paged(
     MAX_SPLITS: tl.constexpr,
     CHUNK_UNIT: tl.constexpr,  # chunks begin and end at multiples of so many keys; 0: at the first key that is seen
     MAY_SPLIT: tl.constexpr,
-    PROMPTS: tl.constexpr,  # False: no sequence has more than one query
+    PROMPTS: tl.constexpr,  # there are programs for sequences of several queries and for padding
+    PADDING: tl.constexpr,  # no sequence has more than one query, and those without any write the padding
     PAGE_SIZE: tl.constexpr,
     RING: tl.constexpr,
     WHOLE: tl.constexpr,  # of a prompt's blocks; see attend_pages
@@ -254,7 +255,7 @@ def flashcore_paged(
                                 there, group, num_tokens, stride_ot, stride_oh, VALUE_DIM, BLOCK_DV, HAS_SINKS,
                                 HAS_LSE, EXACT,
                             )  # fmt: skip
-        elif (not PROMPTS) and (num_queries == 0) and (share == 0):
+        elif PADDING and (num_queries == 0) and (share == 0):
             # The k-th sequence without a query takes the k-th token of the padding.
             token = tl.load(CuQ + num_sequences) + s - first_token
             nothing = tl.zeros([DECODE_M], tl.float32)

@@ -3,11 +3,12 @@
 import torch
 
 from ...device import Device
+from ...paged_problem import PagedProblem
 from ...plan import most_chunks
 from ...problem import LOG2_E
 from ...runtime.launch import launch
 from ...runtime.workspace import forget, workspace
-from .choose import PagedConfig, PagedProblem, shares
+from .choose import PagedConfig, shares
 from .kernel import flashcore_paged
 
 
@@ -28,16 +29,24 @@ def run_paged(
     sinks: torch.Tensor | None,
     key_scale: torch.Tensor | None,
     value_scale: torch.Tensor | None,
+    *,
+    single: bool,
+    prompts: bool,
 ) -> None:
-    """Launch on the current stream of query's device: writes output `[T, H, Dv]` and, where given, lse `[H, T]`."""
+    """Launch on the current stream of query's device: writes output `[T, H, Dv]` and, where given, lse `[H, T]`.
+
+    Args:
+        single, prompts: whether sequences of one query, and others beside the padding, are its own. What is not has
+            to be written by another launch.
+    """
     group = problem.group
     row_tiles = -(-group // config.decode_m)
     heads = problem.num_sequences * problem.num_kv_heads
     num_splits = most_splits(problem, config)
     programs_each = shares(problem, config, device)
-    decode_programs = heads * row_tiles * programs_each
+    decode_programs = heads * row_tiles * programs_each if single else 0
     programs = decode_programs
-    if has_prompts(problem):
+    if prompts:
         programs += (problem.num_tokens * group // config.block_m + problem.num_sequences + 1) * problem.num_kv_heads
     may_split = num_splits > 1
     partials = heads * num_splits * group * (config.block_dv + 2) if may_split else 0
@@ -62,7 +71,7 @@ def run_paged(
                 problem.num_tokens, problem.num_sequences, problem.table_width, problem.num_pages, problem.left,
                 problem.right, num_splits, programs_each, decode_programs, *factors,
             ),
-            tuple(kernel_constants(problem, config, lse is not None).values()),
+            tuple(kernel_constants(problem, config, lse is not None, prompts).values()),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
@@ -76,12 +85,7 @@ def most_splits(problem: PagedProblem, config: PagedConfig) -> int:
     return most_chunks(problem.most_keys + config.chunk_unit, config.min_chunk, config.max_chunks)
 
 
-def has_prompts(problem: PagedProblem) -> bool:
-    """Whether there are programs for sequences of several queries, and for padding that no sequence stands for."""
-    return problem.max_queries > 1 or problem.num_tokens > problem.num_sequences
-
-
-def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool) -> dict:
+def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool, prompts: bool) -> dict:
     """The kernel's constexpr parameters, in its order."""
     aligned = config.chunk_unit > 0 and config.chunk_unit % config.decode_n == 0
     return {
@@ -100,7 +104,8 @@ def kernel_constants(problem: PagedProblem, config: PagedConfig, has_lse: bool) 
         "MAX_SPLITS": config.max_chunks,
         "CHUNK_UNIT": config.chunk_unit,
         "MAY_SPLIT": most_splits(problem, config) > 1,
-        "PROMPTS": has_prompts(problem),
+        "PROMPTS": prompts,
+        "PADDING": not problem.several,
         "PAGE_SIZE": problem.page_size,
         "RING": problem.ring,
         "WHOLE": _whole(problem, config.block_n),

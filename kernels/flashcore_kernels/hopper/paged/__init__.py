@@ -1,0 +1,1 @@
+"""Prompts on keys and values that lie in pages."""

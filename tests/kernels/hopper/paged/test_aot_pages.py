@@ -1,0 +1,43 @@
+"""The Hopper kernels for pages compile, fit, and do not spill where it costs time, without a GPU."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from . import aot_pages
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+FULL = os.environ.get("FLASHCORE_TEST_FULL") == "1"
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """compiled(*command line of aot_pages.py) -> its reports."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.delenv("TRITON_INTERPRET", raising=False)
+            pool.submit(os.getpid).result()  # the process begins here
+        yield lambda *command: pool.submit(aot_pages.all_reports, list(command)).result()
+
+
+def test_compiles(compiled):
+    every = ("--head-dim", "64", "128", "--page-size", "16", "256", "--group", "1", "4", "--sequences", "1", "192")
+    reports = compiled(*(every if FULL else ("--head-dim", "128", "--page-size", "16", "--features", "none")))
+    wrong = [
+        f"{r['kernel']} {r['head_dim']} {r['page_size']} {r['features']} {r['sequences']}: {r['problems']}"
+        for r in reports
+        if r["problems"]
+    ]
+    assert len(reports) >= 2 and not wrong, "\n".join(wrong)
+
+
+def test_too_few_registers_show(compiled):
+    """The control."""
+    (report,) = compiled(
+        "--kernel", "prompts", "--head-dim", "128", "--page-size", "256", "--features", "none", "--row",
+        "consumer_registers=152",
+    )  # fmt: skip
+    assert report["problems"]
