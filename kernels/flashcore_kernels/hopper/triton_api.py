@@ -19,3 +19,5 @@ SHARED_WORKER_ARGUMENTS = gl.constexpr(VERSION < (3, 6))
 ROUND_LATE = gl.constexpr(VERSION < (3, 8))
 # 3.9 renamed it.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+# 3.9 took its underscore away.
+PUBLIC_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))

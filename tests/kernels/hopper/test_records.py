@@ -12,14 +12,15 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from flashcore_kernels.hopper import records, visible  # noqa: E402
+from flashcore_kernels.hopper import packed, records, visible  # noqa: E402
 from flashcore_kernels.hopper.backward import records as of_backward  # noqa: E402
 from flashcore_kernels.hopper.decode import records as of_decode  # noqa: E402
+from flashcore_kernels.hopper.paged import records as of_paged  # noqa: E402
 from flashcore_kernels.hopper.prefill import records as of_prefill  # noqa: E402
 
 RECORDS = [
     record
-    for module in (records, visible, of_backward, of_decode, of_prefill)
+    for module in (records, visible, packed, of_backward, of_decode, of_paged, of_prefill)
     for _, record in inspect.getmembers(module, inspect.isclass)
     if hasattr(record, "_fields")
 ]
@@ -44,7 +45,7 @@ def test_by_keyword(file):
 
 
 def test_by_position_would_show():
-    assert {"Visibility", "Tile", "Block", "KeyTile"} < NAMES
+    assert {"Visibility", "Tile", "Block", "KeyTile", "PackedTile", "Table"} < NAMES
     assert made_by_position("Block(n=1, end=2)") == []
     for call in ("Block(1, 2)", "Block(n=1)", "Block(1, end=2)"):
         assert made_by_position(call) == [call]

@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..copies import scrub
 from ..packed import packed_blocks, told_position, window
-from ..triton_api import barrier, tma_load
+from ..triton_api import PUBLIC_REINTERPRET, barrier, tma_load
 
 # With how many blocks left to fetch a program asks for its next tile: it is found by looks at all sequences.
 ASK_BLOCKS = gl.constexpr(8)
@@ -41,7 +41,10 @@ def copy_block(descriptor, smem, full, pages, row, kv_head, C: gl.constexpr, COL
         tma_load(descriptor, [pages[0], kv_head, row, 0], full, smem)
     else:
         # A row's 128 bytes are what is swizzled: behind each other lie the first 64 columns of all rows, then the next.
-        boxes = smem._reinterpret(smem.dtype, [BOXES * COLUMNS // 64, 1, 1, C.box, 64], descriptor.layout)
+        if PUBLIC_REINTERPRET:
+            boxes = smem.reinterpret(smem.dtype, [BOXES * COLUMNS // 64, 1, 1, C.box, 64], descriptor.layout)
+        else:
+            boxes = smem._reinterpret(smem.dtype, [BOXES * COLUMNS // 64, 1, 1, C.box, 64], descriptor.layout)
         for i in gl.static_range(BOXES):
             for column in gl.static_range(COLUMNS // 64):
                 tma_load(descriptor, [pages[i], kv_head, row, column * 64], full, boxes.index(column * BOXES + i))
