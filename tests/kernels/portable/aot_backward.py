@@ -23,6 +23,7 @@ FEATURES = {
     "rows": {"range": "rows"},
     "dropout": {"range": "sequence", "dropout": True},
     "bool-mask": {"mask": "bool"},
+    "bias": {"range": "sequence", "mask": "float"},
     "all": {"range": "sequence", "softcap": 30.0, "mask": "float", "dropout": True, "grad_lse": True},
 }
 

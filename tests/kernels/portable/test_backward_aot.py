@@ -20,7 +20,7 @@ FULL = os.environ.get("FLASHCORE_TEST_FULL") == "1"
 ARCHS = (80, 89, 90, 100) if FULL else (80, 90)
 HEAD_DIMS = ["40", "64", "96", "128", "192/128", "256"] if FULL else ["128"]
 # Of rows that serve them, what takes most registers.
-FEATURES = ["none", "range", "softcap", "rows", "bool-mask", "dropout", "all"] if FULL else ["none"]
+FEATURES = ["none", "range", "softcap", "rows", "bias", "bool-mask", "dropout", "all"] if FULL else ["none"]
 
 
 @pytest.fixture(scope="module")
