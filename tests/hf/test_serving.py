@@ -6,6 +6,7 @@ Transformers runs the model in a thread of its own there, and hands what it rais
 import gc
 import inspect
 import time
+import types
 import weakref
 
 import pytest
@@ -200,6 +201,51 @@ def manager_of(model, **config):
     )
 
 
+def processor_of(manager):
+    """Its thread makes it."""
+    deadline = time.monotonic() + 30
+    while manager.batch_processor is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return manager.batch_processor
+
+
+class TestStreams:
+    """Memory is kept for each stream: a processor computes on that of one that is gone."""
+
+    def processor(self, offloads_on_it: bool = True):
+        stream = types.SimpleNamespace(device="a GPU")
+        kind = type("Processor", (types.SimpleNamespace,), {})
+        ios = types.SimpleNamespace(compute_stream=stream)
+        offloading = types.SimpleNamespace(_compute_stream=stream if offloads_on_it else object())
+        return kind(inputs_and_outputs=ios, offloading_manager=offloading), stream
+
+    @pytest.fixture(autouse=True)
+    def none_idle(self, monkeypatch):
+        monkeypatch.setattr(serving, "_idle_streams", {})
+
+    def test_one_after_another(self):
+        processor, first = self.processor()
+        for _ in range(5):
+            serving._hand_on_stream(processor)
+            assert processor.inputs_and_outputs.compute_stream is first
+            assert processor.offloading_manager._compute_stream is first
+            processor, own = self.processor()
+            assert own is not first
+
+    def test_two_at_once_have_their_own(self):
+        (one, first), (other, second) = self.processor(), self.processor()
+        serving._hand_on_stream(one)
+        serving._hand_on_stream(other)
+        assert one.inputs_and_outputs.compute_stream is first and other.inputs_and_outputs.compute_stream is second
+
+    def test_nothing_is_changed_where_not_all_of_it_would_be(self):
+        processor, _ = self.processor()
+        serving._hand_on_stream(processor)
+        processor, own = self.processor(offloads_on_it=False)
+        serving._hand_on_stream(processor)
+        assert processor.inputs_and_outputs.compute_stream is own
+
+
 @works
 class TestManager:
     def test_streaming(self):
@@ -245,10 +291,7 @@ class TestManager:
         _, model = model_pair("llama")
         package = compat.batching_module()
         with manager_of(model) as manager:
-            deadline = time.monotonic() + 30
-            while manager.batch_processor is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            processor = manager.batch_processor
+            processor = processor_of(manager)
             assert type(processor.inputs_and_outputs).__name__.startswith("Flashcore")
             assert "update" in vars(processor.cache)
         assert "flashcore" not in package.PagedAttentionCache.update.__code__.co_filename
@@ -259,10 +302,23 @@ class TestManager:
 class TestPadding:
     """With graphs, whose shapes must not be too many. Without a GPU none are recorded; the shapes are the same."""
 
-    def test_coarse(self):
-        steps = {serving._coarsely(tokens, 8192) for tokens in range(64, 8193, 64)}
-        assert len(steps) < 64 and max(steps) == 8192
-        assert all(tokens <= serving._coarsely(tokens, 8192) <= tokens * 1.125 for tokens in range(1, 8193))
+    @pytest.mark.parametrize("single", [False, True])
+    @pytest.mark.parametrize("tokens", [serving.MOST_RECORDED, serving.MOST_RECORDED + 64])
+    def test_large_batches_are_not_recorded(self, tokens, single):
+        """They keep a GPU busy for longer than Python takes, and come in too many sizes."""
+        _, model = model_pair("llama")
+        with manager_of(model) as manager:
+            runner = processor_of(manager).model_runner
+            runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = True
+            io = serving._current(runner.inputs_and_outputs)
+            io.num_q_tokens, io.flashcore_single = tokens, single
+            forward, recorded = runner._get_forward_fn(True)
+            assert (
+                recorded == (single or tokens == serving.MOST_RECORDED)
+                and forward == runner._forward_process_and_sample
+            )
+            runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = False
+            assert not runner._get_forward_fn(True)[1], "nor what the user has not asked for"
 
     def test_padded_batches_give_the_same(self, monkeypatch):
         """Padding behind the tokens, sequences without any, tables of -1."""
