@@ -7,7 +7,16 @@ from flashcore_kernels import paged_attention, path_counts, write_pages
 from flashcore_hf.serving import MOST_RECORDED
 
 from ..hf.models import model_pair
-from ..hf.test_serving import TOKENS, WORKS, batched, generation_config, small, some_prompts, tokens_of
+from ..hf.test_serving import (
+    TOKENS,
+    WORKS,
+    batched,
+    everything_at_once,
+    generation_config,
+    small,
+    some_prompts,
+    tokens_of,
+)
 from ..kernels.cache.test_paged import MIXED, SINGLE, assert_all_right, build
 
 LARGE = ((1, 5000), (600, 600), (1, 1), (0, 0), (1, -1), (37, 3000), (1, 257), (129, 129), (1, 9000))
@@ -130,6 +139,15 @@ def test_pages_on_the_host(family, blocks):
         for p in prompts
     ]
     assert tokens_of(answers) == want
+
+
+@pytest.mark.skipif(not WORKS, reason="this Transformers is not supported")
+@pytest.mark.parametrize(
+    "family, blocks", [("llama", 10), ("qwen3", 10), ("mistral", 10), ("gemma3_text", 14), ("gpt_oss", 14)]
+)
+def test_everything_at_once(family, blocks):
+    """Asynchronous, with graphs, and with the pages of requests that wait in the host's memory."""
+    everything_at_once(family, blocks, "cuda", cpu_offload_space=0.1)
 
 
 @pytest.mark.skipif(not WORKS, reason="this Transformers is not supported")

@@ -208,6 +208,53 @@ def processor_of(manager):
     return manager.batch_processor
 
 
+def everything_at_once(family: str, blocks: int, device: str = "cpu", **config) -> None:
+    """Prompts with a common start, forked when they are done, in mixed batches, one cancelled, on few pages of NaN.
+
+    Each answer is that of the prompt's own generate().
+    """
+    eager, model = (each.to(device) for each in model_pair(family))
+    start = some_prompts((40,), seed=5)[0]
+    prompts = [start + [7, 8, 9], start + [10], start[:35] + [12], *some_prompts((30, 3, 21, 33))]
+    want = {}
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        made = eager.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+        want[tuple(prompt)] = made[0, len(prompt) :].tolist()
+    # Greedy, but for the name: Transformers has no forks there.
+    generation = generation_config(num_return_sequences=2, do_sample=True, temperature=1e-4)
+    with (
+        interpreter_pace(keys=16, queries=16),
+        model.continuous_batching_context_manager(
+            generation_config=generation, **small(blocks=blocks, **config), warmup=False
+        ) as manager,
+    ):
+        for _, key, value, *_ in processor_of(manager)._flashcore_served._layers.values():
+            key.fill_(float("nan")), value.fill_(float("nan"))
+        asked = {}
+        for prompt in prompts[:3]:  # one after another, so that pages of the first are found
+            asked[manager.add_request(prompt, max_new_tokens=TOKENS)] = prompt
+            time.sleep(0.3)
+        gone = manager.add_request(some_prompts((25,), seed=9)[0], max_new_tokens=100)
+        asked |= {manager.add_request(prompt, max_new_tokens=TOKENS): prompt for prompt in prompts[3:]}
+        manager.cancel_request(gone)
+        answers, deadline = {}, time.monotonic() + 120
+        while len(answers) < 2 * len(prompts) and time.monotonic() < deadline:
+            answer = manager.get_result(timeout=1)
+            if answer is not None and not answer.request_id.startswith(gone):
+                assert answer.error is None
+                answers[answer.request_id] = answer.generated_tokens
+    assert len(answers) == 2 * len(prompts)
+    for name, tokens in answers.items():
+        assert tokens == want[tuple(asked[name.partition("__child")[0]])], name
+
+
+@works
+@pytest.mark.parametrize("family, blocks", [("llama", 10), ("gemma3_text", 14)])
+def test_everything_at_once(family, blocks):
+    everything_at_once(family, blocks)
+
+
 class TestStreams:
     """Memory is kept for each stream: a processor computes on that of one that is gone."""
 
