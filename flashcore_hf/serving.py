@@ -7,23 +7,29 @@ our name are changed, and they alone: a manager's batch processor is taken over 
 - whatever is in a batch, its tensors are prepared as for that fast path, in `_Tables`;
 - key lengths count all keys, in layers with a window too, which keep the last keys of a request in a ring;
 - the cache's `update` gathers and writes nothing: it says where a layer's pages are (`pages.PagedCall`);
-- CUDA graphs are kept apart for batches of single tokens and for others.
+- CUDA graphs are kept apart for batches of single tokens and for others, and large batches do without;
+- a batch processor computes on the stream of one that is gone, where there is one.
 """
 
+import contextlib
 import functools
 import inspect
 import types
-from contextlib import contextmanager
+import weakref
 from contextvars import ContextVar
 
 import torch
-from flashcore_kernels import Pages
+from flashcore_kernels import Pages, replayed_in_order
 
 from . import compat
 from .models import NAME
 from .pages import PagedCall, in_batch
 
 SUPPORTED = "Transformers 5.17 to 5.24"
+# Tokens of the largest mixed batch that is recorded as a CUDA graph. A larger one keeps the GPU busy (26 us a token for
+# 8B parameters on an H200) for as long as Python takes to launch it (20 to 25 ms), and recording would only stop a
+# server: three times that long for each new number of tokens, and again for the other set of tensors.
+MOST_RECORDED = 1024
 # Managers that were made while a generate_batch() of ours runs in this context.
 _managers: ContextVar[list | None] = ContextVar("flashcore_managers", default=None)
 
@@ -52,9 +58,6 @@ def why_not() -> str | None:
         (module.input_outputs.ContinuousBatchingIOs, "_transfer_inputs"): ("self", "other", "stream", "non_blocking"),
         (module.input_outputs.ContinuousBatchingIOs, "_get_graph_key"): ("self",),
         (module.model_runner.ModelRunner, "_get_forward_fn"): ("self", "use_block_table"),
-        (module.model_runner.ModelRunner, "maybe_pad_inputs"): (
-            "self", "num_q_tokens", "max_kv_read", "use_decode_fast_path",
-        ),
         (module.model_runner.ModelRunner, "run_one_warmup"): ("self", "model", "num_q_tokens", "max_kv_read"),
         (module.PagedAttentionCache, "fill_block_table"): (
             "self", "request_id", "past_length", "query_length", "block_table",
@@ -89,7 +92,7 @@ def made(manager) -> None:
         _managers.get().append(manager)
 
 
-@contextmanager
+@contextlib.contextmanager
 def watched():
     """The managers that are made meanwhile: a list."""
     managers: list = []
@@ -152,6 +155,7 @@ class Served:
         for io in _ios_of(processor.inputs_and_outputs):
             _take_over_io(io, len(self._groups), width)
         self._take_over_runner(processor.model_runner)
+        _hand_on_stream(processor)
 
     @torch.compiler.disable  # as the cache's own update is
     def pages(self, layer_idx: int, kwargs: dict) -> PagedCall:
@@ -174,25 +178,22 @@ class Served:
 
     def _take_over_runner(self, runner) -> None:
         get_forward_fn, compute_batch = runner._get_forward_fn, runner.compute_batch
-        pad, warm_up, page_size = runner.maybe_pad_inputs, runner.run_one_warmup, _page_size(self._groups[0])
-
-        def maybe_pad_inputs(num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool):
-            tokens, keys = pad(num_q_tokens, max_kv_read, use_decode_fast_path)
-            if runner.pad_inputs and not use_decode_fast_path:
-                tokens = _coarsely(tokens, runner.cache.max_batch_tokens)
-            return tokens, keys
+        warm_up, page_size = runner.run_one_warmup, _page_size(self._groups[0])
 
         def run_one_warmup(model, num_q_tokens: int, max_kv_read: int | None):
             # A graph serves all lengths: there is no need to attend to a whole pool of keys, as 5.17 has it.
             return warm_up(model, num_q_tokens, None if max_kv_read is None else min(max_kv_read, page_size))
 
         def _get_forward_fn(use_block_table: bool):
-            return get_forward_fn(use_block_table=_current(runner.inputs_and_outputs).flashcore_single)
+            io = _current(runner.inputs_and_outputs)
+            forward, recorded = get_forward_fn(use_block_table=io.flashcore_single)
+            return forward, recorded and (io.flashcore_single or io.num_q_tokens <= MOST_RECORDED)
 
         def compute_and_note(*args, **kwargs):
             token = in_batch.set(True)
             try:
-                return compute_batch(*args, **kwargs)
+                with replayed_in_order():  # all of it on the compute stream
+                    return compute_batch(*args, **kwargs)
             except Exception as error:
                 self.outcome.error = self.outcome.error or error
                 raise
@@ -200,13 +201,27 @@ class Served:
                 in_batch.reset(token)
 
         runner._get_forward_fn, runner.compute_batch = _get_forward_fn, compute_and_note
-        runner.maybe_pad_inputs, runner.run_one_warmup = maybe_pad_inputs, run_one_warmup
+        runner.run_one_warmup = run_one_warmup
 
 
-def _coarsely(tokens: int, most: int) -> int:
-    """A number of tokens up to an eighth larger: recording a graph for each multiple of 64 stops a server that long."""
-    step = max((1 << (tokens.bit_length() - 1)) // 8, 1)
-    return min(-(-tokens // step) * step, most)
+# Compute streams of batch processors that are gone, by device.
+_idle_streams: dict[torch.device, list] = {}
+
+
+def _hand_on_stream(processor) -> None:
+    """Let a batch processor compute on the stream of one that is gone; its stream will be handed on likewise.
+
+    For each stream that is used PyTorch keeps 32 MiB for cuBLAS on Hopper, and this library 4 MiB for partial sums. A
+    program that calls generate_batch() again and again would come by all 32 streams that PyTorch hands out.
+    """
+    ios, offloading = processor.inputs_and_outputs, processor.offloading_manager
+    stream = ios.compute_stream
+    if stream is None or getattr(offloading, "_compute_stream", None) is not stream:  # on a CPU; or others know it
+        return
+    idle = _idle_streams.setdefault(stream.device, [])
+    with contextlib.suppress(IndexError):
+        stream = ios.compute_stream = offloading._compute_stream = idle.pop()
+    weakref.finalize(processor, idle.append, stream)
 
 
 def take_over(manager, processor):

@@ -1,36 +1,44 @@
 """Continuous batching: tokens a second of generate_batch(), time between tokens under arrivals, and the paged kernels.
 
-usage: python scripts/bench_serving.py [--json FILE] [--only TEXT ...] [--fa3 FOLDER] [--budget SECONDS] [--tiny]
+usage: python scripts/bench_serving.py [--json FILE] [--only TEXT ...] [--fa3 FOLDER] [--minutes N] [--tiny]
 
 Models have random weights, made on the GPU. A backend's first run of a case compiles and records CUDA graphs; it is not
-counted but named ("seconds" is flashcore's). The second has other prompts of the same lengths. sdpa, which is many
-times slower, runs once, on every fourth request. FOLDER holds a module `fa3_interface`, whose `install()` makes
-Transformers find FlashAttention-3, and `peers`, which loads its binaries with `setup(FOLDER)`.
+counted but named: "first answer" is how many seconds it took to the first token, "seconds" to the last (columns without
+a name are flashcore's). The second has other prompts of the same lengths. sdpa, which is many times slower, runs once,
+on every eighth request: its column "sdpa requests" says on how many. Memory is the most that PyTorch's allocator gave
+out in both runs, pages of 0.9 of the GPU included, and beside it without them. FOLDER holds two modules:
+`fa3_interface` with FlashAttention-3's functions, and `peers`, which loads its binaries with `setup(FOLDER)`.
 
 Kernel rows are microseconds in CUDA graphs: "flashcore" on pages of 256 keys, "without pages" this library's own on
-contiguous keys. Cases that the budget leaves no time for are left out, and say so.
+contiguous keys. The record is written after each of them and after each backend of a case. No case begins when the
+minutes are over, and its row says so; a minute after that the program ends, whatever hangs.
 """
 
 import argparse
 import contextlib
 import gc
 import inspect
+import os
 import random
 import statistics
 import sys
+import threading
 import time
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import NamedTuple
 
 import benchmarking
 import torch
 from flashcore_kernels import Pages, attention, paged_attention
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 import flashcore_hf  # noqa: F401
 from tests.gpu.large_models import SHAPES, make_model
 
 PAGE = 256
+SDPA_SHARE = 8  # one request of so many
 
 
 class Case(NamedTuple):
@@ -97,18 +105,34 @@ def generation_config(case: Case) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=case.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
 
-def batch_seconds(model, case: Case, prompts: list[list[int]], tiny: bool) -> float:
-    """Of a whole generate_batch(); its graphs are kept for the next one."""
+def batch_seconds(model, case: Case, prompts: list[list[int]], tiny: bool) -> tuple[float, float]:
+    """(seconds of a whole generate_batch(), seconds to its first token); its graphs are kept for the next one."""
     began = time.perf_counter()
     answers = model.generate_batch(
         prompts, generation_config=generation_config(case), continuous_batching_config=batching_config(tiny),
-        persistent_manager=True,
+        persistent_manager=True, record_timestamps=True,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     made = sum(len(answer.generated_tokens) for answer in answers.values())
     if made != len(prompts) * case.tokens:
         raise RuntimeError(f"{made} tokens came back of {len(prompts) * case.tokens}")
-    return seconds
+    return seconds, min(answer.timestamps[0] for answer in answers.values()) - began
+
+
+def memory_of(model, column: str) -> dict[str, float]:
+    """Columns: the most memory since the last reset of the peak, GiB, with and without the pages of the manager."""
+    if not torch.cuda.is_available():
+        return {}
+    most, cache = torch.cuda.max_memory_allocated(), model._cached_continuous_batching_manager.batch_processor.cache
+    # Before 5.23 there are two tensors for each place in a group of layers, from then on one for all of them.
+    kept = [tensor for held in vars(cache).values() for tensor in (held if isinstance(held, list) else [held])]
+    pools = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in kept
+        if isinstance(tensor, torch.Tensor)
+    }
+    rest = most - sum(pools.values())
+    return {f"peak GiB{column}": round(most / 2**30, 1), f"without pages GiB{column}": round(rest / 2**30, 1)}
 
 
 def arrival_times(model, case: Case, prompts: list[list[int]], tiny: bool) -> dict[str, float]:
@@ -132,8 +156,9 @@ def arrival_times(model, case: Case, prompts: list[list[int]], tiny: bool) -> di
             stamps = answer.timestamps
             gaps += [(b - a) * 1e3 for a, b in zip(stamps, stamps[1:])]
             first.append((stamps[0] - submitted[answer.request_id]) * 1e3)
-    percentile = lambda values, p: round(statistics.quantiles(values, n=100)[p - 1], 2)  # noqa: E731
-    return {"p50": percentile(gaps, 50), "p99": percentile(gaps, 99), "first p99": percentile(first, 99)}
+    gaps, first = (statistics.quantiles(values, n=100) for values in (gaps, first))
+    times = {"p50": gaps[49], "p99": gaps[98], "first p50": first[49], "first p99": first[98]}
+    return {name: round(value, 2) for name, value in times.items()}
 
 
 def run_case(model, case: Case, backend: str, tiny: bool) -> dict:
@@ -142,25 +167,26 @@ def run_case(model, case: Case, backend: str, tiny: bool) -> dict:
     if backend == "sdpa" and "paged|sdpa" in flashcore_hf.compat.attention_registry():
         model.set_attn_implementation("paged|sdpa")  # before 5.22
     column = "" if backend == "flashcore" else f" {backend}"
-    torch.cuda.empty_cache()
+    gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    vocabulary = model.config.vocab_size
+    prompts = [prompts_of(case, model.config.vocab_size, seed) for seed in (0, 1)]
     try:
         if case.rate:
-            times = []
-            for seed in (0, 1):
-                times.append(arrival_times(model, case, prompts_of(case, vocabulary, seed), tiny))
-            return {backend: times[1]["p99"], **{f"{name}{column}": value for name, value in times[1].items()}}
-        if backend == "sdpa":
-            prompts = prompts_of(case, vocabulary, 0)[::4]
-            return {backend: round(len(prompts) * case.tokens / batch_seconds(model, case, prompts, tiny), 1)}
-        first = batch_seconds(model, case, prompts_of(case, vocabulary, 0), tiny)
-        again = batch_seconds(model, case, prompts_of(case, vocabulary, 1), tiny)
-        answer = {backend: round(case.requests * case.tokens / again, 1), f"seconds{column}": round(first, 2)}
-        if torch.cuda.is_available():
-            answer[f"peak GiB{column}"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-        return answer
+            for each in prompts:
+                times = arrival_times(model, case, each, tiny)
+            answer = {backend: times["p99"], **{f"{name}{column}": value for name, value in times.items()}}
+        elif backend == "sdpa":
+            some = prompts[0][::SDPA_SHARE]
+            seconds, _ = batch_seconds(model, case, some, tiny)
+            answer = {backend: round(len(some) * case.tokens / seconds, 1), "sdpa requests": len(some)}
+        else:
+            seconds, first = batch_seconds(model, case, prompts[0], tiny)
+            again, _ = batch_seconds(model, case, prompts[1], tiny)
+            answer = {backend: round(case.requests * case.tokens / again, 1), f"first answer{column}": round(first, 2)}
+            answer[f"seconds{column}"] = round(seconds, 2)
+        return answer | memory_of(model, column)
     finally:
         model.destroy_cached_continuous_batching_manager()
         gc.collect()
@@ -231,50 +257,76 @@ def keeping(row: dict, what: str):
         row[f"{what} failed"] = f"{type(error).__name__}: {error}"[:300]
 
 
+def install_fa3(folder: Path):
+    """Let Transformers find FlashAttention-3; the module that calls its binaries."""
+    sys.path.insert(0, str(folder.resolve()))
+    import fa3_interface
+    import peers
+
+    peers.setup(str(folder.resolve()))
+    found = types.ModuleType("flash_attn_interface")
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        setattr(found, name, getattr(fa3_interface, name))
+    found.__spec__ = ModuleSpec(found.__name__, None)
+    sys.modules[found.__name__] = found
+    for module in list(sys.modules.values()):  # each has the check under its own name
+        if "is_flash_attn_3_available" in vars(module):
+            module.is_flash_attn_3_available = lambda *args, **kwargs: True
+    # It asks which distribution the module comes from.
+    PreTrainedModel._flash_attn_can_dispatch = lambda self, *args, **kwargs: True
+    return peers
+
+
+def end_all_after(seconds: float) -> None:
+    """End the process, whatever its threads wait for; what was written stays."""
+
+    def end() -> None:
+        print(f"ended after {seconds:g} s: something hangs, or the last case takes that long", flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "serving-h200.json")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries and a module fa3_interface")
     parser.add_argument("--backends", nargs="+", default=["flashcore", "fa3", "sdpa"])
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no case begins")
+    parser.add_argument("--minutes", type=float, default=6.0, help="after which no case begins")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     parser.add_argument("--tiny", action="store_true", help="small models on any device: whether the script runs")
     arguments = parser.parse_args()
     began, rows, fa3, model, loaded = time.perf_counter(), [], None, None, None
+    end_all_after(arguments.minutes * 60 + 60)
     if arguments.fa3 is not None:
-        sys.path.insert(0, str(arguments.fa3.resolve()))
-        import fa3_interface
-        import peers as fa3
-
-        fa3.setup(str(arguments.fa3.resolve()))
-        fa3_interface.install()
+        fa3 = install_fa3(arguments.fa3)
     backends = [name for name in arguments.backends if name != "fa3" or fa3 is not None]
     more = {"model": "random weights", "dtype": "bfloat16"}
 
-    def done(row: dict) -> None:
-        rows.append(row)
-        print(row, flush=True)
-        benchmarking.write(arguments.json, rows, **more)
+    def seconds() -> float:
+        return time.perf_counter() - began
+
+    def done(row: dict, more_of_it: bool = False) -> None:
+        """Write the record; `more_of_it`: the row is not complete and will come again."""
+        print(f"{seconds():6.1f} s {row}", flush=True)
+        benchmarking.write(arguments.json, [*rows, row], **more)
+        if not more_of_it:
+            rows.append(row)
 
     def wanted(name: str) -> bool:
         return any(text in name for text in arguments.only)
 
-    for prefill, cases in ((False, KERNELS), (True, PREFILL)):
-        for case in cases if torch.cuda.is_available() else ():
-            if wanted(case[0]):
-                row = {"case": case[0]}
-                with keeping(row, "kernel"):
-                    row = kernel_row(*case, prefill, fa3)
-                done(row)
     for case in CASES:
         if not wanted(case.name):
             continue
         row = {"case": case.name, "unit": "ms between tokens, p99" if case.rate else "tokens/s"}
         small = tiny(case) if arguments.tiny else case
         for backend in (name for name in backends if name in case.backends):
-            if time.perf_counter() - began > arguments.budget:
-                row[f"{backend} left out"] = f"the budget of {arguments.budget:g} s is used up"
+            if seconds() > arguments.minutes * 60:
+                row[f"{backend} left out"] = f"{arguments.minutes:g} minutes are over"
                 continue
             if loaded != case.model:
                 model = None
@@ -284,7 +336,16 @@ def main() -> int:
                 loaded = case.model
             with keeping(row, backend):
                 row |= run_case(model, small, backend, arguments.tiny)
+            done(row, more_of_it=True)
         done(row)
+    model = None
+    for prefill, cases in ((False, KERNELS), (True, PREFILL)):
+        for case in cases if torch.cuda.is_available() else ():
+            if wanted(case[0]) and seconds() < arguments.minutes * 60:
+                row = {"case": case[0], "unit": "us"}
+                with keeping(row, "kernel"):
+                    row = kernel_row(*case, prefill, fa3)
+                done(row)
     return 0
 
 

@@ -1,6 +1,7 @@
-"""Draw a prefill benchmark: rates over sequence length, a panel for each head dimension and pattern.
+"""Draw a benchmark of prefill (rates over sequence length, a panel for each head dimension and pattern) or of serving.
 
 usage: python scripts/plot.py scripts/results/prefill-h200.json [OUT.svg]      needs matplotlib (pip install '.[bench]')
+       python scripts/plot.py scripts/results/serving-h200.json [OUT.svg]
 """
 
 import json
@@ -24,6 +25,36 @@ def panels(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
                 if row.get(name):
                     panel.setdefault(name, []).append((int(match[1]), row[name]))
     return {title: panel for title, panel in found.items() if len(next(iter(panel.values()))) > 2}
+
+
+def bars(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Case -> contender -> tokens a second, of the rows that have that unit."""
+    contenders = ("flashcore", "fa3", "sdpa")
+    found = {}
+    for row in rows:
+        if row["unit"] == "tokens/s":
+            found[row["case"].partition(" ")[2]] = {name: row[name] for name in contenders if row.get(name)}
+    return found
+
+
+def draw_serving(record: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = bars(record["rows"])
+    figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.4), squeeze=False)
+    for axis, (title, rates) in zip(axes.flat, found.items()):
+        names = [LABELS.get(name, name) for name in rates]
+        drawn = axis.bar(names, list(rates.values()), color=[CONTENDERS.get(name, "C7") for name in rates])
+        axis.bar_label(drawn, fmt="{:,.0f}", fontsize=8)
+        axis.set_title(title, fontsize=9)
+        axis.set(ylabel="tokens/s")
+        axis.tick_params(axis="x", labelsize=8)
+    figure.suptitle(f"generate_batch, random weights, bf16, {record['gpu']}, {record['date'][:10]}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def draw(record: dict, path: Path) -> None:
@@ -51,7 +82,11 @@ def draw(record: dict, path: Path) -> None:
 
 def main() -> int:
     source = Path(sys.argv[1])
-    draw(json.loads(source.read_text()), Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".svg"))
+    record, path = (
+        json.loads(source.read_text()),
+        Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".svg"),
+    )
+    (draw_serving if bars(record["rows"]) else draw)(record, path)
     return 0
 
 

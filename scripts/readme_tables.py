@@ -132,6 +132,34 @@ BACKWARD = {
 }  # fmt: skip
 TRAINING = {"flashcore": "flashcore", "sdpa": "sdpa", "flex": "flex", "noop": "attention for nothing"}
 GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa", "seconds": "first call, s"}
+SERVING = {
+    "flashcore": "flashcore", "fa3": "FlashAttention-3", "sdpa": "sdpa", "first answer": "first answer, s",
+    "without pages GiB": "GiB beside pages", "without pages GiB fa3": "FlashAttention-3's",
+}  # fmt: skip
+PAGED = {"flashcore": "flashcore", "fa3": "FlashAttention-3", "without pages": "flashcore without pages"}
+ARRIVALS = {"p50": "between tokens, p50", "p99": "p99", "first p50": "to the first token, p50", "first p99": "p99"}
+
+
+def serving() -> list[str]:
+    """Throughput of continuous batching, time between tokens of requests that arrive, and the kernels for pages."""
+    record = load("serving-h200.json")
+    if record is None:
+        return ["Not measured yet: `scripts/bench_serving.py`."]
+    *out, _, place = benchmark_lines("serving-h200", SERVING, "generate_batch ")
+    for row in record["rows"]:
+        if row["case"].startswith("arrivals"):
+            out += [
+                "",
+                f"| ms, {row['case']} | {' | '.join(ARRIVALS.values())} |",
+                "|---" + "|---:" * len(ARRIVALS) + "|",
+            ]
+            for name, column in (("flashcore", ""), ("FlashAttention-3", " fa3")):
+                figures = [row.get(f"{key}{column}") for key in ARRIVALS]
+                if None not in figures:
+                    out.append(f"| {name} | {' | '.join(f'{figure:.1f}' for figure in figures)} |")
+    if any(row["case"].startswith("paged ") for row in record["rows"]):
+        out += ["", *benchmark_lines("serving-h200", PAGED, "paged ")[:-2]]
+    return [*out, "", place]
 
 
 def picture() -> list[str]:
@@ -159,6 +187,7 @@ SECTIONS = {
     "backward": lambda: benchmark_lines("backward-h200", BACKWARD),
     "training": lambda: benchmark_lines("training-h200", TRAINING),
     "generate": lambda: benchmark_lines("generate-h200", GENERATE),
+    "serving": serving,
 }
 
 

@@ -13,6 +13,7 @@ from .op import attend, attention, explain
 from .portable.interpreter_pace import interpreter_pace
 from .precompile import Prompt, begin_compiling, steps_follow
 from .problem import Inputs, check_problem
+from .runtime.workspace import replayed_in_order
 from .step_key_range import make_step_key_range
 from .version import __version__
 
@@ -46,6 +47,7 @@ __all__ = [
     "make_step_key_range",
     "nobody_listens",
     "note_fallback",
+    "replayed_in_order",
     "steps_follow",
     "torch_attention",
     "visible",

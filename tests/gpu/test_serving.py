@@ -4,8 +4,19 @@ import pytest
 import torch
 from flashcore_kernels import paged_attention, path_counts, write_pages
 
+from flashcore_hf.serving import MOST_RECORDED
+
 from ..hf.models import model_pair
-from ..hf.test_serving import WORKS, batched, generation_config, small, some_prompts, tokens_of
+from ..hf.test_serving import (
+    TOKENS,
+    WORKS,
+    batched,
+    everything_at_once,
+    generation_config,
+    small,
+    some_prompts,
+    tokens_of,
+)
 from ..kernels.cache.test_paged import MIXED, SINGLE, assert_all_right, build
 
 LARGE = ((1, 5000), (600, 600), (1, 1), (0, 0), (1, -1), (37, 3000), (1, 257), (129, 129), (1, 9000))
@@ -131,15 +142,46 @@ def test_pages_on_the_host(family, blocks):
 
 
 @pytest.mark.skipif(not WORKS, reason="this Transformers is not supported")
-def test_memory_is_flat():
-    """Batches of ever other lengths leave nothing behind."""
+@pytest.mark.parametrize(
+    "family, blocks", [("llama", 10), ("qwen3", 10), ("mistral", 10), ("gemma3_text", 14), ("gpt_oss", 14)]
+)
+def test_everything_at_once(family, blocks):
+    """Asynchronous, with graphs, and with the pages of requests that wait in the host's memory."""
+    everything_at_once(family, blocks, "cuda", cpu_offload_space=0.1)
+
+
+@pytest.mark.skipif(not WORKS, reason="this Transformers is not supported")
+@pytest.mark.parametrize("persistent", [False, True])
+def test_memory_is_flat(persistent):
+    """Batches of ever other lengths leave nothing behind: of managers that are kept, and of others.
+
+    What cuBLAS and the kernels keep for each stream is kept once (see `serving._hand_on_stream`).
+    """
     _, model = model_pair("llama")
     model.cuda()
     used = []
     for seed in range(4):
-        prompts = some_prompts(tuple(1 + (7 * i + seed) % 40 for i in range(60)), seed=seed)
-        answers = batched(model, prompts, small(page_size=16, tokens=64, blocks=256))
-        assert len(answers) == 60
+        prompts = some_prompts(tuple(1 + (7 * i + seed) % 40 for i in range(250)), seed=seed)
+        answers = model.generate_batch(
+            prompts, generation_config=generation_config(), warmup=False, persistent_manager=persistent,
+            **small(page_size=16, tokens=64, blocks=256),
+        )  # fmt: skip
+        assert [len(tokens) for tokens in tokens_of(answers.values())] == [TOKENS] * 250
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[-1] <= used[1] + (1 << 20)
+
+
+@pytest.mark.skipif(not WORKS, reason="this Transformers is not supported")
+def test_batches_too_large_to_be_recorded():
+    """Launched one by one on the compute stream, in turns with graphs of the batches of single tokens."""
+    eager, model = (each.cuda() for each in model_pair("mistral"))
+    prompts = some_prompts((900, 400, 33, 700, 1, 260))
+    path_counts.clear()
+    answers = batched(model, prompts, small(page_size=16, tokens=MOST_RECORDED + 256, blocks=256, use_cuda_graph=True))
+    want = [
+        eager.generate(torch.tensor([p], device="cuda"), max_new_tokens=TOKENS, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    assert tokens_of(answers) == want
+    assert set(path_counts) == {"flashcore_paged"}

@@ -6,6 +6,7 @@ Transformers runs the model in a thread of its own there, and hands what it rais
 import gc
 import inspect
 import time
+import types
 import weakref
 
 import pytest
@@ -14,12 +15,9 @@ import transformers
 from flashcore_kernels import interpreter_pace
 from transformers import GenerationConfig
 
-import flashcore_hf
-from flashcore_hf import attention, backend, compat, pages, serve, serving
-from flashcore_hf.__main__ import main
+from flashcore_hf import compat, pages, serving
 
 from .models import model_pair
-from .test_backend import llava_config
 
 pytestmark = pytest.mark.skipif(compat.continuous_batching() is None, reason="this Transformers does not batch so")
 WORKS = compat.continuous_batching() is not None and serving.why_not() is None
@@ -200,6 +198,100 @@ def manager_of(model, **config):
     )
 
 
+def processor_of(manager):
+    """Its thread makes it."""
+    deadline = time.monotonic() + 30
+    while manager.batch_processor is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return manager.batch_processor
+
+
+def everything_at_once(family: str, blocks: int, device: str = "cpu", **config) -> None:
+    """Prompts with a common start, forked when they are done, in mixed batches, one cancelled, on few pages of NaN.
+
+    Each answer is that of the prompt's own generate().
+    """
+    eager, model = (each.to(device) for each in model_pair(family))
+    start = some_prompts((40,), seed=5)[0]
+    prompts = [start + [7, 8, 9], start + [10], start[:35] + [12], *some_prompts((30, 3, 21, 33))]
+    want = {}
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        made = eager.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+        want[tuple(prompt)] = made[0, len(prompt) :].tolist()
+    # Greedy, but for the name: Transformers has no forks there. Two logits are no more than 1e-4 apart.
+    generation = generation_config(num_return_sequences=2, do_sample=True, temperature=1e-6)
+    with (
+        interpreter_pace(keys=16, queries=16),
+        model.continuous_batching_context_manager(
+            generation_config=generation, **small(blocks=blocks, **config), warmup=False
+        ) as manager,
+    ):
+        for _, key, value, *_ in processor_of(manager)._flashcore_served._layers.values():
+            key.fill_(float("nan")), value.fill_(float("nan"))
+        if device == "cuda":
+            torch.cuda.synchronize()  # the batches are another stream's
+        asked = {}
+        for prompt in prompts[:3]:  # one after another, so that pages of the first are found
+            asked[manager.add_request(prompt, max_new_tokens=TOKENS)] = prompt
+            time.sleep(0.3)
+        gone = manager.add_request(some_prompts((25,), seed=9)[0], max_new_tokens=100)
+        asked |= {manager.add_request(prompt, max_new_tokens=TOKENS): prompt for prompt in prompts[3:]}
+        manager.cancel_request(gone)
+        answers, deadline = {}, time.monotonic() + 120
+        while len(answers) < 2 * len(prompts) and time.monotonic() < deadline:
+            answer = manager.get_result(timeout=1)
+            if answer is not None and not answer.request_id.startswith(gone):
+                assert answer.error is None
+                answers[answer.request_id] = answer.generated_tokens
+    assert len(answers) == 2 * len(prompts)
+    for name, tokens in answers.items():
+        assert tokens == want[tuple(asked[name.partition("__child")[0]])], name
+
+
+@works
+@pytest.mark.parametrize("family, blocks", [("llama", 10), ("gemma3_text", 14)])
+def test_everything_at_once(family, blocks):
+    everything_at_once(family, blocks)
+
+
+class TestStreams:
+    """Memory is kept for each stream: a processor computes on that of one that is gone."""
+
+    def processor(self, offloads_on_it: bool = True):
+        stream = types.SimpleNamespace(device="a GPU")
+        kind = type("Processor", (types.SimpleNamespace,), {})
+        ios = types.SimpleNamespace(compute_stream=stream)
+        offloading = types.SimpleNamespace(_compute_stream=stream if offloads_on_it else object())
+        return kind(inputs_and_outputs=ios, offloading_manager=offloading), stream
+
+    @pytest.fixture(autouse=True)
+    def none_idle(self, monkeypatch):
+        monkeypatch.setattr(serving, "_idle_streams", {})
+
+    def test_one_after_another(self):
+        processor, first = self.processor()
+        for _ in range(5):
+            serving._hand_on_stream(processor)
+            assert processor.inputs_and_outputs.compute_stream is first
+            assert processor.offloading_manager._compute_stream is first
+            processor, own = self.processor()
+            assert own is not first
+
+    def test_two_at_once_have_their_own(self):
+        (one, first), (other, second) = self.processor(), self.processor()
+        serving._hand_on_stream(one)
+        serving._hand_on_stream(other)
+        assert one.inputs_and_outputs.compute_stream is first and other.inputs_and_outputs.compute_stream is second
+
+    def test_nothing_is_changed_where_not_all_of_it_would_be(self):
+        processor, _ = self.processor()
+        serving._hand_on_stream(processor)
+        processor, own = self.processor(offloads_on_it=False)
+        serving._hand_on_stream(processor)
+        assert processor.inputs_and_outputs.compute_stream is own
+
+
 @works
 class TestManager:
     def test_streaming(self):
@@ -245,10 +337,7 @@ class TestManager:
         _, model = model_pair("llama")
         package = compat.batching_module()
         with manager_of(model) as manager:
-            deadline = time.monotonic() + 30
-            while manager.batch_processor is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            processor = manager.batch_processor
+            processor = processor_of(manager)
             assert type(processor.inputs_and_outputs).__name__.startswith("Flashcore")
             assert "update" in vars(processor.cache)
         assert "flashcore" not in package.PagedAttentionCache.update.__code__.co_filename
@@ -259,10 +348,23 @@ class TestManager:
 class TestPadding:
     """With graphs, whose shapes must not be too many. Without a GPU none are recorded; the shapes are the same."""
 
-    def test_coarse(self):
-        steps = {serving._coarsely(tokens, 8192) for tokens in range(64, 8193, 64)}
-        assert len(steps) < 64 and max(steps) == 8192
-        assert all(tokens <= serving._coarsely(tokens, 8192) <= tokens * 1.125 for tokens in range(1, 8193))
+    @pytest.mark.parametrize("single", [False, True])
+    @pytest.mark.parametrize("tokens", [serving.MOST_RECORDED, serving.MOST_RECORDED + 64])
+    def test_large_batches_are_not_recorded(self, tokens, single):
+        """They keep a GPU busy for longer than Python takes, and come in too many sizes."""
+        _, model = model_pair("llama")
+        with manager_of(model) as manager:
+            runner = processor_of(manager).model_runner
+            runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = True
+            io = serving._current(runner.inputs_and_outputs)
+            io.num_q_tokens, io.flashcore_single = tokens, single
+            forward, recorded = runner._get_forward_fn(True)
+            assert (
+                recorded == (single or tokens == serving.MOST_RECORDED)
+                and forward == runner._forward_process_and_sample
+            )
+            runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = False
+            assert not runner._get_forward_fn(True)[1], "nor what the user has not asked for"
 
     def test_padded_batches_give_the_same(self, monkeypatch):
         """Padding behind the tokens, sequences without any, tables of -1."""
@@ -296,142 +398,3 @@ class TestPadding:
             answers = model.generate_batch(prompts, generation_config=generation_config(), **small())
         assert tokens_of(answers.values()) == each_alone(eager, prompts)
         assert not warned
-
-
-@works
-class TestErrors:
-    def test_of_the_forward_reach_the_caller(self, monkeypatch):
-        _, model = model_pair("llama")
-
-        def broken(*arguments, **keywords):
-            raise ValueError("a wheel came off")
-
-        monkeypatch.setattr(attention, "attend_pages", broken)
-        with pytest.raises(RuntimeError, match="LlamaForCausalLM failed: a wheel came off") as caught:
-            batched(model, PROMPTS)
-        assert isinstance(caught.value.__cause__, ValueError)
-
-    def test_a_switch_that_did_not_take_hold(self, monkeypatch):
-        """As on a Transformers that makes its batch processors elsewhere."""
-        _, model = model_pair("llama")
-        monkeypatch.setattr(serving, "take_over", lambda manager, processor: processor)
-        with pytest.raises(RuntimeError, match="continuous batching"):
-            batched(model, PROMPTS)
-
-    def test_another_shape_of_things_is_refused(self, monkeypatch):
-        _, model = model_pair("llama")
-        monkeypatch.setattr(serving, "why_not", lambda: "ContinuousBatchingIOs.x is not what it was")
-        with pytest.raises(NotImplementedError, match=r"is not what it was.*set_attn_implementation"):
-            model.generate_batch(PROMPTS, generation_config=generation_config(), **small())
-
-    def test_a_window_that_the_pages_are_not_kept_for(self):
-        where = pages.PagedCall(serving.Pages(*[torch.zeros(1)] * 5, ring=6), True)
-        states = torch.zeros(1, 2, 1, 8)
-        with pytest.raises(NotImplementedError, match="the last 6 keys.*attention to all of them"):
-            pages.attend_pages(
-                states, states, states, where, causal=True, sliding_window=None, scaling=None, softcap=None, sinks=None
-            )
-
-
-@pytest.mark.skipif(WORKS, reason="supported here")
-class TestRefused:
-    """In the caller's thread."""
-
-    def ways_in(self, model) -> dict:
-        def manager():
-            with model.continuous_batching_context_manager(generation_config=generation_config()):
-                pass
-
-        ways = {
-            "generate_batch": lambda: model.generate_batch(PROMPTS, generation_config=generation_config()),
-            "init_continuous_batching": lambda: model.init_continuous_batching(generation_config=generation_config()),
-        }
-        if hasattr(model, "continuous_batching_context_manager"):
-            ways["context manager"] = manager
-        return ways
-
-    @pytest.mark.parametrize("way", ["generate_batch", "init_continuous_batching", "context manager"])
-    def test_refused(self, way):
-        _, model = model_pair("llama")
-        ways = self.ways_in(model)
-        if way not in ways:
-            pytest.skip("this Transformers has no such way in")
-        with pytest.raises(NotImplementedError, match=rf'set_attn_implementation\("{OTHER}"\)'):
-            ways[way]()
-        assert model.config._attn_implementation == "flashcore"
-
-    def test_where_a_part_is_ours(self):
-        model = transformers.LlavaForConditionalGeneration._from_config(
-            llava_config(), attn_implementation={"text_config": "flashcore", "vision_config": "eager"}
-        )
-        with pytest.raises(NotImplementedError, match="continuous batching"):
-            model.generate_batch(PROMPTS, generation_config=generation_config())
-
-    @pytest.mark.skipif(not hasattr(compat.PreTrainedModel, "set_attn_implementation"), reason="no switching here")
-    def test_a_manager_from_before_the_switch_does_not_start(self):
-        _, model = model_pair("llama", implementation="sdpa")
-        manager = model.init_continuous_batching(generation_config=generation_config())
-        model.set_attn_implementation("flashcore")
-        with pytest.raises(NotImplementedError, match="continuous batching"):
-            manager.start()
-
-
-def test_others_pass():
-    """The control, as far as a machine without a GPU goes: other models reach what stood there before."""
-    _, model = model_pair("llama", implementation="sdpa")
-    assert isinstance(
-        model.init_continuous_batching(generation_config=generation_config()), compat.continuous_batching()[1]
-    )
-
-
-@pytest.mark.skipif(
-    (4, 54) < compat.VERSION < (5, 4) and not torch.cuda.is_available(), reason="it wants to know a GPU's memory there"
-)
-def test_others_answer_as_ever():
-    """The whole call, on what a refusal says to switch to: the answers of `generate`."""
-    eager, model = model_pair("llama", implementation=OTHER)
-    answers = model.generate_batch(PROMPTS, generation_config=generation_config(), **small(32, 16, 8))
-    assert sorted(tokens_of(answers.values())) == sorted(each_alone(eager, PROMPTS))
-
-
-def test_disabled_it_is_transformers_business_again():
-    mixin, manager = compat.continuous_batching()
-    places = [(mixin, "init_continuous_batching"), (manager, "start")]
-    if WORKS:
-        places += [(mixin, "generate_batch"), (manager, "_create_batch_processor")]
-    enabled = [vars(place)[name] for place, name in places]
-    flashcore_hf.disable()
-    try:
-        disabled = [vars(place)[name] for place, name in places]
-        assert not any("flashcore" in function.__code__.co_filename for function in disabled)
-        assert all(ours.__wrapped__ is theirs for ours, theirs in zip(enabled, disabled))
-        assert f"paged|{serving.NAME}" not in compat.attention_registry()
-    finally:
-        flashcore_hf.enable()
-    assert backend._enabled
-
-
-class TestServer:
-    """`python -m flashcore_hf serve`: the server itself needs packages that are not installed here."""
-
-    @pytest.fixture
-    def manager(self, monkeypatch):
-        module = pytest.importorskip("transformers.cli.serving.model_manager")
-        kind = module.ModelManager
-        monkeypatch.setattr(kind, "_validate_args", kind._validate_args)  # put back after the test
-        return kind
-
-    def test_takes_the_name(self, manager):
-        with pytest.raises(ValueError, match="Unsupported attention implementation: 'flashcore'"):
-            manager(attn_implementation="flashcore")
-        serve.accept_name(manager)
-        assert manager(attn_implementation="flashcore").attn_implementation == "flashcore"
-        with pytest.raises(ValueError, match="Unsupported attention implementation: 'other'"):
-            manager(attn_implementation="other")
-
-    def test_hands_on_its_arguments(self, manager, monkeypatch):
-        cli = pytest.importorskip("transformers.cli.transformers")
-        called = []
-        monkeypatch.setattr(cli, "app", called.append)
-        assert main(["serve", "org/model", "--port", "1"]) == 0
-        assert called == [["serve", "org/model", "--port", "1", "--attn-implementation", "flashcore"]]

@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import threading
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -13,6 +15,21 @@ KEPT = 1 << 20
 LENT = 1 << 27
 # In mailboxes: bits of a NaN that no kernel writes as a partial sum. Whoever reads other bits reads a partial sum.
 UNWRITTEN = -1
+_in_order: ContextVar[bool] = ContextVar("flashcore_graphs_in_order", default=False)
+
+
+@contextmanager
+def replayed_in_order():
+    """A promise: graphs that are recorded meanwhile replay on the stream they are recorded on, and nowhere else.
+
+    Then they never run beside that stream's own launches and may use its buffer, so that any number of them takes no
+    memory for good.
+    """
+    token = _in_order.set(True)
+    try:
+        yield
+    finally:
+        _in_order.reset(token)
 
 
 class Words:
@@ -22,7 +39,7 @@ class Words:
     - Launches on one stream follow each other, so they use its buffer over and over.
     - Launches that one stream puts into one graph keep their order there, so they share a buffer, too.
     - Two streams must not share one. No graph may use that of another graph or of a stream: it replays whenever its
-      owner likes.
+      owner likes, unless he has promised an order (`replayed_in_order`).
     - A launch that fails may leave other values behind, so its buffer is forgotten.
 
     Where buffers come from: they are slices of a pool, each handed out once. The first call outside of a capture makes
@@ -68,6 +85,10 @@ class Words:
 
     def _take(self, count: int, device: torch.device, place: tuple) -> torch.Tensor:
         captured = bool(place[-1])
+        if captured and _in_order.get():
+            buffer = self._buffers.get((*place[:-1], 0))
+            if buffer is not None and buffer.numel() >= count:
+                return buffer
         key, size = (device.type, device.index), max(self._least, 1 << (count - 1).bit_length())
         if not captured and count <= self._most and self._left(key) < size:
             self._make_pool(size, device)

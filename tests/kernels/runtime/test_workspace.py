@@ -59,6 +59,21 @@ class TestWords:
         assert len(starts) == 4 and all(start % 16 == starts[0] % 16 for start in starts)
         assert all(b - a >= 5 * 4 for a, b in zip(starts, starts[1:])), "and none overlap"
 
+    def test_captures_that_replay_in_order_share_their_streams(self, own):
+        """Those of servers, of which there are ever new ones; a stream of which nobody promises that keeps its own."""
+        mine = own.words.get(5, GPU)
+        own.capture = 1
+        alone = own.words.get(5, GPU)
+        with module.replayed_in_order():
+            for own.capture in range(2, 400):
+                assert own.words.get(700, GPU).data_ptr() == mine.data_ptr()
+            larger, own.stream = own.words.get(2000, GPU), 2
+            other = own.words.get(5, GPU)
+        own.capture = 500
+        outside = own.words.get(5, GPU)
+        assert len({words.data_ptr() for words in (mine, alone, larger, other, outside)}) == 5
+        assert own.made == [20_000] and not own.filled
+
     def test_a_capture_never_makes_a_pool(self, own):
         own.capture = 3
         assert own.words.get(5, GPU).unique().tolist() == [7] and own.filled == [5] and own.made == []
