@@ -13,6 +13,7 @@ from flashcore_kernels.choose import (
     fallback_reason,
 )
 from flashcore_kernels.device import Device
+from flashcore_kernels.hopper.backward.choose import choose_hopper_backward
 from flashcore_kernels.hopper.prefill.table import ROWS as HOPPER_ROWS
 from flashcore_kernels.plan import MAX_DECODE_QUERIES
 from flashcore_kernels.problem import Inputs, check_problem, with_alignment
@@ -91,10 +92,20 @@ class TestBackward:
         assert choose_backward(problem(), NEW).kernel == "flashcore_hopper_backward"
         assert choose_backward(problem(), Device("cuda", 80)).kernel == "flashcore_backward"
 
-    @pytest.mark.parametrize("changed", [{"dropout": 0.1}, {"mask_kind": "float"}, {"range_layout": "rows"}], ids=str)
+    @pytest.mark.parametrize("changed", [{"range_layout": "rows"}, {"head_dim": 256}], ids=str)
+    def test_what_hopper_takes(self, changed):
+        assert choose_backward(problem(**changed), NEW).kernel == "flashcore_hopper_backward"
+
+    @pytest.mark.parametrize("changed", [{"dropout": 0.1}, {"mask_kind": "float"}, {"head_dim": 68}], ids=str)
     def test_what_hopper_leaves_to_the_portable_one_with_its_reason(self, changed):
         plan = choose_backward(problem(**changed), NEW)
         assert plan.kernel == "flashcore_backward" and "not the Hopper kernel, because" in plan.reason
+
+    @pytest.mark.parametrize("sizes", [(264, 64), (64, 264)], ids=str)
+    def test_head_dim_above_256_is_for_neither(self, sizes):
+        wide = problem(head_dim=sizes[0], value_dim=sizes[1])
+        assert choose_backward(wide, NEW).kernel == "torch"
+        assert choose_hopper_backward(wide, NEW) == "no configuration has head_dim {} with {}".format(*sizes)
 
     @pytest.mark.parametrize("num_queries", [1, 64])
     def test_weights_are_dropped_by_the_portable_forward(self, num_queries):

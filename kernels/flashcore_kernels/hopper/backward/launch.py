@@ -270,9 +270,10 @@ def range_layout(problem: Problem) -> int:
 def _visibility(problem: Problem, key_range: torch.Tensor | None) -> tuple[int, ...]:
     """What a `Visibility` holds, in its order."""
     strides = (0, 0) if key_range is None else (key_range.stride(0), key_range.stride(2))
-    return (
-        problem.num_queries, problem.num_keys, problem.query_start, problem.left, problem.right, *strides,
-    )  # fmt: skip
+    # With a line a query it does not matter where query 0 stands. Before the first key, where there are fewer keys than
+    # queries, it would move the blocks of queries off the grid of spans.py.
+    query_start = 0 if problem.range_layout == "rows" else problem.query_start
+    return (problem.num_queries, problem.num_keys, query_start, problem.left, problem.right, *strides)
 
 
 def _section(problem: Problem, all_heads: int, tiles: int, bytes_per_head: int, processors: int) -> int:

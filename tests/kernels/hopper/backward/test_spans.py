@@ -7,7 +7,7 @@ from flashcore_kernels.device import Device
 from flashcore_kernels.hopper.backward.choose import choose_hopper_backward
 from flashcore_kernels.key_range import visible
 
-from .test_backward import problem
+from .test_backward import inputs_of, problem
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
@@ -106,3 +106,24 @@ def test_what_is_left_of_documents_costs_nothing():
     runs = [list(range(begin, stop)) for begin, stop, *_ in found.tolist()]
     assert runs == [[0, 1], [1], [2, 3, 4, 5], [3, 4, 5], [4, 5], [5], [6, 7], [7], [], [], []]
     assert spans.SCAN == 256
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(333, 200), (200, 333), (333, 333)])
+def test_blocks_of_queries_are_the_same_for_all_kernels(num_queries, num_keys, head_dim):
+    """Spans number blocks from query 0 on. Where query 0 stands, before the first key or not, moves none of them."""
+    first, end = documents([70, 1, 100, 20], num_queries)
+    key_range = make_row_ranges(first[None], end[None], num_keys)
+    call = problem(
+        batch_size=1, num_queries=num_queries, num_keys=num_keys, query_start=num_keys - num_queries,
+        range_layout="rows", head_dim=head_dim, scale=1.0,
+    )  # fmt: skip
+    config = choose_hopper_backward(call, Device("cuda", 90, triton=(3, 6))).config
+    rows = torch.full((2, 4, launch.places_of(call, config.row)), torch.nan)
+    lse = torch.arange(4.0 * num_queries).view(1, 4, num_queries)
+    output = torch.zeros(1, 4, num_queries, 64)
+    launch.launch_rows(call, config, inputs_of(key_range), output, lse, output, None, rows)
+    assert torch.equal(-rows[0, :, :num_queries], lse[0])
+    assert (rows[0, :, num_queries:] == -torch.inf).all()
+    # The others shift their blocks by where query 0 stands, as `preprocess` does.
+    assert launch._visibility(call, key_range)[2] == 0
