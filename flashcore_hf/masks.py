@@ -76,13 +76,13 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
         return _answer_as_sdpa(kwargs, call, pattern, handed_on)
     if pattern is not None:
         every_slot_filled = kwargs.get("allow_is_causal_skip", True)
-        if handed_on and _sees_every_key(call, pattern, every_slot_filled):
-            return None
+        if _sees_every_key(call, pattern, every_slot_filled):
+            return None if handed_on else _everything(call)
         # For a static cache, which Transformers tells by this keyword in what is causal, generate() makes masks ahead
         # and compiles the model that takes them.
         made_ahead = pattern.right == 0 and not every_slot_filled
         if not handed_on and pattern == EVERYTHING and call.key_mask is None:
-            return RangeMask.of_everything(call.batch_size, call.num_queries, call.num_keys, call.device)
+            return _everything(call)
         key_range = _key_range(call, pattern, handed_on) if handed_on or not made_ahead else None
         if key_range is not None:
             return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
@@ -92,6 +92,10 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
     if wants_additive_mask(kwargs.get("config")):
         return masking_utils.eager_mask(**whole)
     return masking_utils.sdpa_mask(**whole)
+
+
+def _everything(call: MaskCall) -> RangeMask:
+    return RangeMask.of_everything(call.batch_size, call.num_queries, call.num_keys, call.device)
 
 
 def _torch_computes(call: MaskCall) -> bool:
