@@ -16,7 +16,7 @@ from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, 
 from .masks import sdpa_would_leave_out
 from .models import bias_is_zero, is_never_causal, offers_sdpa
 from .pages import READ_FOR_PAGES, PagedCall, attend_pages, call_on_pages
-from .range_mask import RangeMask
+from .range_mask import RangeMask, range_or_dense
 from .stored_fp8 import StoredFp8
 
 
@@ -183,10 +183,15 @@ def _read_range_mask(
 
     The last where a model may have written into that, or where PyTorch computes: it would make one in each layer.
     """
-    compiling = torch.compiler.is_compiling()
     fits = range_mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
-    # What torch.compile is given nobody has read: __tensor_flatten__ raises else.
-    if fits and (compiling or (range_mask._dense is None and device_of(query.device).kind != "torch")):
+    if torch.compiler.is_compiling():
+        if not fits:
+            return None, fit_mask(range_mask[:], query, key)
+        answer = range_or_dense(range_mask)
+        if answer.dtype == torch.bool:
+            return None, answer
+        return (None if range_mask.hides_nothing else answer), None
+    if fits and range_mask._dense is None and device_of(query.device).kind != "torch":
         return (None if range_mask.hides_nothing else range_mask.key_range), None
     return None, fit_mask(range_mask.dense(), query, key)
 
