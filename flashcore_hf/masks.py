@@ -3,9 +3,9 @@
 Models that are known to hand their mask on unread get the KeyRange itself. All others get a RangeMask, which is held as
 one and turns dense where the model reads it.
 
-Transformers describes a mask by a function of (batch, head, query, key) made of a few known parts. `patterns` tells what
-they amount to where that is two distances, and `row_ranges` where it is a range for each query. Anything else becomes
-the dense bool mask that `sdpa` would get, always right.
+Transformers describes a mask by a function of (batch, head, query, key) made of a few known parts. `patterns` tells
+what they amount to where that is two distances, and `row_ranges` where it is a range for each query. Anything else
+becomes the dense bool mask that `sdpa` would get, always right.
 """
 
 import torch

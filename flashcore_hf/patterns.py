@@ -92,12 +92,14 @@ def _recognise_traced(function, kwargs: dict) -> Pattern | None:
     not_packed = kwargs.get("attention_mask") is not None or isinstance(kwargs.get("q_offset"), torch.Tensor)
     if (
         window is not None
-        and kwargs.get("local_size") == window
+        and kwargs.get("local_size") == window != getattr(kwargs["config"], "attention_chunk_size", None)
         and kwargs.get("use_vmap") is False
         and not_packed
         and function.__qualname__ == "and_masks.<locals>.and_mask"
     ):
-        return Pattern(left=window - 1, right=0)
+        # What is bidirectional, a decoder whose config says is_causal=False too, is asked for with this keyword.
+        both_ways = "allow_is_bidirectional_skip" in kwargs
+        return Pattern(left=window, right=window) if both_ways else Pattern(left=window - 1, right=0)
     return None
 
 

@@ -1,9 +1,9 @@
-"""Masks in which each query sees a range of keys of its own: chunks, blocks of image tokens, prefixes, packed documents.
+"""Masks in which each query has a range of keys of its own: chunks, blocks of image tokens, prefixes, packed documents.
 
 The range of a query is computed from what the mask function has captured, at a cost of O(Q + K) in place of O(Q K).
 Whether it is one range may depend on values: images whose tokens lie apart, a prefix with padding behind it, padding
-with holes. So values are checked, on the device and all at once, and the host waits for that one answer; where it is no,
-the mask is dense. Nothing is checked, and nobody waits, for chunks without padding.
+with holes. So values are checked, on the device and all at once, and the host waits for that one answer; where it is
+no, the mask is dense. Nothing is checked, and nobody waits, for chunks without padding.
 """
 
 from typing import NamedTuple
@@ -183,7 +183,9 @@ class _Rows:
         # Between the first and the last of a block no other key exists.
         inside = self.count(torch.minimum(first, end), end) == size
         self.checks.append(inside[:, :num_keys])
-        of_query = numbers.long().expand(rows, -1).gather(1, self.position.clamp(max=numbers.shape[1] - 1).expand(rows, -1))
+        of_query = (
+            numbers.long().expand(rows, -1).gather(1, self.position.clamp(max=numbers.shape[1] - 1).expand(rows, -1))
+        )
         asked = torch.where(of_query < 0, num_keys, of_query.clamp(max=num_keys))
         none = (of_query < 0) | (of_query >= num_keys)
         first, end = first.gather(1, asked), end.gather(1, asked)

@@ -1,7 +1,8 @@
 """A new Transformers that asks something new of backends fails here, with the list of what the adapter does not know.
 
 When it fires: find out what the new thing means for flashcore (take it, refuse it, or see that it does not matter),
-do that in attention.py, arguments.py, patterns.py, row_ranges.py or backend.py, add a test, and only then add the name below.
+do that in attention.py, arguments.py, patterns.py, row_ranges.py or backend.py, add a test, and only then add the name
+below.
 """
 
 import inspect
