@@ -255,11 +255,21 @@ def _in_model_dtype(
     if hasattr(config, "_is_quantized"):
         dtype = config.dtype
     else:
-        layers = (each.weight.dtype for each in module.modules() if isinstance(each, torch.nn.Linear))
-        dtype = next(layers, torch.float32)
+        dtype = _first_linear_dtype(module)
     if dtype not in (torch.float16, torch.bfloat16):  # weights in fewer bits still are quantised ones
         return query, key, value
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _first_linear_dtype(module: torch.nn.Module) -> torch.dtype:
+    """Of the weights of a layer's first linear part; float32 where it has none."""
+    for child in module._modules.values():  # quicker than modules(), which remembers what it has seen
+        if isinstance(child, torch.nn.Linear):
+            return child.weight.dtype
+        if child is not None and child._modules:
+            break
+    layers = (each.weight.dtype for each in module.modules() if isinstance(each, torch.nn.Linear))
+    return next(layers, torch.float32)
 
 
 def _autocasts(query: torch.Tensor) -> bool:
