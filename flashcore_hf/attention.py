@@ -16,7 +16,7 @@ from .layer_masks import add_bias, chosen_blocks, chosen_keys, document_ranges, 
 from .masks import sdpa_would_leave_out
 from .models import bias_is_zero, is_never_causal, offers_sdpa
 from .pages import READ_FOR_PAGES, PagedCall, attend_pages, call_on_pages
-from .range_mask import RangeMask
+from .range_mask import RangeMask, range_or_dense
 from .stored_fp8 import StoredFp8
 
 
@@ -97,14 +97,15 @@ def flashcore_attention(
             scaling=scaling, softcap=softcap, sinks=sinks,
         )  # fmt: skip
         return output, None
-    special = sinks, softcap, indices, block_indices, cu_seq_lens_q, head_mask, output_attentions or None
-    if as_sdpa.serves(query, key, value, special):
-        causal = _is_causal(module, is_causal)
-        output = as_sdpa.attend_as_sdpa(
-            module, query, key, value, attention_mask, position_bias, causal, sliding_window, scaling, dropout
-        )
-        if output is not None:
-            return output, None
+    if not query.is_cuda:
+        special = sinks, softcap, indices, block_indices, cu_seq_lens_q, head_mask, output_attentions or None
+        if as_sdpa.serves(query, key, value, special):
+            causal = _is_causal(module, is_causal)
+            output = as_sdpa.attend_as_sdpa(
+                module, query, key, value, attention_mask, position_bias, causal, sliding_window, scaling, dropout
+            )
+            if output is not None:
+                return output, None
     own_sinks = None
     if sinks is not None and sinks.dim() == 4:
         own_sinks, sinks = sinks, None
@@ -134,12 +135,12 @@ def flashcore_attention(
         _check_without_mask(query, key, causal)
         if not causal and query.shape[2] != key.shape[2]:
             window = None  # a canvas on a cache that is cut to the window already sees all of it (DiffusionGemma)
+    elif isinstance(attention_mask, RangeMask):
+        key_range, mask = _read_range_mask(attention_mask, query, key)
     elif attention_mask.dim() == 2:
         key_range = padding_range(attention_mask, query, key, _is_causal(module, is_causal), sliding_window)
     elif attention_mask.dtype == torch.int32:
         key_range = attention_mask
-    elif isinstance(attention_mask, RangeMask):
-        key_range, mask = _read_range_mask(attention_mask, query, key)
     else:
         mask = fit_mask(attention_mask, query, key)
     # Where gradients are on, even zeros may be there to have one.
@@ -182,11 +183,15 @@ def _read_range_mask(
 
     The last where a model may have written into that, or where PyTorch computes: it would make one in each layer.
     """
-    batch_size, _, num_queries, _ = query.shape
-    compiling = torch.compiler.is_compiling()
-    # What torch.compile is given nobody has read: __tensor_flatten__ raises else.
-    unread = compiling or not range_mask.is_read() and device_of(query.device).kind != "torch"
-    if unread and range_mask.shape == (batch_size, 1, num_queries, key.shape[2]):
+    fits = range_mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
+    if torch.compiler.is_compiling():
+        if not fits:
+            return None, fit_mask(range_mask[:], query, key)
+        answer = range_or_dense(range_mask)
+        if answer.dtype == torch.bool:
+            return None, answer
+        return (None if range_mask.hides_nothing else answer), None
+    if fits and range_mask._dense is None and device_of(query.device).kind != "torch":
         return (None if range_mask.hides_nothing else range_mask.key_range), None
     return None, fit_mask(range_mask.dense(), query, key)
 
@@ -233,35 +238,48 @@ def _head_factor(head_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return factor if factor.dim() == 4 else factor[None]
 
 
-def _in_model_dtype(module: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _in_model_dtype(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What torch.autocast does to SDPA's inputs; and where a 16-bit model is left fp32 ones, its own dtype.
 
     PEFT keeps norms and adapters in fp32, so that queries and keys come in fp32 beside projections in 16 bits. The
     flash function of Transformers asks the same of a layer (`get_target_dtype`).
     """
-    tensors = _autocast(*tensors)
-    if tensors[0].dtype != torch.float32 or tensors[1].dtype == torch.float8_e4m3fn:
-        return tensors
+    if _autocasts(query):
+        dtype = torch.get_autocast_dtype("cuda" if query.is_cuda else query.device.type)
+        query, key, value = (t if t.dtype == torch.float8_e4m3fn else t.to(dtype) for t in (query, key, value))
+    if query.dtype != torch.float32 or key.dtype == torch.float8_e4m3fn:
+        return query, key, value
     config = getattr(module, "config", None)
     if hasattr(config, "_is_quantized"):
         dtype = config.dtype
     else:
-        layers = (each.weight.dtype for each in module.modules() if isinstance(each, torch.nn.Linear))
-        dtype = next(layers, torch.float32)
-    # Weights in fewer bits still are quantised ones.
-    return tuple(t.to(dtype) for t in tensors) if dtype in (torch.float16, torch.bfloat16) else tensors
+        dtype = _first_linear_dtype(module)
+    if dtype not in (torch.float16, torch.bfloat16):  # weights in fewer bits still are quantised ones
+        return query, key, value
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What torch.autocast does to SDPA's inputs."""
-    on_gpu = tensors[0].is_cuda
-    device_type = "cuda" if on_gpu else tensors[0].device.type
+def _first_linear_dtype(module: torch.nn.Module) -> torch.dtype:
+    """Of the weights of a layer's first linear part; float32 where it has none."""
+    for child in module._modules.values():  # quicker than modules(), which remembers what it has seen
+        if isinstance(child, torch.nn.Linear):
+            return child.weight.dtype
+        if child is not None and child._modules:
+            break
+    layers = (each.weight.dtype for each in module.modules() if isinstance(each, torch.nn.Linear))
+    return next(layers, torch.float32)
+
+
+def _autocasts(query: torch.Tensor) -> bool:
+    """Whether torch.autocast is on where this tensor is."""
+    if query.is_cuda:
+        return torch.is_autocast_enabled("cuda")
+    device_type = query.device.type
     # Other devices, such as meta, have none, and asking for it raises. Not every torch.compile can trace this question.
-    has_autocast = on_gpu or torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    if has_autocast and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        return tuple(t if t.dtype == torch.float8_e4m3fn else t.to(dtype) for t in tensors)
-    return tensors
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
 
 
 def _opened(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,44 +3,20 @@
 Models that are known to hand their mask on unread get the KeyRange itself. All others get a RangeMask, which is held as
 one and turns dense where the model reads it.
 
-Transformers describes a mask by a function of (batch, head, query, key) made of a few known parts. `Pattern` is what
-the parts that we know amount to; anything else becomes the dense bool mask that `sdpa` would get, always right.
+Transformers describes a mask by a function of (batch, head, query, key) made of a few known parts. `patterns` tells
+what they amount to where that is two distances, and `row_ranges` where it is a range for each query. Anything else
+becomes the dense bool mask that `sdpa` would get, always right.
 """
 
-from typing import NamedTuple
-
 import torch
-from flashcore_kernels import device_of, make_key_range, make_row_ranges, make_step_key_range
+from flashcore_kernels import device_of, make_key_range, make_step_key_range
 
 from .compat import MaskCall, mask_call, masking_utils
 from .models import takes_key_range, takes_no_mask, wants_additive_mask
 from .pages import in_batch
+from .patterns import EVERYTHING, Pattern, recognise
 from .range_mask import RangeMask, can_be_made
-
-
-class Pattern(NamedTuple):
-    """A mask that ranges can say: distances to each side (-1: no limit), and packed documents.
-
-    Attributes:
-        left, right: how far a query sees, in keys.
-        documents: int `[B, Q]`, which document each token belongs to, or None. Tokens see their own document only.
-    """
-
-    left: int = -1
-    right: int = -1
-    documents: torch.Tensor | None = None
-
-    def and_(self, other: "Pattern") -> "Pattern":
-        """Both of two patterns."""
-        return Pattern(
-            _nearer(self.left, other.left),
-            _nearer(self.right, other.right),
-            self.documents if other.documents is None else other.documents,
-        )
-
-
-CAUSAL = Pattern(right=0)
-EVERYTHING = Pattern()
+from .row_ranges import row_ranges
 
 
 def flashcore_mask(**kwargs) -> torch.Tensor | None:
@@ -71,27 +47,41 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
     handed_on = takes_key_range(kwargs.get("config"))
     may_serve = _range_mask_may_serve(kwargs)
     by_torch = may_serve and _torch_computes(call)
-    pattern = recognise(kwargs) if handed_on or may_serve and can_be_made() else None
+    # What a RangeMask may stand for is read from closures, which torch.compile cannot.
+    at_once = may_serve and can_be_made()
+    pattern = recognise(kwargs) if handed_on or at_once else None
     if by_torch and pattern is not None:
         return _answer_as_sdpa(kwargs, call, pattern, handed_on)
+    key_range = None
     if pattern is not None:
-        every_slot_filled = kwargs.get("allow_is_causal_skip", True)
-        if handed_on and _sees_every_key(call, pattern, every_slot_filled):
-            return None
-        # For a static cache, which Transformers tells by this keyword in what is causal, generate() makes masks ahead
-        # and compiles the model that takes them.
-        made_ahead = pattern.right == 0 and not every_slot_filled
+        if _sees_every_key(call, pattern, kwargs.get("allow_is_causal_skip", True)):
+            return None if handed_on else _everything(call)
         if not handed_on and pattern == EVERYTHING and call.key_mask is None:
-            return RangeMask.of_everything(call.batch_size, call.num_queries, call.num_keys, call.device)
-        key_range = _key_range(call, pattern, handed_on) if handed_on or not made_ahead else None
-        if key_range is not None:
-            return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
-    whole = {**kwargs, "allow_is_causal_skip": False}
-    if not takes_no_mask(kwargs.get("config")):
-        whole["allow_is_bidirectional_skip"] = False
+            return _everything(call)
+        key_range = _key_range(call, pattern, handed_on)
+    elif at_once and not by_torch:
+        key_range = _of_one_query(kwargs, call) if call.num_queries == 1 else row_ranges(kwargs, call)
+    if key_range is not None:
+        return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
     if wants_additive_mask(kwargs.get("config")):
-        return masking_utils.eager_mask(**whole)
-    return masking_utils.sdpa_mask(**whole)
+        return masking_utils.eager_mask(**_whole(kwargs))
+    return masking_utils.sdpa_mask(**_whole(kwargs))
+
+
+def _whole(kwargs: dict) -> dict:
+    """The request that is never answered by None, but for the models that need that."""
+    whole = {**kwargs, "allow_is_causal_skip": False}
+    return whole if takes_no_mask(kwargs.get("config")) else {**whole, "allow_is_bidirectional_skip": False}
+
+
+def _of_one_query(kwargs: dict, call: MaskCall) -> torch.Tensor:
+    """The KeyRange of one query, whatever the mask function: its line of the mask is a set of keys."""
+    line = masking_utils.sdpa_mask(**_whole(kwargs)).expand(call.batch_size, 1, 1, call.num_keys)
+    return make_step_key_range(call.batch_size, call.num_keys, key_mask=line[:, 0, 0].contiguous(), device=call.device)
+
+
+def _everything(call: MaskCall) -> RangeMask:
+    return RangeMask.of_everything(call.batch_size, call.num_queries, call.num_keys, call.device)
 
 
 def _torch_computes(call: MaskCall) -> bool:
@@ -144,10 +134,7 @@ def _range_mask_may_serve(kwargs: dict) -> bool:
     return not (takes_no_mask(config) or wants_additive_mask(config))
 
 
-def _key_range(call: MaskCall, pattern: Pattern, handed_on: bool) -> torch.Tensor | None:
-    """The KeyRange of a pattern, or None for packed rows that it cannot say."""
-    if pattern.documents is not None:
-        return _packed_ranges(call, pattern)
+def _key_range(call: MaskCall, pattern: Pattern, handed_on: bool) -> torch.Tensor:
     # A prompt must not wait until its kernel is compiled. Whoever trains or encodes makes many such masks.
     once = call.num_queries > 1 and handed_on and not torch.is_grad_enabled()
     make = make_key_range if once else make_step_key_range
@@ -195,94 +182,3 @@ def _sees_every_key(call: MaskCall, pattern: Pattern, every_slot_filled: bool) -
     if isinstance(call.query_start, torch.Tensor) or call.query_start != call.num_keys - 1:
         return False
     return pattern.left < 0 or call.num_keys <= pattern.left + 1
-
-
-def _packed_ranges(call: MaskCall, pattern: Pattern) -> torch.Tensor | None:
-    """A range for each query of packed rows, or None where Q != K (Transformers packs only without a cache)."""
-    documents = pattern.documents
-    if call.num_queries != call.num_keys or call.key_mask is not None:
-        return None
-    # Documents are numbered in order, so the first and last token of one are found by counting smaller numbers.
-    documents = documents.expand(call.batch_size, -1).contiguous()
-    first = torch.searchsorted(documents, documents, right=False)  # [B, Q]
-    end = torch.searchsorted(documents, documents, right=True)
-    slot = torch.arange(call.num_queries, device=documents.device)
-    if pattern.left >= 0:
-        first = torch.maximum(first, slot - pattern.left)
-    if pattern.right >= 0:
-        end = torch.minimum(end, slot + pattern.right + 1)
-    return make_row_ranges(first, end, call.num_keys)
-
-
-def recognise(kwargs: dict) -> Pattern | None:
-    """The Pattern that the request's mask function amounts to, or None where it is not one that we know."""
-    function = kwargs.get("mask_function", masking_utils.causal_mask_function)
-    known = _known_function(function)
-    if known is not None:
-        return known
-    if torch.compiler.is_compiling():
-        return _recognise_traced(function, kwargs)
-    return _recognise_parts(function)
-
-
-def _known_function(function) -> Pattern | None:
-    if function is masking_utils.causal_mask_function:
-        return CAUSAL
-    if function is getattr(masking_utils, "bidirectional_mask_function", None):
-        return EVERYTHING
-    return None
-
-
-def _recognise_parts(function) -> Pattern | None:
-    """Read a mask function's closure: an intersection of known parts is known."""
-    known = _known_function(function)
-    if known is not None:
-        return known
-    cells = _closure(function)
-    made_by = getattr(function, "__qualname__", "").partition(".")[0]
-    if made_by == "and_masks":
-        pattern = EVERYTHING
-        for part in cells["mask_functions"]:
-            part = _recognise_parts(part)
-            if part is None:
-                return None
-            pattern = pattern.and_(part)
-        return pattern
-    if made_by == "sliding_window_overlay":
-        return Pattern(left=cells["sliding_window"] - 1)
-    if made_by == "sliding_window_bidirectional_overlay":
-        return Pattern(left=cells["sliding_window"], right=cells["sliding_window"])
-    if made_by == "packed_sequence_mask_function":
-        return Pattern(documents=cells["packed_sequence_mask"])
-    if made_by == "remap_positions_for_packed_sequence":
-        # Within a document positions rise by one, so distances in positions are distances in slots.
-        return _recognise_parts(cells["mask_function"])
-    return None
-
-
-def _recognise_traced(function, kwargs: dict) -> Pattern | None:
-    """Under torch.compile closures cannot be read, but the request's other keywords tell a sliding window.
-
-    Transformers says `use_vmap` where a user's function was mixed in, and packs only without a padding mask and cache.
-    """
-    window = getattr(kwargs.get("config"), "sliding_window", None)
-    not_packed = kwargs.get("attention_mask") is not None or isinstance(kwargs.get("q_offset"), torch.Tensor)
-    if (
-        window is not None
-        and kwargs.get("local_size") == window
-        and kwargs.get("use_vmap") is False
-        and not_packed
-        and function.__qualname__ == "and_masks.<locals>.and_mask"
-    ):
-        return Pattern(left=window - 1, right=0)
-    return None
-
-
-def _closure(function) -> dict:
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    return dict(zip(code.co_freevars, (cell.cell_contents for cell in cells))) if code and cells else {}
-
-
-def _nearer(a: int, b: int) -> int:
-    """The smaller of two distances, where -1 is without limit."""
-    return max(a, b) if min(a, b) < 0 else min(a, b)

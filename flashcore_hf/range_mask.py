@@ -118,6 +118,16 @@ class RangeMask(torch.Tensor):
         return mask
 
 
+@torch._dynamo.allow_in_graph
+def range_or_dense(mask: RangeMask) -> torch.Tensor:
+    """The KeyRange (int32), or bool `[B, 1, Q, K]` where the dense mask was given out, which may have been written in.
+
+    torch.compile runs this as it stands and at its place among what reads the mask; an attribute it would take from the
+    mask as it came in.
+    """
+    return mask.dense() if mask.is_read() else mask.key_range
+
+
 def can_be_made() -> bool:
     """Whether a RangeMask made now meets operators that run at once, and not a tracer, a mode or a transform.
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import StaticCache
+from transformers import StaticCache, masking_utils
 
 from .compare import TOLERANCE, named
 from .models import model_pair, prompts
@@ -94,6 +94,24 @@ def test_a_whole_prefill_compiles():
         got = compiled(ids, attention_mask=mask).logits
         expected = eager(ids, attention_mask=mask).logits
     assert ((got - expected).abs() * mask[..., None]).max() / expected.abs().max() < TOLERANCE
+
+
+def test_a_decoder_that_is_not_causal_compiles():
+    """A window to both sides was taken for one of what is causal, as closures cannot be read in a trace."""
+    if not hasattr(masking_utils, "create_bidirectional_sliding_window_mask"):
+        pytest.skip("this version's decoders are causal")
+    eager, model = model_pair("mistral")
+    ids, mask = prompts(2, 13, "left")
+    outputs = {}
+    for causal in (True, False):
+        eager.config.is_causal = model.config.is_causal = causal
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            got = compiled(ids, attention_mask=mask, use_cache=False).logits
+            outputs[causal] = expected = eager(ids, attention_mask=mask, use_cache=False).logits
+        assert ((got - expected).abs() * mask[..., None]).max() / expected.abs().max() < TOLERANCE
+    assert (outputs[True] - outputs[False]).abs().max() > 0.1, "the control"
 
 
 @pytest.mark.filterwarnings("ignore::flashcore_kernels.FlashcoreFallbackWarning")

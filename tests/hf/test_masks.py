@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from flashcore_hf.compat import CACHE_NAME
-from flashcore_hf.masks import CAUSAL, EVERYTHING, Pattern, flashcore_mask, recognise, takes_key_range
+from flashcore_hf.masks import flashcore_mask
+from flashcore_hf.models import takes_key_range
+from flashcore_hf.patterns import CAUSAL, EVERYTHING, Pattern, recognise
 
 from .compare import greedy, logit_error
 from .models import model_pair, prompts, tiny_config
@@ -212,8 +214,10 @@ class TestPacked:
         assert answer.dtype == torch.int32 and layout_of(answer, 3, 9, 9) == "rows"
         assert torch.equal(visible(answer, 9, 9), dense(kwargs))
 
-    def test_with_padding_it_is_dense(self):
-        kwargs = request(9, 9, function=self.function(), padding=padding(9, "left"))
+    def test_numbers_out_of_order_are_dense(self):
+        """ESM C hands over sequence numbers of its user's: a document's tokens may lie apart."""
+        function = masking_utils.packed_sequence_mask_function(self.DOCUMENTS.flip(1))
+        kwargs = request(9, 9, function=masking_utils.and_masks(FUNCTIONS["causal"], function))
         answer = flashcore_mask(**kwargs)
         assert answer.dtype == torch.bool and torch.equal(answer.expand(3, -1, -1, -1), dense(kwargs))
 
@@ -228,6 +232,20 @@ class TestRecognition:
     def test_intersections_keep_the_nearer_limit(self):
         assert Pattern(3, -1).and_(Pattern(5, 0)) == Pattern(3, 0)
         assert Pattern(-1, -1).and_(Pattern(5, 2)) == Pattern(5, 2)
+
+    def test_unions_keep_the_farther_one(self):
+        assert Pattern(3, 0).or_(Pattern(2, 5)) == Pattern(3, 5)
+        assert Pattern(-1, 0).or_(Pattern(5, -1)) == EVERYTHING
+
+    def test_a_function_of_that_name_of_somebody_else_is_unknown(self):
+        def sliding_window_overlay(sliding_window):
+            def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
+                return kv_idx != sliding_window
+
+            return inner_mask
+
+        assert recognise({"mask_function": sliding_window_overlay(4)}) is None
+        assert recognise({"mask_function": masking_utils.sliding_window_overlay(4)}) == Pattern(left=3)
 
     @pytest.mark.parametrize("combine", ["and_masks", "or_masks"])
     def test_a_users_own_function_is_dense(self, combine):

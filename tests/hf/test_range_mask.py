@@ -132,6 +132,39 @@ def test_a_compiled_part_of_a_model_takes_one():
         compiled(read, SCORES)
 
 
+def written(mask, query):
+    mask[:, :, :, 4] = True
+    return query
+
+
+def written_in_a_view(mask, query):
+    mask[:, :, 2:, :].fill_(True)
+    return query
+
+
+def only_read(mask, query):
+    return query + 0 * mask[:, :, :, :1].sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("reads", [written, written_in_a_view, only_read])
+def test_a_compiled_part_sees_what_it_wrote_into_one(reads, backend):
+    """It attended by the KeyRange of before."""
+    torch._dynamo.reset()
+    layer = Layer()
+
+    def part(mask, query):
+        query = reads(mask, query)
+        return flashcore_hf.attention.flashcore_attention(layer, query, query, query, mask)[0]
+
+    query = heads()[0]
+    expected = part(made(), query)
+    torch.testing.assert_close(torch.compile(part, backend=backend, fullgraph=True)(made(), query), expected)
+    changed = flashcore_hf.attention.flashcore_attention(layer, query, query, query, made())[0] - expected
+    assert (changed.abs().max() > 0.1) == (reads is not only_read), "the control"
+
+
 def encoder_request(**extra) -> dict:
     kwargs = request(9, 9, padding=padding(9, "holes"), function=masking_utils.bidirectional_mask_function, **extra)
     kwargs["config"].model_type = "bert"
@@ -200,13 +233,44 @@ def test_gradients_beside_a_mask_that_is_read(name, way):
     assert not torch.equal(gradient(made()), gradient(~values()))
 
 
-def test_none_for_static_caches():
-    """generate() makes masks ahead for them, and compiles the model that takes them."""
-    kwargs = request(9, 9, padding=padding(9, "holes"))
-    kwargs["config"].model_type = "a model that may read its mask"
-    with torch.no_grad():
-        assert type(flashcore_mask(**{**kwargs, "allow_is_causal_skip": False})) is torch.Tensor
-        assert type(flashcore_mask(**{**kwargs, "allow_is_causal_skip": True})) is RangeMask
+@torch.no_grad()
+def test_made_ahead_for_a_compiled_decode_of_a_static_cache(monkeypatch):
+    """generate() makes masks ahead for a static cache, and compiles the model that takes them: one graph."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from transformers import StaticCache
+
+    from .compare import TOLERANCE, named
+    from .models import model_pair, prompts
+
+    monkeypatch.setattr(flashcore_hf.masks, "takes_key_range", lambda config: False)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    eager, model = model_pair("llama", **small)
+    ids, padded = prompts(2, 9, "left")
+    full = torch.ones(2, 20, dtype=torch.long)
+    full[:, :9] = padded
+    counter = CompileCounterWithBackend("aot_eager")
+    steps = {"eager": eager, "flashcore": torch.compile(model, backend=counter, fullgraph=True)}
+    logits = {}
+    for name, each in (("eager", eager), ("flashcore", model)):
+        cache = StaticCache(config=each.config, max_batch_size=2, max_cache_len=20)
+        place = {"cache_position": torch.arange(9)}
+        out = each(ids, attention_mask=full, **named(cache), use_cache=True, **place)
+        logits[name] = [out.logits[:, -1:]]
+        for i in range(9, 15):
+            mask = full
+            place = {"cache_position": torch.tensor([i])}
+            if name == "flashcore":
+                kwargs = request(1, 20, query_start=torch.tensor(i), padding=full.bool(), batch_size=2)
+                mask = flashcore_mask(**kwargs, allow_is_causal_skip=False)
+                assert type(mask) is RangeMask
+            token = logits["eager"][i - 9].argmax(-1)
+            out = steps[name](
+                token, attention_mask=mask, position_ids=full[:, :i].sum(-1, keepdim=True), **named(cache), **place
+            )
+            logits[name].append(out.logits)
+    assert counter.frame_count == 1
+    expected, got = (torch.cat(each, dim=1) for each in logits.values())
+    assert (got - expected).abs().max() / expected.abs().max() < TOLERANCE
 
 
 class Layer(torch.nn.Module):

@@ -1,7 +1,8 @@
 """A new Transformers that asks something new of backends fails here, with the list of what the adapter does not know.
 
 When it fires: find out what the new thing means for flashcore (take it, refuse it, or see that it does not matter),
-do that in attention.py, arguments.py, masks.py or backend.py, add a test, and only then add the name below.
+do that in attention.py, arguments.py, patterns.py, row_ranges.py or backend.py, add a test, and only then add the name
+below.
 """
 
 import inspect
@@ -16,7 +17,7 @@ import pytest
 import transformers
 
 import flashcore_hf
-from flashcore_hf import arguments, attention, backend, compat, masks
+from flashcore_hf import arguments, attention, backend, compat, patterns, row_ranges
 
 from . import scan
 
@@ -27,12 +28,10 @@ IN_A_KEY_RANGE = {
     "causal_mask_function", "bidirectional_mask_function", "sliding_window_overlay",
     "sliding_window_causal_mask_function", "sliding_window_bidirectional_overlay",
     "sliding_window_bidirectional_mask_function", "packed_sequence_mask_function",
-    "remap_positions_for_packed_sequence", "and_masks",
+    "remap_positions_for_packed_sequence", "and_masks", "or_masks", "chunked_overlay", "_legacy_chunked_overlay",
+    "chunked_causal_mask_function", "blockwise_overlay",
 }  # fmt: skip
-DENSE = {
-    "chunked_overlay", "_legacy_chunked_overlay", "chunked_causal_mask_function", "blockwise_overlay", "or_masks",
-    "padding_mask_function", "add_offsets_to_mask_function",
-}  # fmt: skip
+DENSE = {"padding_mask_function", "add_offsets_to_mask_function"}
 MASK_MAKER_ARGUMENTS = {
     "config", "inputs_embeds", "input_embeds", "attention_mask", "past_key_values", "cache", "position_ids",
     "layer_idx", "or_mask_function", "and_mask_function", "block_sequence_ids", "encoder_hidden_states",
@@ -160,11 +159,19 @@ def test_the_scan_sees_what_is_there():
     assert scan.flash_tests(ROOT)["modeling_utils.py"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(IN_A_KEY_RANGE - {"sliding_window_causal_mask_function",
-                                                          "sliding_window_bidirectional_mask_function"}))  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        IN_A_KEY_RANGE
+        - {
+            "sliding_window_causal_mask_function", "sliding_window_bidirectional_mask_function",
+            "chunked_causal_mask_function",
+        }
+    ),
+)  # fmt: skip
 def test_what_is_called_recognised_is(name):
-    """The lists above are no words alone: masks.py reads each of these by name."""
-    assert re.search(rf"\b{name}\b", inspect.getsource(masks))
+    """The lists above are no words alone: each of these is read by name."""
+    assert re.search(rf"\b{name}\b", inspect.getsource(patterns) + inspect.getsource(row_ranges))
 
 
 class TestUntestedVersion:
