@@ -15,6 +15,8 @@ from ...machine_code import LATE_EXPONENTIALS, resources
 # Loads of parked values in a main loop of 250 to 500 instructions, with head_dim up to 128 and above: there dq keeps
 # 128 registers of sums, and with a key range parks addresses and bounds.
 MAIN_LOOP_SPILLS = {False: 0, True: 5}
+# The same where softcap meets a key range a query, in whose blocks of 32 queries tanh leaves dkdv one register too few.
+CAPPED_ROWS_SPILLS = 1
 RANGE_LAYOUTS = {"plain": None, "range": "sequence", "rows": "rows"}
 
 
@@ -58,6 +60,8 @@ def problems(report: dict) -> list[str]:
     """What is wrong with a compiled kernel: an empty list is what tests want to see."""
     wrong = []
     main_loops, most = report["wgmma_loops"][:2], MAIN_LOOP_SPILLS[report["head_dim"] > 128]
+    if report["capped_rows"] and report["head_dim"] == 128 and report["kernel"] == "flashcore_hopper_backward_dkdv":
+        most = CAPPED_ROWS_SPILLS
     if report["shared"] > SHARED_LIMIT[90]:
         wrong.append(f"{report['shared']} bytes of shared memory, {SHARED_LIMIT[90]} exist")
     if not main_loops or any(spills > most for _, spills, _ in main_loops):
@@ -78,6 +82,7 @@ def compiled(kernel, constants, dtype: str = "bf16") -> dict:
     report = {
         "kernel": kernel.__name__,
         "head_dim": constants.d,
+        "capped_rows": constants.softcap and constants.range_layout == 2,
         "constants": repr(constants),
         "triton": triton.__version__,
     }

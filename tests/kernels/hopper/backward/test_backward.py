@@ -354,7 +354,7 @@ def test_rows_are_read_by_16_bytes_whatever_their_strides(value_dim, compiling):
     assert len(wide) == 2 * 32 * value_dim // (8 * 128)  # of two tensors, 8 numbers a load, by 128 threads
 
 
-@pytest.mark.parametrize("features", ["plain", "range"] if FULL else ["plain"])
+@pytest.mark.parametrize("features", aot_backward.RANGE_LAYOUTS if FULL else ["plain"])
 def test_compiled(features, compiling):
     """Main loops spill nothing, their exponentials run beside the products, and these are not serialised."""
     rows = [row for row in ROWS if FULL or not row.softcap]
