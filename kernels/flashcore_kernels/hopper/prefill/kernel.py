@@ -14,8 +14,8 @@ each other, so the loop has no barrier that can be left out:
 
 Each consumer is a partition with machine code of its own, or two are one partition and share one copy (`one_copy`):
 with two copies short tiles wait for instructions a good part of their time. The two consumers of a partition are never
-to wait for each other, unless they take turns. So Triton must put no barrier into their loop (see `copies.unseen`), and their
-output leaves without the copy engine.
+to wait for each other, unless they take turns. So Triton must put no barrier into their loop (see `copies.unseen`), and
+their output leaves without the copy engine.
 
 Barriers in shared memory come in pairs: `full` (data has arrived) and `empty` (the consumers are done with it). Both
 sides count their uses; use u of a buffer of N stages is stage u % N in phase u // N % 2.
@@ -319,7 +319,7 @@ def flashcore_hopper(
     )  # fmt: skip
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
     if C.one_copy:
-        unseen = Barriers(
+        unseen_barriers = Barriers(
             q_full=unseen(q_full), q_empty=unseen(q_empty), k_full=unseen(k_full), k_empty=unseen(k_empty),
             v_full=unseen(v_full), v_empty=unseen(v_empty), v_raw=v_raw, mask_full=v_raw, mask_empty=v_raw,
         )  # fmt: skip
@@ -327,7 +327,7 @@ def flashcore_hopper(
             positions=unseen(positions), full=unseen(position_full), asked=position_asked, counter=Counter
         )
         unseen_call = Call(
-            descriptors=descriptors, buffers=buffers, barriers=unseen, queue=unseen_queue, pointers=pointers,
+            descriptors=descriptors, buffers=buffers, barriers=unseen_barriers, queue=unseen_queue, pointers=pointers,
             heads=heads, visibility=visibility, factors=factors, order=order, mask=mask,
         )  # fmt: skip
         output_rows = OutputRows(
