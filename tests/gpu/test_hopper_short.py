@@ -4,9 +4,10 @@ import pytest
 import torch
 from flashcore_kernels import attention, make_key_range, path_counts
 from flashcore_kernels.hopper.prefill import choose as prefill_choose
+from flashcore_kernels.hopper.prefill.table import MOST_SHORT_KEYS
 from flashcore_kernels.runtime import prepared
 
-from ..kernels.reference import assert_right, build, check, poison_unseen, strided
+from ..kernels.reference import Call, assert_right, build, check, poison_unseen, strided
 
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("the Gluon kernel is for compute capability 9.0", allow_module_level=True)
@@ -90,8 +91,8 @@ def test_sequences_that_see_nothing(length, persistent, poisoned_empty):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("slots", [200, 256, 300])
-def test_alone_batched_and_padded(slots, side):
+@pytest.mark.parametrize("slots", [200, MOST_SHORT_KEYS, MOST_SHORT_KEYS + 44])
+def test_alone_batched_and_padded(slots, side, poisoned_empty):
     """Each sequence of a batch gives the bits that it gives alone, also where the two take different kernels."""
     lengths = torch.tensor([slots, 17, 64, 65, 128, 129, 197], device="cuda")
     call = build((), slots, slots, batch_size=7, heads=(8, 2), head_dim=64, dtype=torch.bfloat16, device="cuda")
@@ -100,7 +101,7 @@ def test_alone_batched_and_padded(slots, side):
     call.arguments["key_range"] = make_key_range(7, slots, first=first, end=end, device="cuda")
     path_counts.clear()
     batched = poison_unseen(call).run()
-    assert set(path_counts) == {SHORT if slots <= 256 else LONG}
+    assert set(path_counts) == {SHORT if slots <= MOST_SHORT_KEYS else LONG}
     for b, length in enumerate(lengths.tolist()):
         own = slice(slots - length, slots) if side == "left" else slice(0, length)
         alone = attention(*(tensor[b : b + 1, :, own] for tensor in (call.query, call.key, call.value)))
@@ -112,12 +113,12 @@ def test_training(persistent):
     """The forward keeps its log-sum-exp for the backward of flashcore_hopper."""
     call = build(("right-padding",), 197, 197, batch_size=3, head_dim=64, dtype=torch.bfloat16, device="cuda")
     grads = []
-    for run in (call._replace, persistent):
+    for kernel, run in ((SHORT, Call.run), (LONG, persistent)):
         tensors = [tensor.detach().nan_to_num().requires_grad_() for tensor in (call.query, call.key, call.value)]
         new = call._replace(query=tensors[0], key=tensors[1], value=tensors[2])
         path_counts.clear()
-        out = new.run() if run == call._replace else persistent(new)
-        assert (SHORT if run == call._replace else LONG) in path_counts
+        out = run(new)
+        assert set(path_counts) == {kernel}
         out.square().sum().backward()
         grads.append([tensor.grad for tensor in tensors])
     for ours, theirs in zip(*grads, strict=True):
@@ -127,9 +128,7 @@ def test_training(persistent):
 def test_repeats(poisoned_empty):
     """Many programs beside each other, with values scrubbed in some."""
     for features in ((), ("holes",), ("right-padding",)):
-        call = build(
-            features, 250, 250, batch_size=64, heads=(12, 12), head_dim=64, dtype=torch.bfloat16, device="cuda"
-        )
+        call = build(features, 250, 250, batch_size=64, heads=(12, 12), head_dim=64, device="cuda")
         first = on_short(call)
         for _ in range(300):
             assert torch.equal(call.run(), first)

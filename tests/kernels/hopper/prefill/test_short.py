@@ -111,16 +111,17 @@ class TestLaunch:
         assert constants[1] == constants[2], "and not in the number of keys"
 
 
-class TestCompiled:
-    @pytest.fixture(scope="class")
-    def compiled(self):
-        """compiled(*command line of aot_short.py) -> its reports."""
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            with pytest.MonkeyPatch.context() as environment:
-                environment.delenv("TRITON_INTERPRET", raising=False)
-                pool.submit(os.getpid).result()  # the process begins here
-            yield lambda *command: pool.submit(aot_short.all_reports, list(command)).result()
+@pytest.fixture(scope="module")
+def compiled():
+    """compiled(*command line of aot_short.py) -> its reports."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.delenv("TRITON_INTERPRET", raising=False)
+            pool.submit(os.getpid).result()  # the process begins here
+        yield lambda *command: pool.submit(aot_short.all_reports, list(command)).result()
 
+
+class TestCompiled:
     def test_no_spills_in_the_loop_and_as_many_programs_as_registers_say(self, compiled):
         reports = compiled(*(() if FULL else ("--features", "none", "range-lse")))
         assert len(reports) >= 4
