@@ -46,8 +46,8 @@ def choose(problem: Problem, device: Device) -> Plan:
 
     Nothing here depends on the batch size or on how long the sequences are, so that a sequence is computed the same way
     alone and in a batch; with one exception: calls of up to MAX_DECODE_QUERIES query tokens take a decode kernel.
-    Which row of a table it is may depend on the number of queries and on whether there is a key range: rows between
-    which these decide give the same bits.
+    Which row of a table it is, or which of the prefill's kernels on Hopper, may depend on the numbers of queries and of
+    key slots and on whether there is a key range: rows and kernels between which these decide give the same bits.
     """
     reason = fallback_reason(problem, device)
     if reason is not None:

@@ -11,6 +11,7 @@ from .problem import Inputs, Problem
 LAUNCHES = {
     "flashcore_hopper_decode": ".hopper.decode.launch",
     "flashcore_hopper": ".hopper.prefill.launch",
+    "flashcore_hopper_short": ".hopper.prefill.short_launch",
     "flashcore_decode": ".portable.decode",
     "flashcore_forward": ".portable.forward",
 }

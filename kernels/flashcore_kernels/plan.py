@@ -12,7 +12,8 @@ class Plan(NamedTuple):
     """Which kernel runs a call, and how.
 
     Attributes:
-        kernel: "flashcore_forward", "flashcore_decode", "flashcore_hopper", "flashcore_hopper_decode" or "torch".
+        kernel: "flashcore_forward", "flashcore_decode", "flashcore_hopper", "flashcore_hopper_short",
+            "flashcore_hopper_decode" or "torch".
         reason: one sentence: the rule that chose it.
         config: the family's own frozen type, None for "torch". All have `block_m` and `block_n`, the rows of a tile and
             the keys of a block, and `num_warps` and `num_stages` of the launch.

@@ -17,10 +17,31 @@ def release(empty):
     async_copy.mbarrier_arrive(empty, increment_count=False)
 
 
+@gluon.jit(noinline=True)
+def unseen(memory):
+    """The same shared memory, as something that Triton knows nothing of.
+
+    What it hides: between two waits for one array of barriers Triton puts a barrier of the partition. That is for
+    threads which sleep through two phases of an mbarrier. It would stand in each block, and two consumers of one
+    partition would wait for each other there.
+
+    Why it may be left out: no thread can sleep through two phases here, because each arrives for itself. A phase ends
+    only when every thread has arrived. (For the queries' barrier, a thread arrives after it has read the next position,
+    see hand_out.)
+
+    Triton keeps the memory for as long as it sees it used, and the producer uses the memory itself. Nothing is called
+    in the end: LLVM inlines this.
+    """
+    return memory
+
+
 @gluon.jit
-def write_seen_keys(Range, keep, b, m0, n, lo, hi, visibility, BM: gl.constexpr, BN: gl.constexpr, RANGE: gl.constexpr):
+def write_seen_keys(
+    Range, keep, b, m0, n, lo, hi, visibility, BM: gl.constexpr, BN: gl.constexpr, RANGE: gl.constexpr,
+    WARPS: gl.constexpr = 1,
+):  # fmt: skip
     """Write to `keep` int32 `[BN]` which keys of the block exist and are seen by a row of the tile."""
-    cols = n + gl.arange(0, BN, gl.BlockedLayout([1], [32], [1], [0]))
+    cols = n + gl.arange(0, BN, gl.BlockedLayout([1], [32], [WARPS], [0]))
     inside = (cols >= lo) & (cols < hi)
     if RANGE == 1:
         bitmap = Range + b.to(gl.int64) * visibility.stride_rb + BITMAP
@@ -37,7 +58,7 @@ def write_seen_keys(Range, keep, b, m0, n, lo, hi, visibility, BM: gl.constexpr,
 
 
 @gluon.jit
-def scrub(values, keep, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constexpr):
+def scrub(values, keep, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constexpr, WARPS: gl.constexpr = 1):
     """Zero the rows of `values` `[BN, DV]` that nobody sees: they may hold NaN, and 0 * NaN is NaN.
 
     Args:
@@ -45,17 +66,19 @@ def scrub(values, keep, n, lo, hi, any_key, BN: gl.constexpr, DV: gl.constexpr):
         n: key of the first row.
         lo, hi: keys outside of [lo, hi) are seen by nobody.
         any_key: a key between them may be seen by nobody, too.
+        WARPS: of the partition.
     """
-    # 8 rows of 128 bytes at a time: that is the unit of the swizzle, and what a warp's few registers hold.
+    # 8 rows of 128 bytes a warp at a time: that is the unit of the swizzle, and what a warp's few registers hold.
+    EIGHTS: gl.constexpr = 8 * WARPS
     WIDE: gl.constexpr = 64 if DV >= 64 else DV
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDE, WIDE // 8], [1, 1], [1, 0])
-    for c in gl.static_range(0, BN, 8):
-        if any_key | (n + c < lo) | (n + c + 8 > hi):
-            keys = n + c + gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDE, WIDE // 8], [WARPS, 1], [1, 0])
+    for c in gl.static_range(0, BN, EIGHTS):
+        if any_key | (n + c < lo) | (n + c + EIGHTS > hi):
+            keys = n + c + gl.arange(0, EIGHTS, gl.SliceLayout(1, LAYOUT))
             seen = (keys >= lo) & (keys < hi)
             if any_key:
-                seen = seen & (keep.slice(c, 8).load(gl.SliceLayout(1, LAYOUT)) != 0)
+                seen = seen & (keep.slice(c, EIGHTS).load(gl.SliceLayout(1, LAYOUT)) != 0)
             for d in gl.static_range(0, DV, WIDE):
-                part = values.slice(c, 8).slice(d, WIDE, dim=1)
+                part = values.slice(c, EIGHTS).slice(d, WIDE, dim=1)
                 rows = part.load(LAYOUT)
                 part.store(gl.where(seen[:, None], rows, gl.zeros_like(rows)))

@@ -1,4 +1,4 @@
-"""Which prefills the Gluon kernel serves on compute capability 9.0, and with which tiles."""
+"""Which prefills the Gluon kernels serve on compute capability 9.0, and with which tiles."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from ...device import Device
 from ...plan import Plan, is_decode, why_not_decode
 from ...problem import Problem
 from .. import FIRST_TRITON
-from .table import PrefillRow, prefill_row_for
+from .table import PrefillRow, ShortRow, prefill_row_for, short_row_for
 
 # The first Triton that puts barriers where both consumers of a partition would wait for each other.
 ONE_COPY_BEFORE = (3, 8)
@@ -46,8 +46,34 @@ class PrefillConfig(NamedTuple):
         return self.row.stages
 
 
+class ShortConfig(NamedTuple):
+    """How `flashcore_hopper_short` runs.
+
+    Attributes:
+        row: of the table.
+    """
+
+    row: ShortRow
+
+    block_m = 64
+    num_warps = 4
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a block."""
+        return self.row.block_n
+
+    @property
+    def num_stages(self) -> int:
+        """Blocks of K and V in shared memory."""
+        return self.row.stages
+
+
 def choose_hopper_prefill(problem: Problem, device: Device) -> Plan | str | None:
-    """`flashcore_hopper`, or why it cannot serve this prefill; None: it is a decode, or another GPU."""
+    """`flashcore_hopper` or, of short sequences, `flashcore_hopper_short`, which gives the same bits.
+
+    Or why neither can serve this prefill; None: it is a decode, or another GPU.
+    """
     if device.arch != 90 or is_decode(problem) and not problem.fp8:
         return None
     row = prefill_row_for(
@@ -58,7 +84,24 @@ def choose_hopper_prefill(problem: Problem, device: Device) -> Plan | str | None
     reason = _reason_against(problem, device, row)
     if reason is not None:
         return reason
+    short = short_row_for(problem.head_dim, problem.value_dim, problem.num_keys) if _sees_all(problem) else None
+    if short is not None:
+        why = f"{why_not_decode(problem)}, and {problem.num_keys} keys, at most {short.most_keys}"
+        return Plan("flashcore_hopper_short", why, ShortConfig(short))
     return Plan("flashcore_hopper", why_not_decode(problem), PrefillConfig(row, device.processors))
+
+
+def _sees_all(problem: Problem) -> bool:
+    """Whether queries see all keys, or those of a KeyRange with a line a sequence, without softcap and sinks.
+
+    With a KeyRange there are as many key slots as queries: sequences attend to themselves. Elsewhere the keys are most
+    likely a cache's, and the kernel that `precompile` has begun to compile for its prompt is to serve that.
+    """
+    if problem.softcap or problem.has_sinks or problem.mask_kind is not None:
+        return False
+    if problem.range_layout == "sequence":
+        return problem.num_queries == problem.num_keys
+    return problem.range_layout is None and problem.left < 0 and problem.right < 0
 
 
 def _bias_bits(problem: Problem) -> int:

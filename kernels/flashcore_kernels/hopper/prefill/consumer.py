@@ -56,7 +56,7 @@ def _second_warpgroup():
 
 
 @gluon.jit
-def _scores(q0, q1, buffers, stage, C: gl.constexpr):
+def issue_scores(q0, q1, buffers, stage, C: gl.constexpr):
     """Issue S = Q K^T for the block in `stage`."""
     D0: gl.constexpr = C.d0
     D1: gl.constexpr = C.d1
@@ -73,7 +73,7 @@ def _scores(q0, q1, buffers, stage, C: gl.constexpr):
 
 
 @gluon.jit
-def _add_values(p, buffers, stage, acc0, acc1, C: gl.constexpr):
+def issue_values(p, buffers, stage, acc0, acc1, C: gl.constexpr):
     """Issue acc += P V for the block in `stage`."""
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
@@ -199,10 +199,10 @@ def _step(softmax, use, n, edge, entry, q0, q1, tile, call, C: gl.constexpr):
     mbarrier.wait(barriers.k_full.index(stage), use // STAGES & 1)
     if C.turns:
         _wait_for_turn()
-    s_async = _scores(q0, q1, buffers, stage, C)
+    s_async = issue_scores(q0, q1, buffers, stage, C)
     if C.scores_ahead and C.consumers < 3:
         p, l = _probabilities(p, m, l, alpha, to_log2, C)
-    acc0_async, acc1_async = _add_values(p, buffers, before, acc0, acc1, C)
+    acc0_async, acc1_async = issue_values(p, buffers, before, acc0, acc1, C)
     if C.turns:
         _pass_turn()
     s = warpgroup_mma_wait(2 if DV1 > 0 else 1, deps=[s_async])
@@ -273,7 +273,7 @@ def _other_blocks(softmax, use, q0, q1, tile, call, C: gl.constexpr):
 
 
 @gluon.jit
-def _no_sums(C: gl.constexpr):
+def no_sums(C: gl.constexpr):
     """Two accumulators of zeros."""
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
@@ -316,7 +316,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         q1 = q0
         if D1 > 0:
             q1 = buffers.q1.index(buffer).reshape([ROWS, D1])
-        acc0, acc1 = _no_sums(C)
+        acc0, acc1 = no_sums(C)
 
         # The first block: there is no product with V yet.
         stage = use % STAGES
@@ -329,7 +329,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         mbarrier.wait(barriers.k_full.index(stage), use // STAGES & 1)
         if C.turns:
             _wait_for_turn()
-        s_async = _scores(q0, q1, buffers, stage, C)
+        s_async = issue_scores(q0, q1, buffers, stage, C)
         if C.turns:
             _pass_turn()
         s = warpgroup_mma_wait(0, deps=[s_async])
@@ -358,7 +358,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         stage = (use - 1) % STAGES
         if C.scores_ahead:
             p, l = _probabilities(p, m, l, alpha, to_log2, C)
-        acc0_async, acc1_async = _add_values(p, buffers, stage, acc0, acc1, C)
+        acc0_async, acc1_async = issue_values(p, buffers, stage, acc0, acc1, C)
         position = _next_position(call, tiles_done, C)
         if QUERY_BUFFERS == 2 and C.from_registers:  # the output leaves from registers; for the order see hand_out
             release(barriers.q_empty.index(buffer))

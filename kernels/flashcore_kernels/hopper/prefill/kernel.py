@@ -14,8 +14,8 @@ each other, so the loop has no barrier that can be left out:
 
 Each consumer is a partition with machine code of its own, or two are one partition and share one copy (`one_copy`):
 with two copies short tiles wait for instructions a good part of their time. The two consumers of a partition are never
-to wait for each other, unless they take turns. So Triton must put no barrier into their loop (see `_unseen`), and their
-output leaves without the copy engine.
+to wait for each other, unless they take turns. So Triton must put no barrier into their loop (see `copies.unseen`), and
+their output leaves without the copy engine.
 
 Barriers in shared memory come in pairs: `full` (data has arrived) and `empty` (the consumers are done with it). Both
 sides count their uses; use u of a buffer of N stages is stage u % N in phase u // N % 2.
@@ -27,6 +27,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from ..copies import unseen
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out
 from ..triton_api import SHARED_WORKER_ARGUMENTS
@@ -113,24 +114,6 @@ class PrefillConstants:
             shape = [self.rows, columns]
             layouts.append(tuple(gl.DistributedLinearLayout(*each, warps, [], shape) for each in zip(registers, lanes)))
         return tuple(layouts)
-
-
-@gluon.jit(noinline=True)
-def _unseen(memory):
-    """The same shared memory, as something that Triton knows nothing of.
-
-    What it hides: between two waits for one array of barriers Triton puts a barrier of the partition. That is for
-    threads which sleep through two phases of an mbarrier. It would stand in each block, and two consumers of one
-    partition would wait for each other there.
-
-    Why it may be left out: no thread can sleep through two phases here, because each arrives for itself. A phase ends
-    only when every thread has arrived. (For the queries' barrier, a thread arrives after it has read the next position,
-    see hand_out.)
-
-    Triton keeps the memory for as long as it sees it used, and the producer uses the memory itself. Nothing is called
-    in the end: LLVM inlines this.
-    """
-    return memory
 
 
 @gluon.jit
@@ -336,15 +319,15 @@ def flashcore_hopper(
     )  # fmt: skip
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
     if C.one_copy:
-        unseen = Barriers(
-            q_full=_unseen(q_full), q_empty=_unseen(q_empty), k_full=_unseen(k_full), k_empty=_unseen(k_empty),
-            v_full=_unseen(v_full), v_empty=_unseen(v_empty), v_raw=v_raw, mask_full=v_raw, mask_empty=v_raw,
+        unseen_barriers = Barriers(
+            q_full=unseen(q_full), q_empty=unseen(q_empty), k_full=unseen(k_full), k_empty=unseen(k_empty),
+            v_full=unseen(v_full), v_empty=unseen(v_empty), v_raw=v_raw, mask_full=v_raw, mask_empty=v_raw,
         )  # fmt: skip
         unseen_queue = Queue(
-            positions=_unseen(positions), full=_unseen(position_full), asked=position_asked, counter=Counter
+            positions=unseen(positions), full=unseen(position_full), asked=position_asked, counter=Counter
         )
         unseen_call = Call(
-            descriptors=descriptors, buffers=buffers, barriers=unseen, queue=unseen_queue, pointers=pointers,
+            descriptors=descriptors, buffers=buffers, barriers=unseen_barriers, queue=unseen_queue, pointers=pointers,
             heads=heads, visibility=visibility, factors=factors, order=order, mask=mask,
         )  # fmt: skip
         output_rows = OutputRows(

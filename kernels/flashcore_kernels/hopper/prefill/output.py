@@ -54,7 +54,6 @@ def write(acc0, acc1, m, l, tile, o0_smem, o1_smem, output_rows, call, C: gl.con
     DV0: gl.constexpr = C.dv0
     DV1: gl.constexpr = C.dv1
     dtype: gl.constexpr = o0_smem.dtype
-    descriptors = call.descriptors
     num_queries = call.visibility.num_queries
     b = tile.b
     h = tile.h
@@ -84,7 +83,7 @@ def write(acc0, acc1, m, l, tile, o0_smem, o1_smem, output_rows, call, C: gl.con
             o0_smem.reshape([ROWS, HALF]).store((half * shrink).to(dtype))
             fence_async_shared()
             barrier()
-            tma_store(descriptors.o0, [b, h, r0, i * HALF], o0_smem)
+            tma_store(call.descriptors.o0, [b, h, r0, i * HALF], o0_smem)
     else:
         # The output takes the place of the queries, which all threads must have read.
         barrier()
@@ -93,9 +92,9 @@ def write(acc0, acc1, m, l, tile, o0_smem, o1_smem, output_rows, call, C: gl.con
             o1_smem.reshape([ROWS, DV1]).store(_normalised(acc1, shrink).to(dtype))
         fence_async_shared()
         barrier()
-        tma_store(descriptors.o0, [b, h, r0, 0], o0_smem)
+        tma_store(call.descriptors.o0, [b, h, r0, 0], o0_smem)
         if DV1 > 0:
-            tma_store(descriptors.o1, [b, h, r0, DV0], o1_smem)
+            tma_store(call.descriptors.o1, [b, h, r0, DV0], o1_smem)
 
 
 @gluon.jit

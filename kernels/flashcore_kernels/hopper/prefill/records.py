@@ -151,6 +151,29 @@ class Call(NamedTuple):
     mask: DenseMask
 
 
+class ShortBuffers(NamedTuple):
+    """Shared memory of a program of the short kernel.
+
+    Attributes:
+        k0: keys, `[stages, 1, 1, BN, d0]`.
+        v0: values, `[stages, 1, 1, BN, dv0]`.
+        keep: as in Buffers; with a KeyRange alone.
+    """
+
+    k0: gl.shared_memory_descriptor
+    v0: gl.shared_memory_descriptor
+    keep: gl.shared_memory_descriptor
+
+
+class ShortCall(NamedTuple):
+    """All that a program of the short kernel works with, of what stands in a Call."""
+
+    buffers: ShortBuffers
+    pointers: Pointers
+    heads: Heads
+    visibility: Visibility
+
+
 class Softmax(NamedTuple):
     """What a partition carries from block to block of a tile.
 

@@ -1,117 +1,124 @@
-"""The forward of short sequences that see all of themselves: many small programs, each for one tile of queries.
+"""The forward of short sequences: many small programs, each for one tile of 64 queries of one head.
 
 `flashcore_hopper` keeps one program on each multiprocessor, whose consumers begin a tile together and end it together.
-With two to four blocks of keys a tile, its first scores and its output take as long as all the rest, and nothing runs
-beside them. Here two to four programs share a multiprocessor and know nothing of each other: while one waits for its
-queries or writes its output the others multiply. A program has no producer: there are so few blocks that most, or all,
-are under way before the first is needed.
+With one to four blocks of keys a tile, its first scores and its output take as long as all the rest, and nothing runs
+beside them. Here several programs share a multiprocessor and know nothing of each other: while one waits for its
+queries or writes its output the others multiply. A program is one warpgroup and has no producer: there are so few
+blocks that most, or all, are under way before the first is needed. What a producer keeps out of V it keeps out itself.
 
-What is computed is `flashcore_hopper`'s to the bit, block by block.
+What is computed is `flashcore_hopper`'s to the bit, block by block, so that a call's length may choose between them.
 """
-
-from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from ..copies import release
-from ..rows import end_of_rows
+from ..copies import release, scrub, unseen, write_seen_keys
+from ..query_tile import tile_of
+from ..records import Heads, TilePosition
 from ..triton_api import barrier, tma_load
-from .consumer import _add_values, _no_sums, _scores
-from .output import _normalised, _store
-from .records import OutputRows
-from .softmax import _hide_by_constants, exponents, fold_sums, maxima, rescale, row_sums, row_totals
-
-
-@gluon.jit(noinline=True)
-def _unseen(memory):
-    """See kernel.py: between two waits Triton puts no barrier, at which the two consumers would wait for each other."""
-    return memory
-
-
-class _Tiles(NamedTuple):
-    """As in Buffers of records.py."""
-
-    k0: gl.shared_memory_descriptor
-    k1: gl.shared_memory_descriptor
-    v0: gl.shared_memory_descriptor
-    v1: gl.shared_memory_descriptor
+from ..visible import FAR, Visibility, sequence_bounds
+from .consumer import issue_scores, issue_values, no_sums
+from .output import write
+from .records import OutputRows, Pointers, ShortBuffers, ShortCall
+from .softmax import exponents, fold_sums, hide, hide_by_constants, maxima, rescale, row_sums
 
 
 @gluon.jit
-def _load(desc0, desc1, smem0, smem1, full, b, head, n, stage, D0: gl.constexpr, D1: gl.constexpr):
-    """Begin to copy a tile of a tensor, in its two pieces, from row n of a head on."""
-    ROWS: gl.constexpr = smem0.shape[3]
-    mbarrier.expect(full.index(stage), ROWS * (D0 + D1) * 2)
-    tma_load(desc0, [b, head, n, 0], full.index(stage), smem0.index(stage))
-    if D1 > 0:
-        tma_load(desc1, [b, head, n, D0], full.index(stage), smem1.index(stage))
+def _load(desc, smem, full, b, head, n, stage):
+    """Begin to copy a tile of a tensor, from row n of a head on."""
+    ROWS: gl.constexpr = smem.shape[3]
+    COLUMNS: gl.constexpr = smem.shape[4]
+    mbarrier.expect(full.index(stage), ROWS * COLUMNS * 2)
+    tma_load(desc, [b, head, n, 0], full.index(stage), smem.index(stage))
+
+
+@gluon.jit
+def _clean_keys(b, call):
+    """(lo, hi, any_key) as in the producer: values outside of [lo, hi) may be NaN and, with `any_key`, any key's."""
+    visibility = call.visibility
+    bounds = sequence_bounds(call.pointers.key_range, b, visibility, 1)
+    lo = gl.maximum(bounds.first, bounds.start - bounds.left)
+    hi = gl.minimum(bounds.end, bounds.start + visibility.num_queries + bounds.right)
+    return lo, hi, bounds.holes != 0
+
+
+@gluon.jit
+def _clean_blocks(b, call):
+    """(lo, hi): blocks that begin at lo or later and end at hi or sooner have no values that may be NaN."""
+    num_keys = call.visibility.num_keys
+    lo, hi, any_key = _clean_keys(b, call)
+    # The copy engine itself gives zeros behind the last key.
+    return gl.where(any_key, FAR, lo), gl.where(hi < num_keys, hi, FAR)
+
+
+@gluon.jit
+def _scrub_values(n, stage, b, call, C: gl.constexpr):
+    """Zero those rows of a block of values that has arrived whose keys no query sees. All threads take part."""
+    BN: gl.constexpr = C.block_n
+    Range = call.pointers.key_range
+    keep = call.buffers.keep
+    lo, hi, any_key = _clean_keys(b, call)  # again: a few loads, for a few registers in all other blocks
+    if any_key:
+        write_seen_keys(Range, keep, b, 0, n, lo, hi, call.visibility, C.rows, BN, 1, C.warps)
+    values = call.buffers.v0.index(stage).reshape([BN, C.dv0])
+    scrub(values, keep, n, lo, hi, any_key, BN, C.dv0, C.warps)
+    fence_async_shared()
+    barrier()
 
 
 @gluon.jit(
     do_not_specialize=[
-        "num_heads", "group", "num_queries", "num_keys", "stride_ob", "stride_oh", "stride_os", "value_eights",
-        "tiles_per_head",
+        "num_heads", "group", "num_queries", "num_keys", "stride_rb", "stride_ob", "stride_oh", "stride_os",
+        "value_eights", "tiles_per_head",
     ]
 )  # fmt: skip
 def flashcore_hopper_short(
-    q0_desc,
-    q1_desc,
-    k0_desc,
-    k1_desc,
-    v0_desc,
-    v1_desc,
+    q_desc,
+    k_desc,
+    v_desc,
     Out,
     Lse,
-    Sinks,
+    Range,
     num_heads,
     group,
     num_queries,
     num_keys,
+    stride_rb,
     stride_ob,
     stride_oh,
     stride_os,
     value_eights,
     score_scale,
-    cap_scale,
     tiles_per_head,
     C: gl.constexpr,
 ):
-    """out = softmax(scale * q k^T) v over all keys, for one tile of queries of one head.
+    """out = softmax(scale * q k^T) v for one tile of queries, over all keys or those of a KeyRange.
 
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]` and V `[B, Hkv, K, Dv]` come as descriptors; Out `[B, H, Q, Dv]` as its
-    address, its strides and value_dim in units of 8 elements; Lse `[B, H, Q]` fp32; Sinks `[H]`.
+    address, its strides and value_dim in units of 8 elements; Lse `[B, H, Q]` fp32; Range a KeyRange with a line a
+    sequence. `C.d1` and `C.dv1` are 0; there is neither softcap nor sinks nor mask.
     Grid: a program a tile, `(B * H * tiles_per_head,)`.
     """
-    D0: gl.constexpr = C.d0
-    D1: gl.constexpr = C.d1
-    DV0: gl.constexpr = C.dv0
-    DV1: gl.constexpr = C.dv1
+    D: gl.constexpr = C.d0
+    DV: gl.constexpr = C.dv0
     BN: gl.constexpr = C.block_n
     STAGES: gl.constexpr = C.stages
     ROWS: gl.constexpr = C.rows
-    WARPS: gl.constexpr = C.warps
-    dtype: gl.constexpr = k0_desc.dtype
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
+    dtype: gl.constexpr = k_desc.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [C.warps, 1], [16, BN, 16])
     ROWS_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    # Never looked at, but there must be something.
-    if D1 == 0:
-        q1_desc = q0_desc
-        k1_desc = k0_desc
-    if DV1 == 0:
-        v1_desc = v0_desc
-    q0_smem = gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, D0], q0_desc.layout)
-    k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
-    v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
-    q1_smem = q0_smem
-    k1_smem = k0_smem
-    v1_smem = v0_smem
-    if D1 > 0:
-        q1_smem = gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, D1], q1_desc.layout)
-        k1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D1], k1_desc.layout)
-    if DV1 > 0:
-        v1_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV1], v1_desc.layout)
+    # Never looked at, but each field of a record needs a value.
+    if not C.lse:
+        Lse = num_heads
+    if C.range_layout == 0:
+        Range = num_heads
+    q_smem = gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV], v_desc.layout)
+    keep_smem = v_smem
+    if C.range_layout == 1:
+        keep_smem = gl.allocate_shared_memory(gl.int32, [BN], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -126,82 +133,79 @@ def flashcore_hopper_short(
     fence_async_shared()
     barrier()
     head_of_all = gl.program_id(0) // tiles_per_head
-    r0 = gl.program_id(0) % tiles_per_head * ROWS
     b = head_of_all // num_heads
     h = head_of_all % num_heads
     kv_head = h // group
-    blocks = (num_keys + BN - 1) // BN
+    tile_number = gl.program_id(0) % tiles_per_head
 
-    q_full = _unseen(q_full)
-    k_full = _unseen(k_full)
-    v_full = _unseen(v_full)
-    k_empty = _unseen(k_empty)
-    v_empty = _unseen(v_empty)
-    q0_filled = _unseen(q0_smem)
-    q1_filled = _unseen(q1_smem)
-    k0_filled = _unseen(k0_smem)
-    k1_filled = _unseen(k1_smem)
-    v0_filled = _unseen(v0_smem)
-    v1_filled = _unseen(v1_smem)
-    _load(q0_desc, q1_desc, q0_filled, q1_filled, q_full, b, h, r0, 0, D0, D1)
+    q_full = unseen(q_full)
+    k_full = unseen(k_full)
+    v_full = unseen(v_full)
+    k_empty = unseen(k_empty)
+    v_empty = unseen(v_empty)
+    q_filled = unseen(q_smem)
+    k_filled = unseen(k_smem)
+    v_filled = unseen(v_smem)
+    _load(q_desc, q_filled, q_full, b, h, tile_number * ROWS, 0)
+    call = ShortCall(
+        buffers=ShortBuffers(k0=k_smem, v0=v_smem, keep=keep_smem),
+        pointers=Pointers(lse=Lse, key_range=Range, sinks=num_heads),
+        heads=Heads(num_heads=num_heads, group=group),
+        visibility=Visibility(
+            num_queries=num_queries, num_keys=num_keys, query_start=num_keys * 0, window_left=num_keys * 0 - 1,
+            window_right=num_keys * 0 - 1, stride_rb=stride_rb, stride_rs=stride_rb,
+        ),
+    )  # fmt: skip
+    tile = tile_of(TilePosition(b=b, h=h, tile=tile_number), call, 0, C)
     for each in gl.static_range(STAGES):
-        if each < blocks:
-            _load(k0_desc, k1_desc, k0_filled, k1_filled, k_full, b, kv_head, each * BN, each, D0, D1)
-            _load(v0_desc, v1_desc, v0_filled, v1_filled, v_full, b, kv_head, each * BN, each, DV0, DV1)
-    buffers = _Tiles(k0=k0_smem, k1=k1_smem, v0=v0_smem, v1=v1_smem)
-    q0 = q0_smem.index(0).reshape([ROWS, D0])
-    q1 = q0
-    if D1 > 0:
-        q1 = q1_smem.index(0).reshape([ROWS, D1])
+        if each < tile.own_blocks:
+            _load(k_desc, k_filled, k_full, b, kv_head, tile.begin + each * BN, each)
+            _load(v_desc, v_filled, v_full, b, kv_head, tile.begin + each * BN, each)
+    clean_from = num_keys * 0
+    clean_to = clean_from
+    if C.range_layout == 1:
+        clean_from, clean_to = _clean_blocks(b, call)
 
-    acc0, acc1 = _no_sums(C)
+    q = q_smem.index(0).reshape([ROWS, D])
+    acc, acc1 = no_sums(C)
     m = gl.full([ROWS], float("-inf"), gl.float32, ROWS_LAYOUT)
     l = row_sums(gl.zeros([ROWS, BN], gl.float32, S_LAYOUT))
     mbarrier.wait(q_full.index(0), 0)
-    for j in range(blocks):
+    for j in range(tile.own_blocks):
         stage = j % STAGES
         phase = j // STAGES & 1
-        n = j * BN
+        n = tile.begin + j * BN
+        refill = j + STAGES < tile.own_blocks
+        if C.range_layout == 1:
+            # Here, where no scores take registers. Of such blocks a sequence has one, and its V arrives with its K.
+            if (n < clean_from) | (n + BN > clean_to):
+                mbarrier.wait(v_full.index(stage), phase)
+                _scrub_values(n, stage, b, call, C)
         mbarrier.wait(k_full.index(stage), phase)
-        s = warpgroup_mma_wait(0, deps=[_scores(q0, q1, buffers, stage, C)])
-        refill = j + STAGES < blocks
+        s = warpgroup_mma_wait(0, deps=[issue_scores(q, q, call.buffers, stage, C)])
         if refill:
             release(k_empty.index(stage))
-        if n + BN > num_keys:
-            everything = gl.zeros([ROWS], gl.int32, ROWS_LAYOUT)
-            s = _hide_by_constants(s, n, everything, everything + num_keys)
+        if (j < tile.left_edge) | (j >= tile.right_edge):
+            if C.range_layout == 1:
+                s = hide(s, n, tile, Range, call.visibility, C)
+            else:  # the bounds of single rows take registers
+                everything = gl.zeros([ROWS], gl.int32, ROWS_LAYOUT)
+                s = hide_by_constants(s, n, everything, everything + num_keys)
         m, alpha = maxima(s, m, score_scale)
         p = gl.exp2(exponents(s, m, score_scale))
         l = fold_sums(l, p, alpha)
-        acc0 = rescale(acc0, alpha)
-        if DV1 > 0:
-            acc1 = rescale(acc1, alpha)
+        acc = rescale(acc, alpha)
         mbarrier.wait(v_full.index(stage), phase)
-        acc0, acc1 = _add_values(p, buffers, stage, acc0, acc1, C)
+        acc, acc1 = issue_values(p, call.buffers, stage, acc, acc1, C)
         if refill:
             mbarrier.wait(k_empty.index(stage), phase)
-            _load(k0_desc, k1_desc, k0_filled, k1_filled, k_full, b, kv_head, n + STAGES * BN, stage, D0, D1)
-        if DV1 > 0:
-            acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
-        else:
-            acc0 = warpgroup_mma_wait(0, deps=[acc0])
+            _load(k_desc, k_filled, k_full, b, kv_head, n + STAGES * BN, stage)
+        acc = warpgroup_mma_wait(0, deps=[acc])
         if refill:
             release(v_empty.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
-            _load(v0_desc, v1_desc, v0_filled, v1_filled, v_full, b, kv_head, n + STAGES * BN, stage, DV0, DV1)
-
-    l = row_totals(l, m)
-    sink = m
-    if C.sinks:
-        sink = gl.load(Sinks + h)
-    shrink, lse = end_of_rows(m, l, sink, C)
-    if C.lse:
-        rows = r0 + gl.arange(0, ROWS, ROWS_LAYOUT)
-        gl.store(Lse + head_of_all.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
+            _load(v_desc, v_filled, v_full, b, kv_head, n + STAGES * BN, stage)
     output_rows = OutputRows(
         out=Out, stride_b=stride_ob, stride_h=stride_oh, stride_s=stride_os, value_eights=value_eights
     )
-    head = Out + b.to(gl.int64) * (stride_ob * 8) + h.to(gl.int64) * (stride_oh * 8)
-    _store(head, _normalised(acc0, shrink).to(dtype), r0, 0, num_queries, output_rows, 0, C)
-    if DV1 > 0:
-        _store(head, _normalised(acc1, shrink).to(dtype), r0, DV0, num_queries, output_rows, 1, C)
+    write(acc, acc1, m, l, tile, q_smem, q_smem, output_rows, call, C)

@@ -48,7 +48,7 @@ def rescale(acc, alpha):
 
 
 @gluon.jit
-def _hide_by_constants(s, n, row_lo, row_hi):
+def hide_by_constants(s, n, row_lo, row_hi):
     """-inf where a key is not in its row's [row_lo, row_hi).
 
     A thread has the columns 8 * i + 2 * lane + j of its rows, where i and j are known to the compiler. So 2 * lane is
@@ -81,7 +81,7 @@ def hide(s, n, tile, Range, visibility, C: gl.constexpr):
     BN: gl.constexpr = s.shape[1]
     cols = n + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
     if C.short_masks:
-        s = _hide_by_constants(s, n, tile.row_lo, tile.row_hi)
+        s = hide_by_constants(s, n, tile.row_lo, tile.row_hi)
     else:
         s = gl.where((cols[None, :] >= tile.row_lo[:, None]) & (cols[None, :] < tile.row_hi[:, None]), s, float("-inf"))
     if C.range_layout == 1:

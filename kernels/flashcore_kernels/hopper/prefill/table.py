@@ -1,4 +1,4 @@
-"""Configurations of `flashcore_hopper`, prefill in Gluon for compute capability 9.0."""
+"""Configurations of `flashcore_hopper` and `flashcore_hopper_short`, prefill in Gluon for compute capability 9.0."""
 
 from typing import NamedTuple
 
@@ -155,3 +155,49 @@ def prefill_row_for(
         if (plain or not row.plain) and (causal or not row.causal) and (one_copy or not row.one_copy):
             return row
     return None
+
+
+# Keys up to which `flashcore_hopper_short` serves a call that it can serve.
+MOST_SHORT_KEYS = 256
+# Columns of its tiles of Q, K and V: head dimensions up to that.
+SHORT_HEAD_DIM = 64
+
+
+class ShortRow(NamedTuple):
+    """One configuration of `flashcore_hopper_short`, of 64 queries a program.
+
+    All give the bits of the rows of ROWS for such head dimensions: `block_n` is theirs, or all keys are in one block.
+
+    Attributes:
+        most_keys: it serves calls with so many key slots or fewer.
+        block_n: keys of a block.
+        stages: blocks of K and V that shared memory holds.
+        registers: of a thread. They decide how many programs share a multiprocessor: 512 / registers.
+        why: what speaks for it.
+    """
+
+    most_keys: int
+    block_n: int
+    stages: int
+    registers: int
+    why: str
+
+
+# The reasons are medians over B * S = 32K tokens in bf16, 12 heads, in full, on an H200 with Triton 3.6.
+SHORT_ROWS = (
+    ShortRow(
+        most_keys=64, block_n=64, stages=1, registers=96,
+        why="49.8 us at S = 64 where blocks of 128 keys have 55.3, flashcore_hopper 117.9, the best of SDPA 80.6",
+    ),
+    ShortRow(
+        most_keys=MOST_SHORT_KEYS, block_n=128, stages=1, registers=128,
+        why="55.3 us at S = 64 where 2 stages with 168 registers have 63.1, programs of 128 queries 113",
+    ),
+)  # fmt: skip
+
+
+def short_row_for(head_dim: int, value_dim: int, num_keys: int) -> ShortRow | None:
+    """The row of SHORT_ROWS for so many key slots, or None where none fits."""
+    if max(head_dim, value_dim) > SHORT_HEAD_DIM:
+        return None
+    return next((row for row in SHORT_ROWS if num_keys <= row.most_keys), None)
