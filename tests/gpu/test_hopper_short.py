@@ -12,7 +12,7 @@ from ..kernels.reference import Call, assert_right, build, check, poison_unseen,
 if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("the Gluon kernel is for compute capability 9.0", allow_module_level=True)
 
-LENGTHS = (17, 63, 64, 65, 127, 128, 129, 191, 197, 255, 256)
+LENGTHS = (17, 63, 64, 65, 127, 128, 129, 191, 197, 255, 256, 333, 512, 577, 1000, MOST_SHORT_KEYS)
 SHORT, LONG = "flashcore_hopper_short", "flashcore_hopper"
 
 

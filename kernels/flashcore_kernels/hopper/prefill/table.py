@@ -157,8 +157,8 @@ def prefill_row_for(
     return None
 
 
-# Keys up to which `flashcore_hopper_short` serves a call that it can serve.
-MOST_SHORT_KEYS = 256
+# Keys up to which `flashcore_hopper_short` serves a call that it can serve: it has not been timed with more.
+MOST_SHORT_KEYS = 1024
 # Columns of its tiles of Q, K and V: head dimensions up to that.
 SHORT_HEAD_DIM = 64
 
@@ -187,11 +187,14 @@ class ShortRow(NamedTuple):
 SHORT_ROWS = (
     ShortRow(
         most_keys=64, block_n=64, stages=1, registers=96,
-        why="49.8 us at S = 64 where blocks of 128 keys have 55.3, flashcore_hopper 117.9, the best of SDPA 80.6",
+        why="50.6 us at S = 64 where blocks of 128 keys have 56.0, flashcore_hopper 116, the best of SDPA 80.5; padded "
+        "54.8, 77.7, 218, 117",
     ),
     ShortRow(
         most_keys=MOST_SHORT_KEYS, block_n=128, stages=1, registers=128,
-        why="55.3 us at S = 64 where 2 stages with 168 registers have 63.1, programs of 128 queries 113",
+        why="97.9, 125, 224 us at S = 197, 512, 1024 where flashcore_hopper has 112, 129, 238, the best of SDPA 111, "
+        "135, 245, 2 stages with 168 registers 107, 132, 238, programs of 128 queries 106, 138, 250; padded at 128, "
+        "512 75.6, 122, flashcore_hopper 113, 171, SDPA 123, 297",
     ),
 )  # fmt: skip
 
