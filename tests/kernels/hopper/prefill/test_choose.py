@@ -104,7 +104,7 @@ class TestHopper:
         "head_dim, right, one_copy", [(64, 0, True), (40, 0, True), (64, -1, False), (96, 0, False)]
     )
     def test_one_copy_where_it_pays_and_this_triton_can(self, head_dim, right, one_copy):
-        sizes = {"head_dim": head_dim, "value_dim": head_dim, "right": right, "num_queries": 512, "num_keys": 512}
+        sizes = {"head_dim": head_dim, "value_dim": head_dim, "right": right, "num_queries": 1536, "num_keys": 1536}
         for version, can in (((3, 5), True), ((3, 7), True), ((3, 8), False), ((3, 10), False)):
             chosen = self.chosen(Device("cuda", 90, triton=version), **sizes)
             assert chosen.config.row.one_copy == (one_copy and can)
