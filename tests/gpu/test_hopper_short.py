@@ -33,9 +33,10 @@ def persistent(monkeypatch):
 
 
 def on_short(call):
-    """Check `call`, and that it was the short kernel's."""
+    """What the short kernel answers to `call`, checked: the output, and the lse where it is asked for."""
     path_counts.clear()
-    out = check(call)
+    check(call)
+    out = call.run()
     assert set(path_counts) == {SHORT}, dict(path_counts)
     return out
 

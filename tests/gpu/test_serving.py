@@ -13,6 +13,7 @@ from ..hf.test_serving import (
     batched,
     everything_at_once,
     generation_config,
+    recordable,
     small,
     some_prompts,
     tokens_of,
@@ -106,7 +107,7 @@ def test_repeats():
 @pytest.mark.parametrize("graphs", [False, True])
 def test_generate_batch(family, graphs):
     """In fp32, with more requests than fit into a batch: asynchronous, and with graphs replayed for many lengths."""
-    eager, model = (each.cuda() for each in model_pair(family))
+    eager, model = (recordable(each.cuda()) for each in model_pair(family))
     prompts = some_prompts((4, 9, 21, 1, 33, 12, 60, 2, 17, 40))
     want = [
         eager.generate(torch.tensor([p], device="cuda"), max_new_tokens=40, do_sample=False)[0, len(p) :].tolist()

@@ -50,6 +50,13 @@ def some_prompts(lengths=(4, 9, 21, 1, 33, 12), seed: int = 1) -> list[list[int]
     return [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
 
 
+def recordable(model):
+    """`model`, with experts that a CUDA graph can record: in fp32 Transformers' own reads their counts on the host."""
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
 def each_alone(model, prompts, tokens: int = TOKENS) -> list[list[int]]:
     """What generate() answers to each prompt by itself."""
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
@@ -211,7 +218,7 @@ def everything_at_once(family: str, blocks: int, device: str = "cpu", **config) 
 
     Each answer is that of the prompt's own generate().
     """
-    eager, model = (each.to(device) for each in model_pair(family))
+    eager, model = (recordable(each.to(device)) for each in model_pair(family))
     start = some_prompts((40,), seed=5)[0]
     prompts = [start + [7, 8, 9], start + [10], start[:35] + [12], *some_prompts((30, 3, 21, 33))]
     want = {}
