@@ -150,6 +150,8 @@ def check_problem(
         _check_device("sinks", sinks, query)
         if tuple(sinks.shape) != (num_heads,) or not sinks.dtype.is_floating_point:
             _fail("sinks", f"{sinks.dtype} {list(sinks.shape)}", f"one floating-point logit a head, [{num_heads}]")
+        if not sinks.is_contiguous():
+            _fail("stride of sinks", sinks.stride(0), "1 is needed, call .contiguous()")
     return Problem(
         batch_size,
         num_heads,
@@ -203,7 +205,9 @@ def with_mask_in_rows(inputs: Inputs) -> Inputs:
     mask = inputs.mask
     if mask is None or mask.stride(3) <= 1 or mask.shape[3] == 1:
         return inputs
-    return inputs._replace(mask=distinct(mask).contiguous())
+    # Of a mask that wants a gradient each element has its own, also of those that share memory.
+    wants_gradient = mask.requires_grad and torch.is_grad_enabled()
+    return inputs._replace(mask=(mask if wants_gradient else distinct(mask)).contiguous())
 
 
 def _has_rows(mask: torch.Tensor) -> bool:

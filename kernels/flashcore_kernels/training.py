@@ -54,9 +54,9 @@ def attend_in_training(
                 return None
             inputs = with_mask_in_rows(inputs)
         signature = signature_of(inputs, (is_causal, window, scale, softcap, True, dropout))
-    except (AttributeError, TypeError, RuntimeError):  # an argument of a wrong type, which the checks will name
+        numbers, problem = _numbers.get(signature), None
+    except (AttributeError, TypeError, RuntimeError, IndexError):  # a wrong argument, which the checks will name
         return None
-    numbers, problem = _numbers.get(signature), None
     if numbers is None:
         problem = with_alignment(check_problem(inputs, is_causal, window, scale, softcap, dropout), inputs)
         served = backward_fallback_reason(problem, device_of(query.device)) is None
@@ -113,7 +113,7 @@ class _Attention(torch.autograd.Function):
 
 def _backward(signature: tuple, numbers: tuple, given: tuple, sinks_grad: bool, mask_grad: bool) -> tuple:
     """(dq, dk, dv, dsinks, dmask) of what a call was given, by launches that were made before where that can be."""
-    layout = tuple(None if t is None else (t.stride(), t.data_ptr() % 16, t.dtype) for t in given)
+    layout = tuple(None if t is None else (t.stride(), t.data_ptr() % 16, t.dtype, t.device) for t in given)
     kind = signature, layout, mask_grad
     known = None if sinks_grad else _backwards.get(kind)
     query, key, value, key_range, mask, sinks, output, lse, grad_output, grad_lse, philox = given

@@ -95,7 +95,7 @@ def test_masked_calls_are_made_again(kind, mask_grad, poisoned_empty):
         mask = {
             "float": lambda: draw(1, 4, 130, 200), "float of one row": lambda: draw(2, 1, 1, 200),
             "bool": lambda: draw(2, 1, 130, 200) > -1, "scattered": lambda: draw(130, 200, 4).permute(2, 0, 1)[None],
-            "expanded": lambda: draw(130, 200, 1).permute(2, 0, 1)[None].expand(2, 4, 130, 200),
+            "expanded": lambda: draw(130, 200, 2).permute(2, 0, 1)[None, :1].expand(2, 4, 130, 200),
         }[kind]()  # fmt: skip
         if mask_grad:
             leaves.append(mask.requires_grad_())

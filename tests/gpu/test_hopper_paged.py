@@ -144,6 +144,20 @@ def test_bits_are_those_of_a_sequence_alone():
             assert torch.equal(paged_attention(own[0], one), output[bounds[s] : bounds[s + 1]]), f"sequence {s}"
 
 
+def test_lengths_beyond_the_table_leave_nothing_behind():
+    """They show the keys that the table has; a mailbox that nobody empties would be found by the next call."""
+    lengths = ((1, 512), (1, 100), (1, 512))
+    batch = build(lengths, page_size=64, **SHAPE)
+    first = run(batch)
+    # Of the first and the last sequence all that the table has is seen in either case.
+    width = batch.pages.block_table.shape[1] * 64
+    beyond = batch.pages._replace(key_lengths=torch.where(batch.pages.key_lengths == 512, 513 + width, 100).int())
+    for _ in range(3):
+        output = run(batch._replace(pages=beyond))
+        assert output.isfinite().all() and torch.equal(output[1], first[1])
+        assert torch.equal(run(batch), first)
+
+
 def test_many_short_sequences():
     """More of them than are added up at once, and more tiles than programs."""
     lengths = tuple((i % 5 * 7 % 29, i % 5 * 7 % 29 + i % 3 * 40) for i in range(400))

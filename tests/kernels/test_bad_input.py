@@ -123,6 +123,12 @@ def test_sinks(sinks):
     refused(r"sinks: got .*one floating-point logit a head, \[4\]", *tensors(), sinks=sinks)
 
 
+@pytest.mark.parametrize("sinks", [torch.zeros(4, 2)[:, 0], torch.zeros(()).expand(4)], ids=["column", "expanded"])
+def test_sinks_apart(sinks):
+    """Kernels read one number after the other: these were others', and nobody said so."""
+    refused(r"stride of sinks: got .*call .contiguous\(\)", *tensors(), sinks=sinks)
+
+
 @pytest.mark.parametrize("option", [{"is_causal": True}, {"window": 3}], ids=str)
 def test_key_range_says_causal_and_window_itself(option):
     refused("key_range with is_causal or window", *tensors(), key_range=make_key_range(2, 7), **option)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from flashcore_kernels import attention, make_key_range, naive_attention
+from flashcore_kernels.problem import Inputs, with_mask_in_rows
 
 from .reference import assert_right, build, check, poison_unseen
 
@@ -154,6 +155,19 @@ class TestRowsWithoutAKey:
         assert not output.any()
         want = call.arguments["sinks"][None, :, None].expand_as(lse)
         torch.testing.assert_close(lse, want, atol=1e-5, rtol=1e-5)
+
+
+def test_an_expanded_mask_in_rows_keeps_a_gradient_for_each_element():
+    """Where nobody asks for one it is copied without what `expand` made of it."""
+    scattered = torch.randn(5, 7, 2).permute(2, 0, 1)[None, :1].expand(3, 2, 5, 7)
+    inputs = Inputs(*torch.randn(3, 3, 2, 5, 8), mask=scattered)
+    copied = with_mask_in_rows(inputs).mask
+    assert copied.shape == (1, 1, 5, 7) and copied.is_contiguous() and torch.equal(copied.expand(3, 2, 5, 7), scattered)
+    mask, weights = scattered.detach().requires_grad_(), torch.randn(3, 2, 5, 7)
+    (with_mask_in_rows(inputs._replace(mask=mask)).mask * weights).sum().backward()
+    assert torch.equal(mask.grad, weights)
+    in_rows = torch.randn(3, 1, 5, 7)
+    assert with_mask_in_rows(inputs._replace(mask=in_rows)).mask is in_rows
 
 
 def test_wrong_key_range_reads_nothing_outside(device):

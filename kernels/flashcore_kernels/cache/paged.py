@@ -160,6 +160,8 @@ def _check(query, pages: Pages, new_key, new_value, sinks) -> None:
             _fail(name, None if scale is None else str(scale.dtype), "float8_e4m3fn alone has scales, and needs them")
         if fp8 and (tuple(scale.shape) != (num_kv_heads,) or scale.dtype != torch.float32):
             _fail(name, f"{scale.dtype} {list(scale.shape)}", f"float32 [{num_kv_heads}] is needed, one a KV head")
+        if fp8 and not scale.is_contiguous():
+            _fail(f"stride of {name}", scale.stride(0), "1 is needed, call .contiguous()")
     if pages.ring < 0 or pages.ring > table.shape[1] * page_size:
         _fail("ring", pages.ring, f"from 0 to the {table.shape[1] * page_size} slots of a line of the block table")
     if (new_key is None) != (new_value is None):
@@ -179,6 +181,8 @@ def _check(query, pages: Pages, new_key, new_value, sinks) -> None:
             )  # fmt: skip
         if sinks is not None and (tuple(sinks.shape) != (query.shape[1],) or not sinks.dtype.is_floating_point):
             _fail("sinks", f"{sinks.dtype} {list(sinks.shape)}", f"one logit a head, [{query.shape[1]}]")
+        if sinks is not None and not sinks.is_contiguous():
+            _fail("stride of sinks", sinks.stride(0), "1 is needed, call .contiguous()")
     states = [t for t in (query, new_key, new_value, *(() if fp8 else (key, value))) if t is not None]
     if len({t.dtype for t in states}) > 1 or not of.dtype.is_floating_point:
         _fail("dtypes of tokens and pages", sorted({str(t.dtype) for t in states}), "they must be the same")

@@ -12,6 +12,7 @@ from flashcore_kernels import make_key_range, op, run
 from flashcore_kernels.choose import choose
 from flashcore_kernels.device import Device
 from flashcore_kernels.dispatch import empty_outputs, make_launch, serve
+from flashcore_kernels.hopper.prefill import choose as prefill_choose
 from flashcore_kernels.problem import Inputs, check_problem, with_alignment
 from flashcore_kernels.runtime import launch, prepared, workspace
 from flashcore_kernels.runtime.workspace import Words
@@ -223,6 +224,7 @@ class TestServedAgain:
     def launches(self, compiled, monkeypatch):
         """What would be launched the long way, on tensors that say they are on a Hopper GPU; it compiles the kernel."""
         pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
+        monkeypatch.setattr(prefill_choose, "short_row_for", lambda *sizes: None)  # which takes no counter
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)

@@ -123,6 +123,9 @@ def flashcore_hopper_paged_decode(
         own = own | ((queries == 0) & (token < num_tokens))
     if own:
         length = gl.maximum(length, 0)
+        if C.ring == 0:
+            # Programs and mailboxes are there for as many keys as the table has room for, and no more.
+            length = gl.minimum(length, table_width * C.page_size)
         first = gl.maximum(length - C.ring, 0) if C.ring > 0 else length * 0
         bounds = SequenceBounds(
             first=first, end=length, start=length - 1,
