@@ -151,20 +151,35 @@ def _ours_makes_any_mask(original):
 def _set_everywhere(original):
     """Transformers only logs that a model cannot be switched, and goes on with the old implementation.
 
-    Before 5.24 it also leaves out parts that have a copy of the model's config, such as T5's encoder and decoder. They
-    follow here, to our name and away from it.
+    It also leaves out parts that have a copy of a model's config, such as T5's encoder and decoder: up to 5.17 all of
+    them, and in 5.23 and 5.24 those of a T5 within another model. They follow here, to our name and away from it. A part that
+    cannot be served is refused, as it is where a model is loaded; then all is as it was.
     """
 
     @functools.wraps(original)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        if _enabled and attn_implementation == NAME:
+        if not _enabled:
+            return original(self, attn_implementation, *args, **kwargs)
+        if attn_implementation == NAME:
             refuse_model(type(self))
+        parts = [part for part in self.modules() if isinstance(part, compat.PreTrainedModel)]
+        before = [part.config._attn_implementation for part in parts]
         original(self, attn_implementation, *args, **kwargs)
-        wanted = self.config._attn_implementation
-        for part in self.modules() if _enabled else ():
-            if isinstance(part, compat.PreTrainedModel) and type(part.config) is type(self.config):
-                if part.config._attn_implementation != wanted and NAME in (wanted, part.config._attn_implementation):
-                    part.config._attn_implementation_internal = wanted
+        for part, old in zip(parts, before):
+            wanted = part.config._attn_implementation
+            if wanted != old or isinstance(attn_implementation, str):
+                for copied in part.modules():
+                    if isinstance(copied, compat.PreTrainedModel) and type(copied.config) is type(part.config):
+                        if NAME in (wanted, copied.config._attn_implementation):
+                            copied.config._attn_implementation_internal = wanted
+        try:
+            for part in parts:
+                if part.config._attn_implementation == NAME:
+                    refuse_model(type(part))
+        except ValueError:
+            for part, old in zip(parts, before):
+                part.config._attn_implementation_internal = old
+            raise
 
     return set_attn_implementation
 

@@ -4,6 +4,7 @@ A mask function of (batch, head, query, key) is a closure of a few known makers.
 captured, says what it computes; a function of somebody else's, whatever its name, is unknown.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,10 @@ def recognise(kwargs: dict) -> Pattern | None:
 
 def maker_of(function) -> tuple[str, dict]:
     """(name of the function of Transformers that made this one, or "", and what it has captured by name)."""
-    if not getattr(function, "__module__", "").startswith("transformers."):
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    # functools.wraps copies names, and not what a function's own globals are.
+    own = module is not None and getattr(function, "__globals__", None) is vars(module)
+    if not own or not module.__name__.startswith("transformers.") or hasattr(function, "__wrapped__"):
         return "", {}
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     captured = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells))) if code and cells else {}
@@ -64,6 +68,8 @@ def pattern_of(function) -> Pattern | None:
         for part in parts[1:]:
             pattern = pattern.and_(part) if maker == "and_masks" else pattern.or_(part)
         return pattern
+    if captured.get("sliding_window", 1) < 1:
+        return None  # it shows nothing, which no distance says
     if maker == "sliding_window_overlay":
         return Pattern(left=captured["sliding_window"] - 1)
     if maker == "sliding_window_bidirectional_overlay":

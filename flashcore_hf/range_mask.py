@@ -57,8 +57,11 @@ class RangeMask(torch.Tensor):
         return self._dense
 
     def _with(self, key_range: torch.Tensor | None, device: torch.device) -> "RangeMask":
-        """The same mask in another tensor."""
-        return self._of(None if self.hides_nothing else key_range, self.shape[0], *self.shape[2:], device)
+        """The same mask in another tensor, with whatever was noted on this one."""
+        mask = self._of(None if self.hides_nothing else key_range, self.shape[0], *self.shape[2:], device)
+        for name, note in vars(self).items():
+            vars(mask).setdefault(name, note)
+        return mask
 
     def is_read(self) -> bool:
         """Whether the dense mask was given out. Whoever has it may have written into it, which no KeyRange shows."""

@@ -200,7 +200,7 @@ def test_set_attn_implementation_there_and_back():
 
 @pytest.mark.skipif(not HAS_SET, reason="this Transformers has no set_attn_implementation")
 def test_parts_with_a_copy_of_the_config_are_switched_too():
-    """Before 5.24 T5's halves stayed under "sdpa", and nobody said so: `graphed` timed sdpa's kernels as ours."""
+    """Up to 5.17 T5's halves stayed under "sdpa", and nobody said so: `graphed` timed sdpa's kernels as ours."""
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
     config = AutoConfig.for_model("t5", **sizes, decoder_start_token_id=0)
     try:
@@ -216,6 +216,48 @@ def test_parts_with_a_copy_of_the_config_are_switched_too():
         with mock.patch.dict(compat.attention_registry(), {"flashcore": attention}), torch.no_grad():
             model(input_ids=ids, decoder_input_ids=ids)
         assert attention.call_count == calls
+    if compat.VERSION < (5, 18):  # newer ones do that themselves
+        model.encoder.set_attn_implementation("eager")
+        model.set_attn_implementation({})
+        assert model.encoder.config._attn_implementation == "eager", "who asks for nothing changes nothing"
+
+
+@pytest.mark.skipif(compat.VERSION < (5, 17), reason="BLIP-2 around T5 is built otherwise")
+def test_a_t5_within_another_model_is_switched_whole():
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        qformer_config={**small, "vocab_size": 50, "encoder_hidden_size": 32},
+        text_config={"model_type": "t5", "vocab_size": 50, "d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1,
+                     "num_heads": 2},
+        num_query_tokens=2,
+    )  # fmt: skip
+    model = transformers.Blip2ForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    text = model.language_model
+    for asked, answer in (
+        ("eager", "eager"), ("flashcore", "flashcore"), ("sdpa", "sdpa"), ({"text_config": "flashcore"}, "flashcore"),
+        ({"text_config": "sdpa"}, "sdpa"),
+    ):  # fmt: skip
+        model.set_attn_implementation(asked)
+        assert {part.config._attn_implementation for part in (text, text.encoder, text.decoder)} == {answer}, asked
+
+
+@pytest.mark.skipif(not HAS_SET, reason="this Transformers has no set_attn_implementation")
+def test_a_part_that_cannot_be_served_is_refused_and_nothing_is_changed(monkeypatch):
+    """As where a model is loaded; Transformers asks of the whole alone."""
+    eager, model = model_pair("llama")
+    refuse, inner = models.refuse_model, type(model.model)
+
+    def refuse_the_inner_one(model_class):
+        if model_class is inner:
+            raise ValueError("not this one")
+        refuse(model_class)
+
+    monkeypatch.setattr(backend, "refuse_model", refuse_the_inner_one)
+    eager.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="not this one"):
+        eager.set_attn_implementation("flashcore")
+    assert {part.config._attn_implementation for part in (eager, eager.model)} == {"sdpa"}
 
 
 def llava_config():

@@ -1,5 +1,6 @@
 """The mask function's answers, read back as dense masks, beside the dense masks that sdpa would get."""
 
+import functools
 import inspect
 
 import pytest
@@ -246,6 +247,24 @@ class TestRecognition:
 
         assert recognise({"mask_function": sliding_window_overlay(4)}) is None
         assert recognise({"mask_function": masking_utils.sliding_window_overlay(4)}) == Pattern(left=3)
+
+    def test_a_function_that_wraps_one_of_transformers_is_unknown(self):
+        """functools.wraps gives it the names of what it wraps, its module's too."""
+        overlay = masking_utils.sliding_window_overlay(4)
+        sliding_window = 3
+
+        @functools.wraps(overlay)
+        def thinned(batch_idx, head_idx, q_idx, kv_idx):
+            return overlay(batch_idx, head_idx, q_idx, kv_idx) & (kv_idx % sliding_window != 1)
+
+        assert recognise({"mask_function": thinned}) is None
+        del thinned.__wrapped__
+        assert recognise({"mask_function": thinned}) is None
+
+    def test_a_window_that_shows_nothing_has_no_pattern(self):
+        """-1 would say that there is no limit."""
+        for window in (0, -1):
+            assert recognise({"mask_function": masking_utils.sliding_window_causal_mask_function(window)}) is None
 
     @pytest.mark.parametrize("combine", ["and_masks", "or_masks"])
     def test_a_users_own_function_is_dense(self, combine):

@@ -111,6 +111,8 @@ def test_handed_on():
 
 def test_moved_to_a_device():
     mask = made()
+    mask.note = "what a layer will ask"
+    assert mask.detach().note == mask.to("cpu", copy=True).note == mask.note
     moved = mask.to("meta")
     assert type(moved) is RangeMask and (moved.device.type, moved.shape) == ("meta", (3, 1, 9, 9))
     assert moved.key_range.device.type == "meta" and mask._dense is None
