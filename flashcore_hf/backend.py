@@ -152,8 +152,8 @@ def _set_everywhere(original):
     """Transformers only logs that a model cannot be switched, and goes on with the old implementation.
 
     It also leaves out parts that have a copy of a model's config, such as T5's encoder and decoder: up to 5.17 all of
-    them, and in 5.23 and 5.24 those of a T5 within another model. They follow here, to our name and away from it. A part that
-    cannot be served is refused, as it is where a model is loaded; then all is as it was.
+    them, and in 5.23 and 5.24 those of a T5 within another model. They follow here, to our name and away from it. A
+    part that cannot be served is refused, as it is where a model is loaded; then all is as it was.
     """
 
     @functools.wraps(original)
