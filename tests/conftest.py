@@ -7,6 +7,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 # Triton decides at its import whether functions are compiled or interpreted, so this stands before any of ours.
@@ -70,3 +71,14 @@ def checked_sums(monkeypatch):
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=True)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.fixture
+def products_row_by_row(monkeypatch):
+    """What a row of a product is must not depend on its place among the others, as on a GPU: some BLAS have it so."""
+    matmul = np.matmul
+
+    def by_rows(a, b, **options):
+        return np.concatenate([matmul(a[row : row + 1], b, **options) for row in range(len(a))])
+
+    monkeypatch.setattr(np, "matmul", by_rows)

@@ -19,4 +19,5 @@ def test_a_gpus_processors_are_counted(monkeypatch):
     found = device.device_of.__wrapped__(torch.device("cuda", 0))
     assert (found.kind, found.arch, found.processors) == ("cuda", 90, 78)
     for num_queries in (1, 64):
-        assert choose(problem(num_queries, aligned=True), found).config.processors == 78
+        # With softcap, which the kernel of one program a tile has not.
+        assert choose(problem(num_queries, aligned=True, softcap=5.0), found).config.processors == 78

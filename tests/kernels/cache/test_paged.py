@@ -3,7 +3,6 @@
 import itertools
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from flashcore_kernels import Pages, attention, paged_attention, path_counts, write_pages
@@ -191,17 +190,6 @@ def test_bits_are_those_of_a_sequence_alone(arch, page_size, device, paged_on):
         assert torch.equal(alone, output[bounds[s] : bounds[s + 1]]), f"sequence {s}"
     other = build(device=device, page_size=64)
     assert torch.equal(other.query.nan_to_num(), batch.query.nan_to_num()) and torch.equal(other.run(), output)
-
-
-@pytest.fixture
-def products_row_by_row(monkeypatch):
-    """What a row of a product is must not depend on its place among the others, as on a GPU: some BLAS have it so."""
-    matmul = np.matmul
-
-    def by_rows(a, b, **options):
-        return np.concatenate([matmul(a[row : row + 1], b, **options) for row in range(len(a))])
-
-    monkeypatch.setattr(np, "matmul", by_rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on Hopper other kernels serve what has no pages")

@@ -7,7 +7,7 @@ from flashcore_kernels import make_key_range
 from ..reference import DTYPES, Call, build
 from .gradients import Training, problem_of, train
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "products_row_by_row")
 OWN, HEADS, KV_HEADS, HEAD_DIM = 45, 2, 1, 16
 
 
