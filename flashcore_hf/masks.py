@@ -59,13 +59,24 @@ def _answer(kwargs: dict, call: MaskCall) -> torch.Tensor | None:
         if not handed_on and pattern == EVERYTHING and call.key_mask is None:
             return _everything(call)
         key_range = _key_range(call, pattern, handed_on)
-    elif at_once and not by_torch:
+    elif (at_once or handed_on and _values_can_be_read()) and not by_torch:
         key_range = _of_one_query(kwargs, call) if call.num_queries == 1 else row_ranges(kwargs, call)
     if key_range is not None:
         return key_range if handed_on else RangeMask(key_range, call.num_queries, call.num_keys)
     if wants_additive_mask(kwargs.get("config")):
         return masking_utils.eager_mask(**_whole(kwargs))
     return masking_utils.sdpa_mask(**_whole(kwargs))
+
+
+def _values_can_be_read() -> bool:
+    """Whether operators run on numbers: under a mode that only listens too, but under no tracer and no transform."""
+    modes, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack()
+        or any(modes(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+    )
 
 
 def _whole(kwargs: dict) -> dict:
