@@ -68,14 +68,13 @@ def pattern_of(function) -> Pattern | None:
         for part in parts[1:]:
             pattern = pattern.and_(part) if maker == "and_masks" else pattern.or_(part)
         return pattern
-    if captured.get("sliding_window", 1) < 1:
-        return None  # it shows nothing, which no distance says
-    if maker == "sliding_window_overlay":
-        return Pattern(left=captured["sliding_window"] - 1)
-    if maker == "sliding_window_bidirectional_overlay":
+    if maker in ("sliding_window_overlay", "_bidirectional_window_overlay"):  # the latter of Gemma 3 as an embedder
+        left = captured["sliding_window"] - 1
+        if left < 0:
+            return None  # not even the query itself, which no distance says (see row_ranges)
+        return Pattern(left=left, right=-1 if maker == "sliding_window_overlay" else left)
+    if maker == "sliding_window_bidirectional_overlay" and captured["sliding_window"] >= 0:
         return Pattern(left=captured["sliding_window"], right=captured["sliding_window"])
-    if maker == "_bidirectional_window_overlay":  # Gemma 3 as an embedder
-        return Pattern(left=captured["sliding_window"] - 1, right=captured["sliding_window"] - 1)
     if maker == "Gemma3TextModel" and function.__qualname__ == "Gemma3TextModel.forward.<locals>.<lambda>":
         return EVERYTHING if not captured else None  # the same: its full layers
     return None
@@ -98,6 +97,7 @@ def _recognise_traced(function, kwargs: dict) -> Pattern | None:
     not_packed = kwargs.get("attention_mask") is not None or isinstance(kwargs.get("q_offset"), torch.Tensor)
     if (
         window is not None
+        and window > 0
         and kwargs.get("local_size") == window != getattr(kwargs["config"], "attention_chunk_size", None)
         and kwargs.get("use_vmap") is False
         and not_packed

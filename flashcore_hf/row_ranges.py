@@ -138,6 +138,8 @@ class _Rows:
             for part in parts[1:]:
                 span = _both(span, part)
             return span
+        if maker == "sliding_window_overlay":  # of 0 and less: Qwen2-MoE's, where it has no window
+            return Span(position - captured["sliding_window"] + 1, position + FAR + 1)
         if maker in ("chunked_overlay", "_legacy_chunked_overlay"):
             size, padding = captured["chunk_size"], captured.get("left_padding")
             shift = 0 if padding is None else padding.to(position.device)[:, None]

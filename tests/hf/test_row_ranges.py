@@ -91,6 +91,17 @@ def test_rows_say_what_the_dense_mask_says(name, kind, reads):
     assert not torch.equal(want, dense({**kwargs, "mask_function": causal}))
 
 
+def test_a_window_of_nothing():
+    """Qwen2-MoE asks for one where it has no window, and no layer takes it."""
+    for window in (0, -1):
+        answer = flashcore_mask(**asked(masking_utils.sliding_window_causal_mask_function(window)))
+        assert answer.dtype == torch.int32 and not visible(answer, LENGTH, LENGTH).any()
+    # The control: without the causal part it shows what comes behind the query.
+    kwargs = asked(masking_utils.sliding_window_overlay(-1))
+    shown = visible(flashcore_mask(**kwargs), LENGTH, LENGTH).expand(3, 1, -1, -1)
+    assert shown.any() and torch.equal(shown, dense(kwargs).expand(3, 1, -1, -1))
+
+
 @pytest.mark.parametrize("shape", [(4, 13, 9), (6, 13, 3), (5, 13, 0)], ids=["continued", "in between", "static cache"])
 @pytest.mark.parametrize("name", FULL)
 def test_queries_behind_others(name, shape):
