@@ -12,7 +12,7 @@ from .counting import count_path
 from .device import device_of
 from .dispatch import serve_backward
 from .fallback import note_fallback
-from .problem import Inputs, Problem, problem_of_numbers, with_alignment
+from .problem import Inputs, Problem, empty_like_heads, problem_of_numbers, with_alignment
 from .run import first_of_its_kind, run
 from .runtime.prepared import find
 
@@ -117,20 +117,14 @@ def _backward_by_torch(reason: str, problem: Problem, inputs: Inputs, *tensors: 
             f"dropout={problem.dropout} in a backward that PyTorch serves ({reason}) is not supported"
         )
     grads = naive_backward(problem, inputs, *tensors, **asked)
-    laid_out = (_empty_gradient(t).copy_(grad) for t, grad in zip(inputs[:3], grads[:3]))
+    laid_out = (empty_like_heads(t).copy_(grad) for t, grad in zip(inputs[:3], grads[:3]))
     return *laid_out, *grads[3:]
-
-
-def _empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """`[B, H, S, D]` with the heads inside the sequence in memory, as `run_backward` lays gradients out."""
-    batch_size, heads, length, head_dim = tensor.shape
-    return tensor.new_empty(batch_size, length, heads, head_dim).transpose(1, 2)
 
 
 def _backward_fake(grad_output, grad_lse, query, key, value, key_range, mask, sinks, *arguments):
     sinks_grad, mask_grad = arguments[-2:]
     return (
-        *(_empty_gradient(t) for t in (query, key, value)),
+        *(empty_like_heads(t) for t in (query, key, value)),
         sinks.new_empty(sinks.shape) if sinks_grad else query.new_empty(0),
         mask.new_empty(mask.shape) if mask_grad else query.new_empty(0),
     )

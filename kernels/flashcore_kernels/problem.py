@@ -210,6 +210,12 @@ def with_mask_in_rows(inputs: Inputs) -> Inputs:
     return inputs._replace(mask=(mask if wants_gradient else distinct(mask)).contiguous())
 
 
+def empty_like_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """`[B, H, S, D]` with the heads inside the sequence in memory, as the projection before it wants its gradient."""
+    batch_size, heads, length, head_dim = tensor.shape
+    return tensor.new_empty(batch_size, length, heads, head_dim).transpose(1, 2)
+
+
 def _has_rows(mask: torch.Tensor) -> bool:
     """Whether a mask differs from query to query: not where it is broadcast or expanded over them."""
     return mask.shape[2] > 1 and mask.stride(2) != 0

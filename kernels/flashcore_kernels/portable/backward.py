@@ -9,7 +9,7 @@ such a mask a fourth (backward_shift.py) comes first, for rows whose log-sum-exp
 import torch
 import triton
 
-from ..problem import LOG2_E, Inputs, Problem, with_mask_in_rows
+from ..problem import LOG2_E, Inputs, Problem, empty_like_heads, with_mask_in_rows
 from ..runtime.launch import launch
 from ..runtime.recording import fresh, seen_as
 from .backward_key import flashcore_backward_dkdv, flashcore_query_blocks
@@ -21,12 +21,6 @@ from .blocks import mask_strides
 from .dropout import drop_threshold
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-
-def empty_like_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """`[B, H, S, D]` with the heads inside the sequence in memory, as the projection before it wants its gradient."""
-    batch_size, heads, length, head_dim = tensor.shape
-    return tensor.new_empty(batch_size, length, heads, head_dim).transpose(1, 2)
 
 
 def run_backward(

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...problem import LOG2_E, Inputs, Problem
+from ...problem import LOG2_E, Inputs, Problem, empty_like_heads
 from ...runtime.launch import launch
 from ...runtime.recording import fresh
 from ...runtime.workspace import forget, workspace
@@ -239,12 +239,6 @@ def places_of(problem: Problem, row: BackwardRow) -> int:
 def lse_factor(problem: Problem) -> float:
     """What makes of lse the number that the kernels add to scores: in units of log2 with softcap, else of q.k."""
     return -LOG2_E if problem.softcap else -1.0 / problem.scale
-
-
-def empty_like_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """`[B, H, S, D]` with the heads inside the sequence in memory, as the projection before it wants its gradient."""
-    batch_size, heads, length, head_dim = tensor.shape
-    return tensor.new_empty(batch_size, length, heads, head_dim).transpose(1, 2)
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
