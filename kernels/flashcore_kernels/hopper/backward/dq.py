@@ -208,7 +208,9 @@ def _produce(call, C: gl.constexpr):
         lo, hi = tile_keys(Range, b, m0, bounds, visibility, 128, RANGE, 1)
         begin, count = tile_blocks(bounds.first, lo, hi, num_keys, BN)
         if RANGE == 2:
-            clean = CleanRows(lo=0, hi=num_keys, any=any_unseen(call, b, begin, hi))
+            # To the end of the last block, whose keys behind `hi` stand in its products too.
+            behind = gl.minimum(begin + count * BN, num_keys)
+            clean = CleanRows(lo=0, hi=num_keys, any=any_unseen(call, b, begin, behind))
         else:
             clean_lo = gl.maximum(bounds.first, bounds.start - bounds.left)
             clean_hi = gl.minimum(bounds.end, bounds.start + num_queries + bounds.right)
