@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import benchmarking
 import torch
-from bench_prefill import Case, contender, is_right, make
+from bench_prefill import is_right
+from prefill_cases import Case, make
+from prefill_contenders import contender
 
 CASES = (
     Case("prefill", 2, 8192, 8192, 32, 8, 128, 128, causal=False),
