@@ -134,6 +134,13 @@ class Record:
             write(self.path, list(self.rows.values()), **self.more, **more)
 
 
+def target(arguments, name: str) -> Path | None:
+    """The file that --json names; else `name` in the results, where figures go that mean something, unless --tiny."""
+    if arguments.json is not None or arguments.tiny:
+        return arguments.json
+    return RESULTS / name
+
+
 def _key(row: dict) -> tuple:
     return row["case"], row.get("kernel")
 
