@@ -305,7 +305,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minutes", type=float, help="begin no case after that")
-    parser.add_argument("--processes", type=int, default=14, help="that compile kernels ahead; 0: none")
+    parser.add_argument(
+        "--processes", type=int, default=14, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
     parser.add_argument("--tiny", action="store_true", help="small cases on the CPU, through the interpreter")
     arguments = parser.parse_args()
     fa3 = benchmarking.load_fa3(arguments.peers)

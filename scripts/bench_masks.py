@@ -49,7 +49,8 @@ BACKENDS = {
 }
 OURS = ("flashcore", "range", "plain", "portable")
 CONTENDERS = (*OURS, *BACKENDS)
-EAGER_CALLS = 25  # between two changes of SDPA's backend, which take longer than a call
+# Calls from Python between two changes of SDPA's backend, which take longer than a short call; in all so long.
+EAGER_CALLS, EAGER_MICROSECONDS = 25, 4000
 # SDPA's math keeps all scores: of larger calls it is neither fast nor does it fit.
 MATH_SCORES = 1 << 29
 
@@ -128,13 +129,13 @@ def one_call(name: str, call: Callable) -> Callable:
     return made
 
 
-def eager_calls(name: str, calls: list[Callable]) -> Callable:
-    """EAGER_CALLS of them, in turn."""
+def eager_calls(name: str, calls: list[Callable], count: int) -> Callable:
+    """So many of them, in turn."""
     turns = itertools.cycle(calls)
 
     def made():
         with within(name):
-            for _ in range(EAGER_CALLS):
+            for _ in range(count):
                 next(turns)()
 
     return made
@@ -207,10 +208,11 @@ def measure(case: Case, names: list[str], dtype: torch.dtype, device: str, round
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     replayed = {name: [one_call(name, call) for call in each] for name, each in calls.items()}
     times = benchmarking.graph_times(replayed, calls=12, rounds=rounds)
-    loops = {name: eager_calls(name, each) for name, each in calls.items()}
+    counts = {name: min(max(int(EAGER_MICROSECONDS / times[name]), 1), EAGER_CALLS) for name in calls}
+    loops = {name: eager_calls(name, each, counts[name]) for name, each in calls.items()}
     eager = benchmarking.eager_times(loops, rounds=5, seconds=0.004)
     row |= {name: round(each, 1) for name, each in times.items()}
-    row["eager"] = {name: round(each / EAGER_CALLS, 1) for name, each in eager.items()}
+    row["eager"] = {name: round(each / counts[name], 1) for name, each in eager.items()}
     for times in (row, row["eager"]):
         peers = {name: times[name] for name in BACKENDS if times.get(name)}
         if peers and times.get("flashcore"):
@@ -269,7 +271,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, help="begin no case after that")
-    parser.add_argument("--processes", type=int, default=14, help="that compile kernels ahead; 0: none")
+    parser.add_argument(
+        "--processes", type=int, default=14, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
     parser.add_argument("--tiny", action="store_true", help="small cases on the CPU, through the interpreter")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

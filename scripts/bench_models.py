@@ -19,6 +19,7 @@ kernels served how many calls of it. Rows of the file that are not measured agai
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -231,6 +232,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="try every case at a tiny size on the CPU")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
     parser.add_argument("--minutes", type=float, help="begin no case after that")
+    parser.add_argument(
+        "--processes", type=int, default=10, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
     parser.add_argument("--json", type=Path, help="models-h200.json (or -cpu) of the results, where not --tiny")
     arguments = parser.parse_args()
     cases = chosen(arguments)
@@ -246,6 +250,9 @@ def main() -> int:
     path = benchmarking.target(arguments, "models-h200.json" if device == "cuda" else "models-cpu.json")
     record = benchmarking.Record(path, minutes=arguments.minutes, dtype=str(dtype).removeprefix("torch."))
     began, wrong = time.perf_counter(), 0
+    if device == "cuda":
+        wanted = [(entry.name, [workload.what for workload in each]) for entry, each in cases]
+        benchmarking.compile_ahead(functools.partial(compile_model, dtype=dtype), wanted, arguments.processes)
     for entry, workloads in record.each(cases, names_of):
         for row in of_model(entry, workloads, arguments, device, dtype):
             wrong += any(why != "is not offered" for why in row.get("failed", {}).values())
@@ -254,6 +261,26 @@ def main() -> int:
             if record.over:
                 break
     return 1 if arguments.tiny and wrong else 0
+
+
+def compile_model(wanted: tuple[str, list[str]], dtype: torch.dtype) -> None:
+    """Our kernels of a model's workloads, once.
+
+    Args:
+        wanted: names, because what makes a configuration cannot be sent to a process.
+    """
+    entry = next(entry for entry in ENTRIES if entry.name == wanted[0])
+    bench = Bench(build(entry, "cuda", dtype), ["flashcore"], 0.0)
+    switch(bench.model, "flashcore")
+    for workload in entry.workloads:
+        if workload.what in wanted[1]:
+            inputs = bench.inputs(workload, workload.batch)
+            if workload.tokens:
+                bench.generate(inputs, 3)
+            else:
+                bench.outputs(inputs, {}, 1)
+            del inputs
+            torch.cuda.empty_cache()
 
 
 def of_model(entry: Entry, workloads: list[Workload], arguments, device: str, dtype: torch.dtype):

@@ -198,7 +198,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--minutes", type=float, help="begin no case after that")
-    parser.add_argument("--processes", type=int, default=14, help="that compile kernels ahead; 0: none")
+    parser.add_argument(
+        "--processes", type=int, default=14, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
     parser.add_argument("--layers", type=int, help="of the model, for a quick look")
     parser.add_argument("--tiny", action="store_true", help="small cases on the CPU, through the interpreter")
     parser.add_argument("--json", type=Path)

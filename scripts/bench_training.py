@@ -20,6 +20,7 @@ again stay.
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -121,6 +122,20 @@ class Training:
             torch.cuda.synchronize()
 
 
+def compile_case(name: str, dtype: torch.dtype) -> None:
+    """Our kernels of a case, once, by one row of its batch, or several processes would not fit a GPU's memory.
+
+    Args:
+        name: because what makes a configuration cannot be sent to a process.
+    """
+    case = next(case for case in CASES if case.name == name)
+    model, batch = make(case, "cuda", dtype, tiny=False)
+    switch(model, "flashcore")
+    model(**{key: tensor[:1] for key, tensor in batch.items()}).loss.backward()
+    del model, batch
+    torch.cuda.empty_cache()
+
+
 def measure(training: Training, names: list[str], steps: int, seconds: float) -> dict:
     """A row, without its case."""
     failed: dict[str, str] = {}
@@ -210,6 +225,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="try every case at a tiny size on the CPU")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
     parser.add_argument("--minutes", type=float, help="begin no case after that")
+    parser.add_argument(
+        "--processes", type=int, default=4, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
     parser.add_argument("--json", type=Path, help="training-h200.json of the results, where not --tiny")
     arguments = parser.parse_args()
     cases = [case for case, take in zip(CASES, named([case.name for case in CASES], arguments.only)) if take]
@@ -225,6 +243,9 @@ def main() -> int:
     path = benchmarking.target(arguments, "training-h200.json")
     record = benchmarking.Record(path, minutes=arguments.minutes, dtype=str(dtype).removeprefix("torch."))
     began, wrong = time.perf_counter(), 0
+    if device == "cuda":
+        compiling = functools.partial(compile_case, dtype=dtype)
+        benchmarking.compile_ahead(compiling, [case.name for case in cases], arguments.processes)
     for case in record.each(cases, lambda case: case.name):
         row = {"case": case.name}
         try:
