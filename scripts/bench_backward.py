@@ -57,12 +57,12 @@ def flashcore(case: Case, step: Step) -> Callable:
     """Autograd through `attention`, as a model has it: whichever kernel is chosen."""
     from flashcore_kernels import attention, path_counts
 
+    path_counts.clear()
     output = attention(*step.x, **arguments_of(case, step.grad.device))
 
     def call():
         return torch.autograd.grad(output, step.x, step.grad, retain_graph=True)
 
-    path_counts.clear()
     call()
     if path_counts["torch"]:
         raise RuntimeError("PyTorch served the backward")

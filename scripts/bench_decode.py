@@ -27,7 +27,7 @@ import benchmarking
 import torch
 import triton
 import triton.language as tl
-from flashcore_kernels import Pages, attention, make_key_range, naive_attention, paged_attention
+from flashcore_kernels import Pages, attention, make_key_range, naive_attention, paged_attention, path_counts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -274,11 +274,14 @@ def measure(case: Case, fa3, rounds: int) -> dict:
     """One row."""
     row = {"case": case.name, "unit": "us"}
     inputs = [Inputs(case, seed) for seed in range(benchmarking.rotations(case.bytes))]
-    contenders = {}
+    contenders, paths = {}, {}
     for name, calls in contenders_of(case, inputs, fa3).items():
         try:
+            path_counts.clear()
             reference, allowed = inputs[0].reference(padded=name == "flashcore_range")
             largest, rms = benchmarking.errors(calls[0]()[:CHECKED], reference)
+            if name.startswith("flashcore"):
+                paths[name] = "+".join(path_counts)
         except Exception as error:  # noqa: BLE001 - a peer that cannot is left out, and the row says so
             row[f"{name} failed"] = f"{type(error).__name__}: {error}"[:200]
             continue
@@ -293,6 +296,7 @@ def measure(case: Case, fa3, rounds: int) -> dict:
     count = max(len(inputs), min(64, int(2e9 / case.bytes) + 1))
     times = benchmarking.graph_times(contenders, calls=count, rounds=rounds)
     row.update({name: round(time, 2) for name, time in times.items()})
+    row["paths"] = paths
     if "flashcore" in times:
         row["GB/s"] = round(case.bytes / times["flashcore"] / 1e3)
     return row
