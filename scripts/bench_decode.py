@@ -1,6 +1,6 @@
 """Decode in microseconds beside FlashAttention-3, cuDNN, and a kernel that only reads the same bytes, in one run.
 
-usage: python scripts/bench_decode.py [--json FILE] [--peers FOLDER] [--only TEXT ...] [--minutes N]
+usage: python scripts/bench_decode.py [--json FILE] [--fa3 FOLDER] [--only TEXT ...] [--minutes N]
        python scripts/bench_decode.py --tiny
 
 Each time is that of one call inside a CUDA graph, the median of several replays taken in turn; inputs go round sets
@@ -305,7 +305,7 @@ def measure(case: Case, fa3, rounds: int) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="decode-h200.json of the results, where not --tiny")
-    parser.add_argument("--peers", type=Path, help="folder of FA3's binaries (see benchmarking.load_fa3)")
+    parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--minutes", type=float, help="begin no case after that")
@@ -314,7 +314,7 @@ def main() -> int:
     )
     parser.add_argument("--tiny", action="store_true", help="small cases on the CPU, through the interpreter")
     arguments = parser.parse_args()
-    fa3 = benchmarking.load_fa3(arguments.peers)
+    fa3 = benchmarking.load_fa3(arguments.fa3)
     if fa3 is None:
         print("FlashAttention-3 is not there: rows have no fa3", flush=True)
     cases = [case for case in (SMALL if TINY else CASES) if any(text in case.name for text in arguments.only)]

@@ -162,7 +162,10 @@ def compile_ahead(call: Callable, cases: Iterable, processes: int = 14) -> None:
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         failed = [done.exception() for done in [pool.submit(call, case) for case in cases]]
     failed = [error for error in failed if error is not None]
-    print(f"compiled ahead in {time.monotonic() - began:.0f} s" + (f", first error: {failed[0]!r}" if failed else ""))
+    print(
+        f"compiled ahead in {time.monotonic() - began:.0f} s"
+        + (f", {len(failed)} failed, the first by {repr(failed[0])[:200]}" if failed else "")
+    )
 
 
 def l2_bytes() -> int:
