@@ -161,11 +161,9 @@ def compile_ahead(call: Callable, cases: Iterable, processes: int = 14) -> None:
     random.Random(0).shuffle(cases)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         failed = [done.exception() for done in [pool.submit(call, case) for case in cases]]
-    failed = [error for error in failed if error is not None]
-    print(
-        f"compiled ahead in {time.monotonic() - began:.0f} s"
-        + (f", {len(failed)} failed, the first by {repr(failed[0])[:200]}" if failed else "")
-    )
+    failed = [repr(error)[:200] for error in failed if error is not None]
+    said = f", {len(failed)} failed, the first by {failed[0]}" if failed else ""
+    print(f"compiled ahead in {time.monotonic() - began:.0f} s{said}", flush=True)
 
 
 def l2_bytes() -> int:
@@ -262,15 +260,18 @@ def errors(output: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]
 
 
 def load_fa3(folder: Path | None) -> Callable | None:
-    """FlashAttention-3's forward on `[B, S, H, D]`, from the binaries in `folder`; None where they are not there.
+    """FlashAttention-3's forward on `[B, S, H, D]`, from the binaries in `folder`; None where none is given.
 
     `folder` holds `fa3_xf.so.xz` (or `.so`), which is `xformers/flash_attn_3/_C.so` of xformers 0.0.34, and
     `libcudart.so.12`. Keywords of the function: is_causal, softmax_scale, window_size_left, window_size_right,
     num_splits, pack_gqa, seqused_k. It returns (output, lse, ...).
+
+    Raises:
+        FileNotFoundError: the folder has no such files.
     """
-    folder = folder and folder.resolve()
-    if folder is None or not (folder / "libcudart.so.12").exists():
+    if folder is None:
         return None
+    folder = folder.resolve()
     library = folder / "fa3_xf.so"
     packed = folder / "fa3_xf.so.xz"
     if not library.exists() and packed.exists():
@@ -279,8 +280,9 @@ def load_fa3(folder: Path | None) -> Callable | None:
             with lzma.open(packed) as source, open(library.with_suffix(".part"), "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 24)
             library.with_suffix(".part").rename(library)
-    if not library.exists():
-        return None
+    for file in (library, folder / "libcudart.so.12"):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: {folder} is to hold FlashAttention-3's binaries")
     ctypes.CDLL(str(folder / "libcudart.so.12"), mode=ctypes.RTLD_GLOBAL)
     torch.ops.load_library(str(library))
     return torch.ops.flash_attn_3.fwd
