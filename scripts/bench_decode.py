@@ -1,36 +1,46 @@
 """Decode in microseconds beside FlashAttention-3, cuDNN, and a kernel that only reads the same bytes, in one run.
 
-usage: python scripts/bench_decode.py [--json FILE] [--peers FOLDER] [--only TEXT ...]
+usage: python scripts/bench_decode.py [--json FILE] [--fa3 FOLDER] [--only TEXT ...] [--minutes N]
+       python scripts/bench_decode.py --tiny
 
 Each time is that of one call inside a CUDA graph, the median of several replays taken in turn; inputs go round sets
 that together are larger than the L2. FA3 is its best over its splits and packings; "read" the best over 24 settings.
 What flashcore and the peers answer is held against float64 in the same run, and a wrong answer gets no time.
 "flashcore" is called as the peers are, "flashcore_range" as generate() does it: with a KeyRange in device memory. Where
 there are more slots than keys, its keys begin behind a padding of another length in each sequence and end before slots
-that are not filled yet; the others' are the first ones.
-FP8 cases have keys and values in e4m3 with a scale for each sequence and head; their peers read 16 bits.
+that are not filled yet; the others' are the first ones. "flashcore_paged" and "fa3_paged" have those in pages of 256
+keys, all over a pool, with lengths in device memory, as servers do it.
+FP8 cases have keys and values in e4m3 with a scale for each head; their peers read 16 bits. `--tiny` runs small cases
+on the CPU through Triton's interpreter, to see that all of this works; such times mean nothing.
 """
 
 import argparse
-import inspect
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if "--tiny" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import benchmarking
 import torch
 import triton
 import triton.language as tl
-from flashcore_kernels import attention, make_key_range, naive_attention
+from flashcore_kernels import Pages, attention, make_key_range, naive_attention, paged_attention, path_counts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+TINY = "--tiny" in sys.argv
 SPLITS = (0, 1, 2, 4, 8, 16, 32, 64)  # 0: FA3 chooses
 CHECKED = 2  # sequences of a batch that are held against float64
+PAGE = 16 if TINY else 256  # keys
+DEVICE = "cpu" if TINY else "cuda"
+DTYPE = torch.float16 if TINY else torch.bfloat16  # Triton's interpreter multiplies no bfloat16
 
 
 class Case(NamedTuple):
-    """Q query tokens, the last ones, on S keys: `[B, H, Q, D]` and `[B, Hkv, slots, D]` (0: S), bfloat16."""
+    """Q query tokens, the last ones, on S keys: `[B, H, Q, D]` and `[B, Hkv, slots, D]` (0: S), DTYPE."""
 
     batch_size: int
     keys: int
@@ -67,6 +77,9 @@ CASES = [
     Case(1, 2048, 32, 8, 128, slots=32768), Case(16, 2048, 8, 8, 64, slots=4096),
     Case(16, 2048, 32, 8, 128, slots=4096), Case(16, 4096, 32, 8, 64, slots=8192),
     Case(16, 8192, 32, 8, 128, fp8=True, slots=16384),
+]  # fmt: skip
+SMALL = [
+    Case(2, 64, 4, 2, 32), Case(2, 64, 4, 2, 32, 3), Case(2, 64, 4, 2, 32, fp8=True), Case(2, 64, 4, 2, 32, slots=96),
 ]  # fmt: skip
 
 
@@ -108,31 +121,56 @@ class Inputs:
     """One set of inputs. Keys and values lie in one piece of memory, so that the read kernel can go through it."""
 
     def __init__(self, case: Case, seed: int):
-        generator = torch.Generator("cuda").manual_seed(seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
         slots = case.slots or case.keys
         shape = (2, case.batch_size, case.kv_heads, slots, case.head_dim)
         self.query = torch.randn(
-            case.batch_size, case.queries, case.heads, case.head_dim, device="cuda", generator=generator
-        ).bfloat16().transpose(1, 2)  # fmt: skip
-        self.pair = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+            case.batch_size, case.queries, case.heads, case.head_dim, device=DEVICE, generator=generator
+        ).to(DTYPE).transpose(1, 2)  # fmt: skip
+        self.pair = torch.empty(shape, dtype=DTYPE, device=DEVICE)
         for part in self.pair.flatten(0, 1):  # a piece at a time: float32 would need twice the memory
-            part.copy_(torch.randn(part.shape, device="cuda", generator=generator))
+            part.copy_(torch.randn(part.shape, device=DEVICE, generator=generator))
         self.scales = (None, None)
         if case.fp8:
             from flashcore_hf.cache.quantize import head_scales, quantize
 
-            self.scales = tuple(head_scales(part) for part in self.pair)
-            stored = torch.empty(shape, dtype=torch.float8_e4m3fn, device="cuda")
+            # The same for all sequences, because pages have one a head.
+            self.scales = tuple(head_scales(part).amax(0).repeat(case.batch_size, 1) for part in self.pair)
+            stored = torch.empty(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
             for target, part, scale in zip(stored, self.pair, self.scales):
                 target.copy_(quantize(part, scale))
             self.pair = stored
         self.key, self.value = self.pair[:, :, :, : case.keys]
         self.first = [b * 197 % (slots - case.keys + 1) for b in range(case.batch_size)]
-        first = torch.tensor(self.first, dtype=torch.int32, device="cuda")
+        first = torch.tensor(self.first, dtype=torch.int32, device=DEVICE)
         end = first + case.keys
         self.range = make_key_range(
             case.batch_size, slots, first=first, end=end, query_start=end - case.queries, right=0
         )
+
+        self.pages = self._paged(case)
+
+    def _paged(self, case: Case) -> Pages:
+        """The keys that all are shown, in pages in any order."""
+        width = -(-case.keys // PAGE)
+        order = torch.randperm(case.batch_size * width, device=DEVICE)
+        shape = (case.batch_size * width, PAGE, case.kv_heads, case.head_dim)
+        # As bytes, because fp8 cannot be indexed everywhere.
+        pools = [
+            part.transpose(1, 2).reshape(shape).view(torch.uint8)[order.argsort()].view(part.dtype)
+            for part in (self.key, self.value)
+        ]
+        queries = torch.arange(case.batch_size + 1, dtype=torch.int32, device=DEVICE) * case.queries
+        lengths = torch.full((case.batch_size,), case.keys, dtype=torch.int32, device=DEVICE)
+        scales = (scale if scale is None else scale[0].contiguous() for scale in self.scales)
+        table = order.view(case.batch_size, width).int()
+        return Pages(*pools, table, queries, lengths, 0, *scales)
+
+    def attend_pages(self) -> torch.Tensor:
+        """`[B, H, Q, D]`"""
+        rows = self.query.transpose(1, 2)
+        output = paged_attention(rows.flatten(0, 1), self.pages, max_queries=1 if rows.shape[1] == 1 else None)
+        return output.view(rows.shape).transpose(1, 2)
 
     def options(self) -> dict:
         key_scale, value_scale = self.scales
@@ -155,7 +193,7 @@ class Inputs:
         )
         query = self.query[:CHECKED]
         exact = naive_attention(query.double(), key, value, is_causal=True)[0]
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device="cuda").tril(
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=DEVICE).tril(
             key.shape[2] - query.shape[2]
         )
         answer = scaled_dot_product_attention(
@@ -169,6 +207,7 @@ def contenders_of(case: Case, inputs: list[Inputs], fa3) -> dict:
     found = {
         "flashcore": [lambda i=i: attention(i.query, i.key, i.value, is_causal=True, **i.options()) for i in inputs],
         "flashcore_range": [lambda i=i: attention(i.query, *i.pair, key_range=i.range, **i.options()) for i in inputs],
+        "flashcore_paged": [i.attend_pages for i in inputs],
     }
     if case.fp8:
         return found
@@ -180,29 +219,38 @@ def contenders_of(case: Case, inputs: list[Inputs], fa3) -> dict:
 
         found["cudnn"] = [lambda i=i: cudnn(i) for i in inputs]
     if fa3 is not None:
-
-        def fa3_call(i, splits, pack):
-            output = fa3(
-                i.query.transpose(1, 2), i.key.transpose(1, 2), i.value.transpose(1, 2), is_causal=case.queries > 1,
-                softmax_scale=case.head_dim**-0.5, num_splits=splits, pack_gqa=pack,
-            )[0]  # fmt: skip
-            return output.transpose(1, 2)
-
-        settings = {
-            f"fa3 num_splits={splits} pack_gqa={pack}": [
-                lambda i=i, s=splits, p=pack: fa3_call(i, s, p) for i in inputs
-            ]
-            for splits in SPLITS
-            for pack in (None, True)
-        }
-        name, calls = best(settings, max(len(inputs), 8))
-        found["fa3"] = calls
-        print(f"  best FA3: {name}", flush=True)
+        found["fa3"] = best_fa3(case, inputs, fa3, paged=False)
+        found["fa3_paged"] = best_fa3(case, inputs, fa3, paged=True)
     return found
+
+
+def best_fa3(case: Case, inputs: list[Inputs], fa3, paged: bool) -> list:
+    """Calls of FA3 with its best splits and packing."""
+
+    def call(i, splits, pack):
+        keys, pages = (i.key.transpose(1, 2), i.value.transpose(1, 2)), {}
+        if paged:
+            keys, pages = i.pages[:2], {"page_table": i.pages.block_table, "seqused_k": i.pages.key_lengths}
+        output = fa3(
+            i.query.transpose(1, 2), *keys, is_causal=case.queries > 1, softmax_scale=case.head_dim**-0.5,
+            num_splits=splits, pack_gqa=pack, **pages,
+        )[0]  # fmt: skip
+        return output.transpose(1, 2)
+
+    settings = {
+        f"num_splits={splits} pack_gqa={pack}": [lambda i=i, s=splits, p=pack: call(i, s, p) for i in inputs]
+        for splits in SPLITS
+        for pack in (None, True)
+    }
+    name, calls = best(settings, max(len(inputs), 8))
+    print(f"  best FA3{' in pages' if paged else ''}: {name}", flush=True)
+    return calls
 
 
 def readers(case: Case, inputs: list[Inputs]) -> list | None:
     """The fastest kernel that only reads keys and values."""
+    if TINY:
+        return None
     settings = {}
     for programs in (128, 256, 512, 1024, 2048, 4096):
         for block, unroll, warps in ((1024, 4, 4), (2048, 4, 8), (4096, 2, 8), (1024, 8, 4)):
@@ -215,15 +263,25 @@ def readers(case: Case, inputs: list[Inputs]) -> list | None:
     return best(settings, max(len(inputs), 8))[1] if settings else None
 
 
+def compile_case(case: Case) -> None:
+    """Our kernels once."""
+    for name, calls in contenders_of(case, [Inputs(case, 0)], None).items():
+        if name.startswith("flashcore"):
+            calls[0]()
+
+
 def measure(case: Case, fa3, rounds: int) -> dict:
     """One row."""
     row = {"case": case.name, "unit": "us"}
     inputs = [Inputs(case, seed) for seed in range(benchmarking.rotations(case.bytes))]
-    contenders = {}
+    contenders, paths = {}, {}
     for name, calls in contenders_of(case, inputs, fa3).items():
         try:
+            path_counts.clear()
             reference, allowed = inputs[0].reference(padded=name == "flashcore_range")
             largest, rms = benchmarking.errors(calls[0]()[:CHECKED], reference)
+            if name.startswith("flashcore"):
+                paths[name] = "+".join(path_counts)
         except Exception as error:  # noqa: BLE001 - a peer that cannot is left out, and the row says so
             row[f"{name} failed"] = f"{type(error).__name__}: {error}"[:200]
             continue
@@ -238,35 +296,41 @@ def measure(case: Case, fa3, rounds: int) -> dict:
     count = max(len(inputs), min(64, int(2e9 / case.bytes) + 1))
     times = benchmarking.graph_times(contenders, calls=count, rounds=rounds)
     row.update({name: round(time, 2) for name, time in times.items()})
+    row["paths"] = paths
     if "flashcore" in times:
         row["GB/s"] = round(case.bytes / times["flashcore"] / 1e3)
     return row
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "decode-h200.json")
-    parser.add_argument("--peers", type=Path, help="folder of FA3's binaries (see benchmarking.load_fa3)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="decode-h200.json of the results, where not --tiny")
+    parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--minutes", type=float, help="begin no case after that")
+    parser.add_argument(
+        "--processes", type=int, default=14, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
+    parser.add_argument("--tiny", action="store_true", help="small cases on the CPU, through the interpreter")
     arguments = parser.parse_args()
-    fa3 = benchmarking.load_fa3(arguments.peers)
+    fa3 = benchmarking.load_fa3(arguments.fa3)
     if fa3 is None:
         print("FlashAttention-3 is not there: rows have no fa3", flush=True)
-    rows = []
-    for case in CASES:
-        if not any(text in case.name for text in arguments.only):
-            continue
-        if case.fp8 and "key_scale" not in inspect.signature(attention).parameters:
-            continue
+    cases = [case for case in (SMALL if TINY else CASES) if any(text in case.name for text in arguments.only)]
+    record = benchmarking.Record(benchmarking.target(arguments, "decode-h200.json"), minutes=arguments.minutes)
+    benchmarking.compile_ahead(compile_case, cases, arguments.processes)
+    failed = []
+    for case in record.each(cases, lambda case: case.name):
         row = measure(case, fa3, arguments.rounds)
-        rows.append(row)
         print(row, flush=True)
-        torch.cuda.empty_cache()
-        benchmarking.write(arguments.json, rows)
-    failed = [row["case"] for row in rows if any(key.startswith("flashcore") and key.endswith("failed") for key in row)]
-    for case in failed:
-        print(f"WRONG: {case}", file=sys.stderr)
+        record.add(row)
+        if not TINY:
+            torch.cuda.empty_cache()
+        if any(key.startswith("flashcore") and key.endswith("failed") for key in row):
+            failed.append(case.name)
+    for name in failed:
+        print(f"WRONG: {name}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -6,8 +6,7 @@ usage: python scripts/bench_generate.py [--json FILE] [--only TEXT ...] [--list]
 A time is that of a whole generate() less that of one that stops after its first token, the median of several, after one
 that compiles or records. "graphed" is after `flashcore_hf.graphed(model)`, "liger" after Liger's kernels were put into
 the model before that; "seconds" is how long its very first call took until two tokens were there, prefill, recording
-and compiled kernels included. Rows come in the order of their weight, and those that would begin after --minutes say
-that they were left out.
+and compiled kernels included. Cases come in the order of their weight; the record names those that --minutes left out.
 """
 
 import argparse
@@ -239,7 +238,7 @@ def liger(model):
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "generate-h200.json")
+    parser.add_argument("--json", type=Path, help="generate-h200.json of the results, where not --tiny")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name ends with one of these")
     parser.add_argument("--list", action="store_true", help="the cases' names, and nothing else")
     parser.add_argument("--backends", nargs="+", default=["flashcore", "sdpa"])
@@ -265,17 +264,13 @@ def main() -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     transformers.logging.set_verbosity_error()
-    began = time.monotonic()
-    benchmark = Benchmark(Models(arguments), arguments.tokens, arguments.repeats)
     more = {"model": f"{arguments.model} (random weights)", "dtype": "bfloat16"}
-    rows = []
-    for case in chosen:
-        row = {"case": case.name, "unit": "ms/token"}
-        rows.append(row)
-        minutes = (time.monotonic() - began) / 60
-        if minutes > arguments.minutes:
-            row["left out"] = f"{minutes:.1f} minutes were over"
-            continue
+    path = benchmarking.target(arguments, "generate-h200.json")
+    record = benchmarking.Record(path, minutes=arguments.minutes, **more)
+    benchmark = Benchmark(Models(arguments), arguments.tokens, arguments.repeats)
+    measured: dict[str, dict] = {}
+    for case in record.each(chosen, lambda case: case.name):
+        row = measured[case.name] = {"case": case.name, "unit": "ms/token"}
         shrink = 64 if arguments.tiny else 1
         small = case._replace(prompt=case.prompt // shrink, slots=case.slots // shrink)
         with _keeping(row, "case"):
@@ -288,18 +283,18 @@ def main() -> int:
                     row["seconds"] = times["seconds"]
                 if "lookup" in case.cache:
                     row["tokens a forward"] = times["brought"]
-        print(row, f"after {(time.monotonic() - began) / 60:.1f} min", flush=True)
-        benchmarking.write(arguments.json, rows, **more)
-    # The one line is held against sdpa's default cache.
-    plain = {row["case"]: row for row in rows}
-    for case, row in zip(chosen, rows):
-        if case.graphed and "sdpa" in plain.get(case.plain, {}):
-            row["sdpa"] = plain[case.plain]["sdpa"]
-    if arguments.memory_steps and not all(case.model for case in chosen):
-        with _keeping(more, "memory"):
-            more["memory"] = benchmark.memory_of_steps(arguments.memory_steps)
-            print(more["memory"], flush=True)
-    benchmarking.write(arguments.json, rows, **more)
+        print(row, flush=True)
+        record.add(row)
+        # The one line is held against sdpa's default cache, which comes later in the same run.
+        for other in (other for other in chosen if other.graphed and other.plain == case.name and "sdpa" in row):
+            if other.name in measured:
+                record.add(measured[other.name] | {"sdpa": row["sdpa"]})
+    if arguments.memory_steps and not all(case.model for case in chosen) and not record.over:
+        memory: dict = {}
+        with _keeping(memory, "memory"):
+            memory = benchmark.memory_of_steps(arguments.memory_steps)
+        print(memory, flush=True)
+        record.note(memory=memory)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Host time of one decode step, and where it goes: flashcore's attention function, its cache, its masks, a whole layer.
 
-usage: python scripts/bench_host.py [--json FILE] [--device cuda|cpu] [--calls N]
+usage: python scripts/bench_host.py [--json FILE] [--device cuda|cpu] [--calls N] [--profile]
 
 On a GPU the kernels are launched for real, few enough in a row that the launch queue never fills. On a CPU the launch
 is left out, so that what remains is the Python around it.
@@ -150,7 +150,7 @@ def main() -> int:
     assert flashcore_hf.import_error is None, flashcore_hf.import_error
     if arguments.device == "cpu":
         pretend_a_gpu()
-    rows = []
+    record = benchmarking.Record(arguments.json, device=arguments.device)
     with torch.inference_mode():
         calls = parts(arguments.device)
         if arguments.device == "cpu":
@@ -158,13 +158,12 @@ def main() -> int:
         for call in calls.values():
             call()
         for name, host in host_microseconds(calls, max(arguments.calls // AT_ONCE, 3)).items():
-            rows.append({"case": name, "unit": "us", "host": round(host, 2)})
-            print(f"{rows[-1]['host']:8.2f} us  {name}", flush=True)
+            row = {"case": name, "unit": "us", "host": round(host, 2)}
+            print(f"{row['host']:8.2f} us  {name}", flush=True)
+            record.add(row)
         if arguments.profile:
             for each in profiled(next(iter(calls.values()))):
                 print(f"{each['own']:8.2f} us own {each['all']:8.2f} us in all {each['calls']:4d} x  {each['where']}")
-    if arguments.json:
-        benchmarking.write(arguments.json, rows, device=arguments.device)
     return 0
 
 

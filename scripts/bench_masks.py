@@ -1,30 +1,34 @@
-"""Attention under dense masks and biases on one GPU, beside PyTorch's SDPA with the same mask: microseconds of a call.
+"""Attention in full and under dense masks and biases on one GPU, beside PyTorch's SDPA: microseconds of a call.
 
-usage: python scripts/bench_masks.py [--groups short long bias blocks wide] [--contenders ...] [--json FILE]
+usage: python scripts/bench_masks.py [--groups short full long bias blocks wide] [--only TEXT ...] [--contenders ...]
+                                     [--minutes N] [--json FILE]
        python scripts/bench_masks.py --tiny
 
 Of each case there are these contenders, where they can do it; they take turns, and times are medians of CUDA graphs'
 replays:
-- `flashcore`: with the mask;
+- `flashcore`: with the mask; of "full" cases with nothing, or with a KeyRange where they are padded, as a model has it;
 - `range`: with a KeyRange that hides the same, and the bias where there is one;
 - `plain`: without any mask;
 - `portable`: with the mask by this library's Triton forward, the kernel of every other GPU;
-- `efficient`, `cudnn`, `math`: SDPA's backends with the mask. `sdpa` is the best of them, and `ratio` its time over
-  flashcore's.
+- `flash`, `efficient`, `cudnn`, `math`: SDPA's backends with the mask. `sdpa` is the best of them, `best` which one it
+  is, and `ratio` its time over flashcore's.
+`eager` has the same for calls from Python, back to back: the GPU's time or the host's, whichever is longer. `ratios`
+has those that are asked for, and what is asked; `visible blocks` the part of the blocks of 128x128 that a mask shows.
+
 Queries, keys and values rotate so that none lies in the L2 from the call before; masks stay, as they do from layer to
 layer. Each answer is held against float64 on a sample of rows first, by the error rule of the tests; what fails it gets
-no time. `eager` is flashcore's time from Python, back to back. `--tiny` runs small cases on the CPU through Triton's
-interpreter, to see that all of this works; such times mean nothing.
+no time. `--tiny` runs small cases on the CPU through Triton's interpreter, to see that all of this works; such times
+mean nothing.
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 if "--tiny" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,129 +37,41 @@ sys.path.insert(0, str(Path(__file__).parent))
 import benchmarking
 import torch
 import torch.nn.functional as F
+from mask_cases import GROUPS, Case, cases, inputs_of, lengths_of, make, visible_blocks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_RATIO, RMS_RATIO = 2.0, 1.5
 BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-CONTENDERS = ("flashcore", "range", "plain", "portable", *BACKENDS)
-GROUPS = ("short", "long", "bias", "blocks", "wide")
+OURS = ("flashcore", "range", "plain", "portable")
+CONTENDERS = (*OURS, *BACKENDS)
+# Calls from Python between two changes of SDPA's backend, which take longer than a short call; in all so long.
+EAGER_CALLS, EAGER_MICROSECONDS = 25, 4000
 # SDPA's math keeps all scores: of larger calls it is neither fast nor does it fit.
 MATH_SCORES = 1 << 29
-
-
-class Case(NamedTuple):
-    """One call, as many queries as keys.
-
-    Attributes:
-        mask: what `mask_of` makes.
-        padded: keys behind each sequence's length are hidden as well: with `mask` bool it is in the mask, beside a bias
-            it is a KeyRange for us, and for SDPA in the bias.
-    """
-
-    batch: int
-    length: int
-    heads: int
-    head_dim: int
-    mask: str
-    padded: bool = False
-    kv_heads: int | None = None
-
-    def __str__(self):
-        heads = f"H{self.heads}" + (f":{self.kv_heads}" if self.kv_heads else "")
-        padded = " padded" if self.padded else ""
-        return f"{self.mask}{padded} B{self.batch} S{self.length} {heads} D{self.head_dim}"
-
-
-def cases(groups: list[str], tiny: bool) -> list[Case]:
-    if tiny:
-        kinds = ("bool", "row", "bias", "causal bool", "tree")
-        return [Case(2, 24, 1, 16, kind, padded) for kind in kinds for padded in (False, True)]
-    of = {
-        "short": [
-            Case(64, 512, 12, 64, "bool"), Case(64, 512, 12, 64, "bool", True), Case(64, 512, 12, 64, "row", True),
-            Case(256, 128, 12, 64, "bool", True),
-        ],
-        "long": [
-            Case(4, 4096, 12, 64, "bool"), Case(4, 4096, 12, 64, "bool", True), Case(4, 4096, 32, 128, "bool", True, 8),
-            Case(2, 4096, 32, 128, "causal bool", True, 8),
-        ],
-        "bias": [
-            Case(16, 512, 16, 64, "bias"), Case(16, 512, 16, 64, "bias", True), Case(16, 512, 16, 64, "bias fp32"),
-            Case(4, 2048, 16, 64, "bias"), Case(4, 2048, 16, 128, "bias"), Case(4, 197, 12, 64, "bias"),
-            Case(32, 577, 12, 64, "bias"), Case(8, 512, 16, 64, "bias a sequence"),
-        ],
-        "blocks": [Case(2, 8192, 16, 128, "tree"), Case(2, 8192, 16, 128, "documents")],
-        "wide": [Case(2, 2048, 8, 512, "none"), Case(2, 2048, 8, 512, "bool", True)],
-    }  # fmt: skip
-    return [case for group in groups for case in of[group]]
-
-
-def lengths_of(case: Case, device: str) -> torch.Tensor:
-    """From half of the keys to all."""
-    steps = torch.arange(case.batch, device=device)
-    return case.length - steps * (case.length // 2) // max(case.batch - 1, 1)
-
-
-def mask_of(case: Case, dtype: torch.dtype, device: str) -> torch.Tensor | None:
-    """The mask of a case, that of SDPA: bool, or a bias with padding in it."""
-    n = case.length
-    place = torch.arange(n, device=device)
-    real = (place < lengths_of(case, device)[:, None])[:, None, None] if case.padded else None  # [B, 1, 1, K]
-    if case.mask.startswith("bias"):
-        bias = position_bias(case, dtype, device)
-        return bias if real is None else bias.masked_fill(~real, -torch.inf)
-    if case.mask == "none":
-        return None
-    if case.mask == "row":
-        return real if real is not None else torch.ones(case.batch, 1, 1, n, dtype=torch.bool, device=device)
-    if case.mask == "bool":
-        keep = torch.ones(case.batch, 1, n, n, dtype=torch.bool, device=device)
-    elif case.mask == "causal bool":
-        keep = (place[:, None] >= place).expand(case.batch, 1, n, n)
-    elif case.mask == "tree":
-        # Branches of a sixteenth each: they see a common trunk, the first sixteenth, and causally themselves.
-        branch = place // max(n // 16, 1)
-        keep = (place[:, None] >= place) & ((branch[:, None] == branch) | (branch == 0))
-        keep = keep[None, None]
-    else:
-        # Documents of a length of their own, a twelfth on average.
-        generator = torch.Generator().manual_seed(0)
-        number = (torch.rand(n, generator=generator) < 12 / n).cumsum(0).to(device)
-        keep = (number[:, None] == number)[None, None]
-    return (keep if real is None else keep & real).contiguous()
-
-
-def position_bias(case: Case, dtype: torch.dtype, device: str) -> torch.Tensor:
-    batch = case.batch if case.mask == "bias a sequence" else 1
-    bias = torch.randn(batch, case.heads, case.length, case.length, device=device)
-    return bias.to(torch.float32 if case.mask == "bias fp32" else dtype)
-
-
-def make(case: Case, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    heads = (case.heads, case.kv_heads or case.heads, case.kv_heads or case.heads)
-    shape = (case.batch, case.length)
-    return tuple(
-        torch.randn(*shape, of, case.head_dim, dtype=dtype, device=device).transpose(1, 2) for of in heads
-    )  # fmt: skip
 
 
 def options_of(name: str, case: Case, mask: torch.Tensor | None) -> dict | None:
     """What flashcore is asked under this name; None where there is no such call."""
     from flashcore_kernels import make_key_range
 
-    causal = case.mask == "causal bool"
+    causal, full = case.mask == "causal bool", case.mask == "full"
     biased = case.mask.startswith("bias")
     if name == "plain":
+        if full:
+            return None
         return {"is_causal": causal} if case.mask not in ("tree", "documents") else {}
     ranged = {}
-    if case.padded and (biased or name == "range"):
+    if case.padded and (biased or full or name == "range"):
         device = "cpu" if mask is None else mask.device
         end = lengths_of(case, device)
         ranged = {"key_range": make_key_range(case.batch, case.length, end=end, right=0 if causal else -1)}
+    if full:
+        return ranged if name != "range" else None
     if biased:
         return {"mask": mask, **ranged} if name != "range" else None
     if name == "range":
@@ -192,14 +108,37 @@ def flashcore(options: dict, x: tuple, portable: bool) -> Callable:
 def sdpa(case: Case, x: tuple, mask: torch.Tensor | None, backend: SDPBackend) -> Callable | None:
     if backend is SDPBackend.MATH and case.batch * case.heads * case.length**2 > MATH_SCORES:
         return None
+    if backend is SDPBackend.FLASH_ATTENTION and mask is not None:
+        return None
     if mask is not None and mask.dtype.is_floating_point:
         mask = mask.to(x[0].dtype)  # SDPA takes no other
 
-    def call():
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*x, attn_mask=mask, enable_gqa=case.kv_heads is not None)
+    return lambda: F.scaled_dot_product_attention(*x, attn_mask=mask, enable_gqa=case.kv_heads is not None)
 
-    return call
+
+def within(name: str):
+    """What a contender's calls are made in."""
+    return sdpa_kernel(BACKENDS[name]) if name in BACKENDS else contextlib.nullcontext()
+
+
+def one_call(name: str, call: Callable) -> Callable:
+    def made():
+        with within(name):
+            return call()
+
+    return made
+
+
+def eager_calls(name: str, calls: list[Callable], count: int) -> Callable:
+    """So many of them, in turn."""
+    turns = itertools.cycle(calls)
+
+    def made():
+        with within(name):
+            for _ in range(count):
+                next(turns)()
+
+    return made
 
 
 def is_right(case: Case, x: tuple, mask: torch.Tensor | None, output: torch.Tensor) -> bool:
@@ -232,15 +171,21 @@ def is_right(case: Case, x: tuple, mask: torch.Tensor | None, output: torch.Tens
     )
 
 
+@torch.no_grad()
+def compile_case(case: Case, names: list[str], dtype: torch.dtype) -> None:
+    """Each of our kernels once."""
+    given, x = inputs_of(case, dtype, "cuda")[0], make(case, dtype, "cuda")
+    for name in set(names) & set(OURS):
+        options = options_of(name, case, given)
+        if options is not None:
+            flashcore(options, x, name == "portable")()
+
+
 def measure(case: Case, names: list[str], dtype: torch.dtype, device: str, rounds: int) -> dict:
     """One row: microseconds of each contender, None where it cannot do the case or gave a wrong answer."""
-    mask = mask_of(case, dtype, device)
-    given = position_bias(case, dtype, device) if case.padded and case.mask.startswith("bias") else mask
-    if given is not mask:
-        real = (torch.arange(case.length, device=device) < lengths_of(case, device)[:, None])[:, None, None]
-        mask = given.masked_fill(~real, -torch.inf)
+    given, mask = inputs_of(case, dtype, device)
     size = 4 * case.batch * case.length * case.heads * case.head_dim * dtype.itemsize
-    sets = [make(case, dtype, device) for _ in range(benchmarking.rotations(size, most=6) if device == "cuda" else 1)]
+    sets = [make(case, dtype, device) for _ in range(benchmarking.rotations(size, most=6))]
     calls: dict[str, list[Callable]] = {}
     row: dict = {"case": str(case), "unit": "us", **dict.fromkeys(names)}
     failed, options = {}, {}
@@ -255,33 +200,53 @@ def measure(case: Case, names: list[str], dtype: torch.dtype, device: str, round
                 each = [flashcore(options[name], x, name == "portable") for x in sets]
             if each[0] is None:
                 continue
-            if name == "plain" or is_right(case, sets[0], mask, each[0]()):
+            if name == "plain" or is_right(case, sets[0], mask, one_call(name, each[0])()):
                 calls[name] = each
             else:
                 failed[name] = "wrong answer"
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-    times = time_of(calls, device, rounds)
+    replayed = {name: [one_call(name, call) for call in each] for name, each in calls.items()}
+    times = benchmarking.graph_times(replayed, calls=12, rounds=rounds)
+    counts = {name: min(max(int(EAGER_MICROSECONDS / times[name]), 1), EAGER_CALLS) for name in calls}
+    loops = {name: eager_calls(name, each, counts[name]) for name, each in calls.items()}
+    eager = benchmarking.eager_times(loops, rounds=5, seconds=0.004)
     row |= {name: round(each, 1) for name, each in times.items()}
-    if device == "cuda" and "flashcore" in calls:
-        turns = itertools.cycle(calls["flashcore"])
-        row["eager"] = round(benchmarking.eager_times({"": lambda: next(turns)()}, rounds=5, seconds=0.004)[""], 1)
-    peers = [row[name] for name in BACKENDS if row.get(name)]
-    if peers and row.get("flashcore"):
-        row |= {"sdpa": min(peers), "ratio": round(min(peers) / row["flashcore"], 2)}
+    row["eager"] = {name: round(each / counts[name], 1) for name, each in eager.items()}
+    for times in (row, row["eager"]):
+        peers = {name: times[name] for name in BACKENDS if times.get(name)}
+        if peers and times.get("flashcore"):
+            best = min(peers, key=peers.get)
+            times |= {"sdpa": peers[best], "best": best, "ratio": round(peers[best] / times["flashcore"], 2)}
+    row["ratios"] = ratios(case, row)
+    if case.mask in ("tree", "documents"):
+        row["visible blocks"] = visible_blocks(mask)
     row["paths"] = path_of(calls, options)
     return row | ({"failed": failed} if failed else {})
 
 
-def time_of(calls: dict[str, list[Callable]], device: str, rounds: int) -> dict[str, float]:
-    if device == "cuda":
-        return benchmarking.graph_times(calls, calls=12, rounds=rounds)
-    times = {}
-    for name, each in calls.items():
-        begin = time.perf_counter()
-        each[0]()
-        times[name] = (time.perf_counter() - begin) * 1e6
-    return times
+def ratios(case: Case, row: dict) -> dict[str, dict[str, float]]:
+    """What is asked of a case, and what it is."""
+    found = {}
+
+    def note(what: str, over: float | None, under: float | None, **asked: float) -> None:
+        if over and under:
+            found[what] = {"is": round(over / under, 2), **{name.replace("_", " "): n for name, n in asked.items()}}
+
+    ours = row.get("flashcore")
+    if case.mask in ("tree", "documents"):
+        note("sdpa / flashcore", row.get("sdpa"), ours, at_least=4.0)
+    elif case.mask in ("full", "none"):
+        note("sdpa / flashcore", row.get("sdpa"), ours, at_least=1.0)
+        note("sdpa / flashcore, eager", row["eager"].get("sdpa"), row["eager"].get("flashcore"), at_least=1.0)
+    else:
+        note("sdpa / flashcore", row.get("sdpa"), ours, at_least=1.5 if case.length >= 1024 else 1.0)
+        if case.mask.startswith("bias"):
+            note("flashcore / plain", ours, row.get("plain"), at_most=1.5)
+        elif not case.padded:
+            note("flashcore / plain", ours, row.get("plain"), at_most=1.3)
+        note("flashcore / range", ours, row.get("range"), at_most=1.15)
+    return found
 
 
 def path_of(calls: dict[str, list[Callable]], options: dict) -> dict[str, str]:
@@ -300,24 +265,35 @@ def path_of(calls: dict[str, list[Callable]], options: dict) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--contenders", nargs="+", default=[name for name in CONTENDERS if name != "portable"],
+                        choices=CONTENDERS)  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, help="begin no case after that")
+    parser.add_argument(
+        "--processes", type=int, default=14, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
     parser.add_argument("--tiny", action="store_true", help="small cases on the CPU, through the interpreter")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    chosen = cases(arguments.groups, arguments.tiny)
+    chosen = [case for case in chosen if any(text in str(case) for text in arguments.only)]
     if not (arguments.tiny or torch.cuda.is_available()):
-        print("bench_masks needs a GPU; its cases:", *map(str, cases(arguments.groups, False)), sep="\n  ")
+        print("bench_masks needs a GPU; its cases:", *map(str, chosen), sep="\n  ")
         return 1
     device = "cpu" if arguments.tiny else "cuda"
     dtype = torch.float16 if arguments.tiny else getattr(torch, arguments.dtype)
-    rows = []
-    for case in cases(arguments.groups, arguments.tiny):
-        rows.append(measure(case, arguments.contenders, dtype, device, arguments.rounds))
-        print(rows[-1], flush=True)
-        if arguments.json:
-            benchmarking.write(arguments.json, rows)
-    wrong = [row["case"] for row in rows if row.get("failed", {}).get("flashcore")]
+    names, wrong = arguments.contenders, []
+    record = benchmarking.Record(arguments.json, minutes=arguments.minutes)
+    compiling = functools.partial(compile_case, names=names, dtype=dtype)
+    benchmarking.compile_ahead(compiling, chosen, arguments.processes)
+    for case in record.each(chosen):
+        row = measure(case, names, dtype, device, arguments.rounds)
+        print(row, flush=True)
+        record.add(row)
+        if row.get("failed", {}).get("flashcore"):
+            wrong.append(str(case))
     if wrong:
         print("flashcore failed:", *wrong, sep="\n  ")
     return int(bool(wrong))

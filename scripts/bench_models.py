@@ -13,13 +13,14 @@ twice as far from eager as sdpa is (root mean square relative to eager's; at lea
 as far as noop, or the check would see nothing. What is off gets no time, and the row says so in "failed". Where
 Transformers does not offer sdpa (Gemma 2, gpt-oss), eager is timed in its place.
 
-A row: "flashcore", "sdpa", "noop": ms; "errors": those distances; "memory": peak MiB of one call with the weights;
-"paths": which of our kernels served how many calls of it. Rows of the file that are not measured again stay.
+A row: "flashcore", "sdpa", "noop": ms; "ratio": sdpa's time over ours; "attention": ours less noop's, as a part of
+sdpa's less noop's; "errors": those distances; "memory": peak MiB of one call with the weights; "paths": which of our
+kernels served how many calls of it. Rows of the file that are not measured again stay.
 """
 
 import argparse
+import functools
 import gc
-import json
 import statistics
 import sys
 import time
@@ -31,7 +32,7 @@ from contenders import IMPLEMENTATIONS, in_part, named, register_noop, short, sw
 from flashcore_kernels import path_counts
 from sweep.running import rms_error, tensors
 from transformers import GenerationMixin
-from zoo import ENTRIES, Entry, Workload, build
+from zoo import ENTRIES, Entry, Workload, build, class_of
 
 LEAST = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-3}
 TINY = {"batch": 2, "length": 24, "tokens": 3}
@@ -56,7 +57,7 @@ class Bench:
         times = self.times(workload, inputs, [name for name in names if name not in failed])
         row = {"unit": "ms/token" if workload.tokens else "ms"}
         row |= {name: round(times[name], 3) if name in times else None for name in names}
-        row |= {"errors": errors, "memory": memory, "paths": paths}
+        row |= judged(row) | {"errors": errors, "memory": memory, "paths": paths}
         return row | ({"failed": failed} if failed else {})
 
     def inputs(self, workload: Workload, batch: int) -> dict:
@@ -186,14 +187,32 @@ def chosen(arguments) -> list[tuple[Entry, list[Workload]]]:
     return in_part(found, arguments.part)
 
 
-def told(row: dict) -> str:
-    """A row for the eye: times, the whole model's ratio, and attention's own (a model's time less its bound)."""
+def names_of(case: tuple[Entry, list[Workload]]) -> list[str]:
+    """Of a model's rows."""
+    entry, workloads = case
+    return [f"{entry.name} {workload.what}" for workload in workloads]
+
+
+def judged(row: dict) -> dict[str, float]:
+    """The whole model's ratio, and attention's own time (a model's less its bound) as a part of sdpa's."""
     ours, sdpa, noop = (row.get(name) for name in ("flashcore", "eager" if "eager" in row else "sdpa", "noop"))
-    line = f"{row['case']:58s} {ours} / {sdpa}{' (eager)' if 'eager' in row else ''} / {noop} {row['unit']}"
+    found = {}
     if ours and sdpa:
-        line += f"  {sdpa / ours:.2f}x"
+        found["ratio"] = round(sdpa / ours, 3)
     if ours and sdpa and noop and sdpa > noop:
-        line += f", attention alone {(ours - noop) / (sdpa - noop):.2f} of sdpa's"
+        found["attention"] = round((ours - noop) / (sdpa - noop), 2)
+    return found
+
+
+def told(row: dict) -> str:
+    """A row for the eye."""
+    instead = "eager" if "eager" in row else "sdpa"
+    line = f"{row['case']:58s} {row.get('flashcore')} / {row.get(instead)}{' (eager)' if 'eager' in row else ''} / "
+    line += f"{row.get('noop')} {row['unit']}"
+    if "ratio" in row:
+        line += f"  {row['ratio']:.2f}x"
+    if "attention" in row:
+        line += f", attention alone {row['attention']:.2f} of sdpa's"
     return line + "".join(f"\n    {name}: {why}" for name, why in row.get("failed", {}).items())
 
 
@@ -212,7 +231,11 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="at most so many sequences, for a CPU")
     parser.add_argument("--tiny", action="store_true", help="try every case at a tiny size on the CPU")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
-    parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "models-h200.json")
+    parser.add_argument("--minutes", type=float, help="begin no case after that")
+    parser.add_argument(
+        "--processes", type=int, default=10, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
+    parser.add_argument("--json", type=Path, help="models-h200.json (or -cpu) of the results, where not --tiny")
     arguments = parser.parse_args()
     cases = chosen(arguments)
     if arguments.list:
@@ -224,15 +247,40 @@ def main() -> int:
     if arguments.threads or device == "cpu":
         torch.set_num_threads(arguments.threads or 1)
     register_noop()
-    rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    path = benchmarking.target(arguments, "models-h200.json" if device == "cuda" else "models-cpu.json")
+    record = benchmarking.Record(path, minutes=arguments.minutes, dtype=str(dtype).removeprefix("torch."))
     began, wrong = time.perf_counter(), 0
-    for entry, workloads in cases:
+    if device == "cuda":
+        wanted = [(entry.name, [workload.what for workload in each]) for entry, each in cases]
+        benchmarking.compile_ahead(functools.partial(compile_model, dtype=dtype), wanted, arguments.processes)
+    for entry, workloads in record.each(cases, names_of):
         for row in of_model(entry, workloads, arguments, device, dtype):
             wrong += any(why != "is not offered" for why in row.get("failed", {}).values())
             print(f"{time.perf_counter() - began:5.0f} s  {told(row)}", flush=True)
-            rows = [each for each in rows if each["case"] != row["case"]] + [row]
-            benchmarking.write(arguments.json, rows, dtype=str(dtype).removeprefix("torch."))
+            record.add(row)
+            if record.over:
+                break
     return 1 if arguments.tiny and wrong else 0
+
+
+def compile_model(wanted: tuple[str, list[str]], dtype: torch.dtype) -> None:
+    """Our kernels of a model's workloads, once.
+
+    Args:
+        wanted: names, because what makes a configuration cannot be sent to a process.
+    """
+    entry = next(entry for entry in ENTRIES if entry.name == wanted[0])
+    bench = Bench(build(entry, "cuda", dtype), ["flashcore"], 0.0)
+    switch(bench.model, "flashcore")
+    for workload in entry.workloads:
+        if workload.what in wanted[1]:
+            inputs = bench.inputs(workload, workload.batch)
+            if workload.tokens:
+                bench.generate(inputs, 3)
+            else:
+                bench.outputs(inputs, {}, 1)
+            del inputs
+            torch.cuda.empty_cache()
 
 
 def of_model(entry: Entry, workloads: list[Workload], arguments, device: str, dtype: torch.dtype):
@@ -243,7 +291,7 @@ def of_model(entry: Entry, workloads: list[Workload], arguments, device: str, dt
         yield {"case": entry.name, "unit": "ms", "failed": {"model": short(error)}}
         return
     for workload in workloads:
-        row = {"case": f"{entry.name} {workload.what}"}
+        row = {"case": f"{entry.name} {workload.what}", "class": class_of(entry).__name__, "group": entry.group}
         if arguments.batch:
             workload = workload._replace(batch=min(arguments.batch, workload.batch))
         if arguments.tiny:

@@ -20,8 +20,8 @@ again stay.
 """
 
 import argparse
+import functools
 import gc
-import json
 import statistics
 import sys
 import time
@@ -122,6 +122,20 @@ class Training:
             torch.cuda.synchronize()
 
 
+def compile_case(name: str, dtype: torch.dtype) -> None:
+    """Our kernels of a case, once, by one row of its batch, or several processes would not fit a GPU's memory.
+
+    Args:
+        name: because what makes a configuration cannot be sent to a process.
+    """
+    case = next(case for case in CASES if case.name == name)
+    model, batch = make(case, "cuda", dtype, tiny=False)
+    switch(model, "flashcore")
+    model(**{key: tensor[:1] for key, tensor in batch.items()}).loss.backward()
+    del model, batch
+    torch.cuda.empty_cache()
+
+
 def measure(training: Training, names: list[str], steps: int, seconds: float) -> dict:
     """A row, without its case."""
     failed: dict[str, str] = {}
@@ -210,7 +224,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing, about, for each case")
     parser.add_argument("--tiny", action="store_true", help="try every case at a tiny size on the CPU")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
-    parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "training-h200.json")
+    parser.add_argument("--minutes", type=float, help="begin no case after that")
+    parser.add_argument(
+        "--processes", type=int, default=4, help="that compile kernels ahead; 0: none, --minutes 0: no more"
+    )
+    parser.add_argument("--json", type=Path, help="training-h200.json of the results, where not --tiny")
     arguments = parser.parse_args()
     cases = [case for case, take in zip(CASES, named([case.name for case in CASES], arguments.only)) if take]
     cases = in_part(cases, arguments.part)
@@ -222,9 +240,13 @@ def main() -> int:
     if arguments.tiny:
         torch.set_num_threads(1)
     register_noop()
-    rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    path = benchmarking.target(arguments, "training-h200.json")
+    record = benchmarking.Record(path, minutes=arguments.minutes, dtype=str(dtype).removeprefix("torch."))
     began, wrong = time.perf_counter(), 0
-    for case in cases:
+    if device == "cuda":
+        compiling = functools.partial(compile_case, dtype=dtype)
+        benchmarking.compile_ahead(compiling, [case.name for case in cases], arguments.processes)
+    for case in record.each(cases, lambda case: case.name):
         row = {"case": case.name}
         try:
             row |= measure(Training(case, device, dtype, arguments.tiny), names, arguments.steps, arguments.seconds)
@@ -232,8 +254,7 @@ def main() -> int:
             row |= {"unit": "ms", "failed": {"case": short(error)}}
         wrong += any(why != "is not offered" for why in row.get("failed", {}).values())
         print(f"{time.perf_counter() - began:5.0f} s  {told(row)}", flush=True)
-        rows = [each for each in rows if each["case"] != row["case"]] + [row]
-        benchmarking.write(arguments.json, rows, dtype=str(dtype).removeprefix("torch."))
+        record.add(row)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Draw a benchmark of prefill (rates over sequence length, a panel for each head dimension and pattern) or of serving.
+"""Draw a benchmark of prefill, backward or full attention (over sequence length, a panel for each kind) or of serving.
 
-usage: python scripts/plot.py scripts/results/prefill-h200.json [OUT.svg]      needs matplotlib (pip install '.[bench]')
-       python scripts/plot.py scripts/results/serving-h200.json [OUT.svg]
+usage: python scripts/plot.py scripts/results/{prefill,backward,masks,serving}-h200.json [OUT.svg]
+       needs matplotlib (pip install '.[bench]')
 """
 
 import json
@@ -9,22 +9,27 @@ import re
 import sys
 from pathlib import Path
 
-CONTENDERS = {"flashcore": "C3", "fa3": "C0", "cudnn": "C2", "flash": "C7", "portable": "C1", "flex": "C4"}
-LABELS = {"fa3": "FlashAttention-3", "cudnn": "cuDNN", "flash": "PyTorch flash (FA2)", "flex": "FlexAttention",
-          "portable": "flashcore, portable"}  # fmt: skip
+CONTENDERS = {
+    "flashcore": "C3", "fa3": "C0", "fa3_deterministic": "C9", "cudnn": "C2", "flash": "C7", "efficient": "C5",
+    "portable": "C1", "flex": "C4",
+}  # fmt: skip
+LABELS = {
+    "fa3": "FlashAttention-3", "fa3_deterministic": "FlashAttention-3, deterministic", "cudnn": "cuDNN",
+    "flash": "PyTorch flash (FA2)", "flex": "FlexAttention", "portable": "flashcore, portable",
+}  # fmt: skip
 
 
 def panels(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Title -> contender -> (sequence length, TFLOP/s)."""
+    """Title -> contender -> (sequence length, TFLOP/s, or us of full attention)."""
     found: dict[str, dict] = {}
     for row in rows:
-        match = re.fullmatch(r"prefill B\d+ S(\d+) (H\S+ D\S+ \w+)", row["case"])
-        if match and row["unit"] == "TFLOP/s":
-            panel = found.setdefault(match[2], {})
+        match = re.fullmatch(r"(?:prefill|backward|(full)( padded)?) B\d+ S(\d+) (H\S+ D\S+(?: \w+)?)", row["case"])
+        if match and row["unit"] == ("us" if match[1] else "TFLOP/s"):
+            panel = found.setdefault(f"{match[4]}{match[2] or ''}", {})
             for name in CONTENDERS:
                 if row.get(name):
-                    panel.setdefault(name, []).append((int(match[1]), row[name]))
-    return {title: panel for title, panel in found.items() if len(next(iter(panel.values()))) > 2}
+                    panel.setdefault(name, []).append((int(match[3]), row[name]))
+    return {title: panel for title, panel in found.items() if len(panel.get("flashcore", ())) > 2}
 
 
 def bars(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -65,17 +70,24 @@ def draw(record: dict, path: Path) -> None:
 
     found = panels(record["rows"])
     columns = 2
-    figure, axes = plt.subplots(-(-len(found) // columns), columns, figsize=(10, 3.2 * -(-len(found) // columns)))
+    lines = -(-len(found) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(10, 3.2 * lines), squeeze=False)
+    kind = record["rows"][0]["case"].split()[0]
+    what, tokens, unit = {
+        "prefill": ("Prefill", "16K", "TFLOP/s"), "backward": ("Backward", "16K", "TFLOP/s"),
+    }.get(kind, ("Attention", "32K", "us"))  # fmt: skip
     for axis, (title, panel) in zip(axes.flat, found.items()):
         for name, points in panel.items():
             axis.plot(*zip(*points), "o-", color=CONTENDERS[name], label=LABELS.get(name, name),
                       linewidth=2.5 if name == "flashcore" else 1.2, markersize=4)  # fmt: skip
-        axis.set(title=title, xscale="log", ylabel="TFLOP/s", ylim=(0, None))
+        axis.set(title=title, xscale="log", ylabel=unit, ylim=(0, None))
         axis.set_xticks([x for x, _ in panel["flashcore"]], [str(x) for x, _ in panel["flashcore"]])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
-    figure.suptitle(f"Prefill, bf16, 16K tokens, {record['gpu']}, {record['date'][:10]}")
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    figure.suptitle(f"{what}, bf16, {tokens} tokens, {record['gpu']}, {record['date'][:10]}")
     figure.tight_layout()
     figure.savefig(path)
 

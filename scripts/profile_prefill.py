@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import benchmarking
 import torch
-from bench_prefill import Case, contender, is_right, make
+from bench_prefill import is_right
+from prefill_cases import Case, make
+from prefill_contenders import contender
 
 CASES = (
     Case("prefill", 2, 8192, 8192, 32, 8, 128, 128, causal=False),
@@ -78,32 +80,31 @@ def bound(row: dict) -> str:
     return f"latency: warps wait for {STALLS[stall]}{tail}"
 
 
-def run_cases(which: list[int], names: list[str], forward) -> None:
-    """Each case by each contender, once within a range that ncu looks at."""
-    for index in which:
-        case = CASES[index]
-        for name in names:
-            x = make(case, torch.bfloat16)
-            call = contender(name, case, x, forward)
-            assert is_right(case, x, call()), (case, name)
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start()
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()
+def run_case(case: Case, names: list[str], forward) -> None:
+    """A case by each contender, once within a range that ncu looks at."""
+    for name in names:
+        x = make(case, torch.bfloat16)
+        call = contender(name, case, x, forward)
+        assert is_right(case, x, call()), (case, name)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
-def rows_of(report: str, which: list[int], names: list[str]) -> list[dict]:
+def rows_of(report: str, case: Case, names: list[str]) -> list[dict]:
     """One row a kernel, from `ncu --page raw --csv`: a line of names, one of units, and one a kernel."""
     lines = [line for line in report.splitlines() if line.startswith('"')]
     head, _, *kernels = csv.reader(lines)
-    pairs = [(str(CASES[index]), name) for index in which for name in names]
-    assert len(kernels) == len(pairs), f"{len(kernels)} kernels were profiled, not {len(pairs)}:\n{report[-2000:]}"
+    assert len(kernels) == len(names), f"{len(kernels)} kernels were profiled, not {len(names)}:\n{report[-2000:]}"
     rows = []
-    for (case, name), kernel in zip(pairs, kernels):
+    for name, kernel in zip(names, kernels):
         found = {short: float(kernel[head.index(long)].replace(",", "")) for short, long in METRICS.items()}
         found["working"] = 100 * found["working"] / found.pop("elapsed")
-        rows.append({"case": case, "kernel": name} | {short: round(value, 3) for short, value in found.items()})
+        found["ms"], found["ghz"] = found["ms"] / 1e6, found["ghz"] / 1e9
+        row = {"case": str(case), "kernel": name} | {short: round(value, 3) for short, value in found.items()}
+        rows.append(row | {"bound": bound(row)})
     return rows
 
 
@@ -111,29 +112,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries")
     parser.add_argument("--cases", nargs="+", type=int, default=list(range(len(CASES))), help="numbers, from 0")
+    parser.add_argument("--minutes", type=float, help="begin no case after that")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     names = ["flashcore", "fa3"] if arguments.fa3 else ["flashcore"]
-    if arguments.child:
-        run_cases(arguments.cases, names, benchmarking.load_fa3(arguments.fa3))
+    if arguments.child is not None:
+        run_case(CASES[arguments.child], names, benchmarking.load_fa3(arguments.fa3))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.csv"
-        command = [
-            "ncu", "--profile-from-start", "off", "--clock-control", "none", "--kernel-name", KERNELS,
-            "--metrics", ",".join(METRICS.values()), "--csv", "--page", "raw", "--print-units", "base",
-            "--log-file", str(report), sys.executable, *sys.argv, "--child",
-        ]  # fmt: skip
-        subprocess.run(command, check=True)
-        rows = rows_of(report.read_text(), arguments.cases, names)
-    for row in rows:
-        row["ms"] = round(row["ms"] / 1e6, 3)
-        row["ghz"] = round(row["ghz"] / 1e9, 3)
-        row["bound"] = bound(row)
-        print(row)
-    if arguments.json:
-        benchmarking.write(arguments.json, rows)
+    record = benchmarking.Record(arguments.json, minutes=arguments.minutes)
+    for index in record.each(arguments.cases, lambda index: str(CASES[index])):
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.csv"
+            command = [
+                "ncu", "--profile-from-start", "off", "--clock-control", "none", "--kernel-name", KERNELS,
+                "--metrics", ",".join(METRICS.values()), "--csv", "--page", "raw", "--print-units", "base",
+                "--log-file", str(report), sys.executable, *sys.argv, "--child", str(index),
+            ]  # fmt: skip
+            subprocess.run(command, check=True)
+            rows = rows_of(report.read_text(), CASES[index], names)
+        for row in rows:
+            print(row, flush=True)
+            record.add(row)
     return 0
 
 

@@ -5,6 +5,7 @@ usage: python scripts/readme_tables.py [--check]    --check only says whether th
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ def where(record: dict) -> str:
     versions = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "transformers"))
     commit = f", commit {record['commit']}" if record.get("commit") else ""
     return f"{gpu}, {versions}, {record['date'][:10]}{commit}"
+
+
+def origin(record: dict) -> str:
+    """`where`, and which other commits some of the rows are of."""
+    older = {row["commit"] for row in record["rows"] if "commit" in row}
+    return where(record) + (f", some rows at {', '.join(sorted(older))}" if older else "")
 
 
 def measured() -> list[str]:
@@ -78,59 +85,191 @@ def model_lines(record: dict) -> list[str]:
     return out
 
 
-def benchmark_lines(name: str, columns: dict[str, str], wanted: str = "") -> list[str]:
-    """A table of the benchmark `name`.json: its cases that begin with `wanted`, and `columns`, key -> heading."""
+def benchmark_lines(
+    name: str, columns: dict[str, str], wanted: str = "", ratios: dict[str, tuple[str, str]] | None = None
+) -> list[str]:
+    """A table of the benchmark `name`.json: its cases that begin with `wanted`, and `columns`, key -> heading.
+
+    Args:
+        ratios: heading -> (key of the one, key of the other), columns of one figure over another.
+    """
     record = load(f"{name}.json")
     rows = [row for row in record["rows"] if row["case"].startswith(wanted)] if record else []
     if not rows:
-        return [f"Not measured yet: `scripts/bench_{name.partition('-')[0]}.py`."]
-    shown = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
-    unit = rows[0]["unit"]
-    out = [f"| {unit} | {' | '.join(shown.values())} |", "|---" + "|---:" * len(shown) + "|"]
+        return [not_measured(name)]
+    shown = {key: heading for key, heading in columns.items() if any(number(row, key) for row in rows)}
+    over = {
+        heading: keys
+        for heading, keys in (ratios or {}).items()
+        if any(all(number(row, key) for key in keys) for row in rows)
+    }
+    out = [f"| {rows[0]['unit']} | {' | '.join([*shown.values(), *over])} |"]
+    out.append("|---" + "|---:" * (len(shown) + len(over)) + "|")
     for row in rows:
-        figures = (f"{row[key]:.1f}" if isinstance(row.get(key), int | float) else "" for key in shown)
+        cells = [f"{row[key]:.1f}" if number(row, key) else "" for key in shown]
+        for one, other in over.values():
+            cells.append(f"{row[one] / row[other]:.2f}x" if number(row, one) and number(row, other) else "")
         older = f" (commit {row['commit']})" if "commit" in row else ""
-        out.append(f"| {row['case'].partition(' ')[2]}{older} | {' | '.join(figures)} |")
+        out.append(f"| {row['case'].partition(' ')[2]}{older} | {' | '.join(cells)} |")
     return [*out, "", f"{where(record)}"]
 
 
-def prefill() -> list[str]:
-    """Prefill beside FlashAttention-3 and cuDNN: for each group of cases the rates and the ratios."""
-    record = load("prefill-h200.json")
+def not_measured(name: str) -> str:
+    return f"Not measured yet: `scripts/bench_{name.partition('-')[0]}.py`."
+
+
+def number(row: dict, key: str) -> bool:
+    """Whether a row has a figure there."""
+    return isinstance(row.get(key), int | float) and not isinstance(row.get(key), bool)
+
+
+def spread(figures: list[float], unit: str = "") -> str:
+    """The least and the largest of some figures."""
+    if not figures:
+        return ""
+    low, high = f"{min(figures):.0f}", f"{max(figures):.0f}"
+    return f"{low if low == high else f'{low} to {high}'} {unit}".strip()
+
+
+def middle(ratios: list[float], worst=min) -> str:
+    """The median of some ratios, and the worst."""
+    if not ratios:
+        return ""
+    word = "least" if worst is min else "most"
+    return f"{statistics.median(ratios):.2f}x ({word} {worst(ratios):.2f})"
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    """Lines of cells, without the columns that are empty."""
+    kept = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    rows = [[line[i] for i in kept] for line in (head, ["---"] * len(head), *lines)]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def grouped(rows: list[dict], group) -> dict[str, list[dict]]:
+    """Rows by what `group` says of them."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(group(row), []).append(row)
+    return found
+
+
+def figures(rows: list[dict], key: str) -> list[float]:
+    return [row[key] for row in rows if number(row, key)]
+
+
+def quotients(rows: list[dict], one: str, other: str) -> list[float]:
+    """How many times as fast `one` is as `other`, of the rows that have both."""
+    found = [row for row in rows if number(row, one) and number(row, other) and row[one] and row[other]]
+    return [row[one] / row[other] if row["unit"].endswith("/s") else row[other] / row[one] for row in found]
+
+
+def rates(name: str, contenders: dict[str, str], ratios: dict[str, tuple[str, ...]], beside: dict[str, str]):
+    """For each group of the cases of one kernel the figures and the ratios.
+
+    Args:
+        contenders: key -> heading.
+        ratios: heading -> the peers of which the better is meant.
+        beside: heading -> key of a figure that is held against flashcore's own.
+    """
+    record = load(f"{name}.json")
     if record is None:
-        return []
-    groups: dict[str, list[dict]] = {}
-    for row in record["rows"]:
-        groups.setdefault(summary.group_of(row["case"]), []).append(row)
-    groups["all"] = record["rows"]
-    out = [
-        "| cases | how many | flashcore | FlashAttention-3 | cuDNN | to FlashAttention-3 | to the better of both |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, rows in groups.items():
-        cells = [name, str(len(rows))]
-        unit = rows[0]["unit"]
-        for contender in ("flashcore", "fa3", "cudnn"):
-            figures = [row[contender] for row in rows if row.get(contender)]
-            spread = f"{min(figures):.0f} to {max(figures):.0f} {unit}" if len(figures) > 1 else None
-            cells.append("" if name == "all" or not figures else spread or f"{figures[0]:.0f} {unit}")
-        for peers in (("fa3",), ("fa3", "cudnn")):
-            ratios = [each for each in (summary.ratio(row, peers) for row in rows) if each is not None]
-            median = statistics.median(ratios) if ratios else None
-            cells.append(f"{median:.2f}x (least {min(ratios):.2f})" if ratios else "")
-        out.append("| " + " | ".join(cells) + " |")
-    return [*out, "", f"Medians over the cases, ratios above 1 are faster; {where(record)}."]
+        return [not_measured(name)]
+    groups = grouped(record["rows"], lambda row: summary.group_of(row["case"])) | {"all": record["rows"]}
+    # The better of two is said only where both were there.
+    absent = {key for key in contenders if not figures(record["rows"], key)}
+    there = {heading: [key for key in peers if key not in absent] for heading, peers in ratios.items()}
+    ratios = {
+        heading if len(peers) == len(ratios[heading]) else f"to {contenders[peers[0]]}": tuple(peers)
+        for heading, peers in there.items() if peers
+    }  # fmt: skip
+    head = ["cases", "how many", *contenders.values(), *ratios, *beside]
+    lines = []
+    for group, rows in groups.items():
+        cells = [group.removeprefix("backward "), str(len(rows))]
+        cells += ["" if group == "all" else spread(figures(rows, key), rows[0]["unit"]) for key in contenders]
+        for peers in ratios.values():
+            cells.append(middle([each for each in (summary.ratio(row, peers) for row in rows) if each is not None]))
+        cells += [middle(quotients(rows, key, "flashcore")) for key in beside.values()]
+        lines.append(cells)
+    return [*table(head, lines), "", f"Medians over the cases, ratios above 1 are faster; {origin(record)}."]
+
+
+def prefill() -> list[str]:
+    """Prefill beside FlashAttention-3 and cuDNN."""
+    return rates(
+        "prefill-h200",
+        {"flashcore": "flashcore", "fa3": "FlashAttention-3", "cudnn": "cuDNN"},
+        {"to FlashAttention-3": ("fa3",), "to the better of both": ("fa3", "cudnn")},
+        {"in pages, to without": "paged", "packed, to one by one": "varlen"},
+    )
+
+
+def backward() -> list[str]:
+    """The backward beside FlashAttention-3, free to add up in any order and not, cuDNN and PyTorch's flash."""
+    return rates(
+        "backward-h200",
+        BACKWARD,
+        {
+            "to the better of FlashAttention-3 and cuDNN": ("fa3", "cudnn"),
+            "to the deterministic FlashAttention-3": ("fa3_deterministic",),
+        },
+        {},
+    )
+
+
+def masks() -> list[str]:
+    """Attention in full and under masks: for each kind the ratio to SDPA's best backend, and what a mask costs."""
+    record = load("masks-h200.json")
+    if record is None:
+        return [not_measured("masks-h200")]
+    head = [
+        "kind", "how many", "flashcore", "the best of `sdpa`", "to it", "to it, from Python", "no mask, to it",
+        "a key range, to it",
+    ]  # fmt: skip
+    lines = []
+    for kind, rows in grouped(record["rows"], lambda row: re.split(r" B\d", row["case"])[0]).items():
+        eager = [row["eager"] | {"unit": "us"} for row in rows if isinstance(row.get("eager"), dict)]
+        cells = [kind, str(len(rows)), *(spread(figures(rows, key), "us") for key in ("flashcore", "sdpa"))]
+        cells += [middle(quotients(rows, "flashcore", "sdpa")), middle(quotients(eager, "flashcore", "sdpa"))]
+        cells += [middle(quotients(rows, other, "flashcore"), max) for other in ("plain", "range")]
+        lines.append(cells)
+    said = "Medians; to it: above 1 is faster; what a mask costs beside none, and beside a key range that hides as much"
+    return [*table(head, lines), "", f"{said}; {origin(record)}."]
+
+
+def models() -> list[str]:
+    """Whole models beside sdpa: for each group the ratio, and attention's own time."""
+    record = load("models-h200.json")
+    if record is None:
+        return [not_measured("models-h200")]
+    groups = grouped([row for row in record["rows"] if "group" in row], lambda row: row["group"])
+    head = ["models", "how many", "to `sdpa`", "attention's own time, of `sdpa`'s", "more than 2 % behind"]
+    lines = []
+    for group, rows in (groups | {"all": record["rows"]}).items():
+        # Where Transformers does not offer sdpa, eager was timed.
+        timed = [row | {"sdpa": row["eager"]} if number(row, "eager") else row for row in rows]
+        ratios = quotients(timed, "flashcore", "sdpa")
+        own = [
+            (row["flashcore"] - row["noop"]) / (row["sdpa"] - row["noop"])
+            for row in timed
+            if all(number(row, key) for key in ("flashcore", "sdpa", "noop")) and row["sdpa"] > row["noop"]
+        ]
+        behind = sum(ratio < 1 / 1.02 for ratio in ratios)
+        lines.append([group, str(len(ratios)), middle(ratios), middle(own, max), str(behind)])
+    return [*table(head, lines), "", f"Medians; to `sdpa`: above 1 is faster; {origin(record)}."]
 
 
 DECODE = {
-    "flashcore": "flashcore", "flashcore_range": "with a key range", "fa3": "FlashAttention-3", "cudnn": "cuDNN",
-    "read": "only reading",
+    "flashcore": "flashcore", "flashcore_range": "with a key range", "flashcore_paged": "in pages",
+    "fa3": "FlashAttention-3", "fa3_paged": "in pages", "cudnn": "cuDNN", "read": "only reading",
 }  # fmt: skip
 BACKWARD = {
     "flashcore": "flashcore", "fa3": "FlashAttention-3", "fa3_deterministic": "the same, deterministic",
-    "cudnn": "cuDNN", "flash": "PyTorch's flash",
+    "cudnn": "cuDNN", "flash": "PyTorch's flash", "flex": "FlexAttention",
 }  # fmt: skip
 TRAINING = {"flashcore": "flashcore", "sdpa": "sdpa", "flex": "flex", "noop": "attention for nothing"}
+TRAINING_RATIOS = {"to sdpa": ("sdpa", "flashcore"), "bound": ("sdpa", "noop")}
 GENERATE = {"flashcore": "flashcore", "sdpa": "sdpa", "seconds": "first call, s"}
 SERVING = {
     "flashcore": "flashcore", "fa3": "FlashAttention-3", "sdpa": "sdpa", "first answer": "first answer, s",
@@ -184,9 +323,12 @@ SECTIONS = {
     "decode": lambda: benchmark_lines("decode-h200", DECODE, "decode "),
     "decode-fp8": lambda: benchmark_lines("decode-h200", DECODE, "decode-fp8 "),
     "prefill": prefill,
-    "backward": lambda: benchmark_lines("backward-h200", BACKWARD),
-    "training": lambda: benchmark_lines("training-h200", TRAINING),
+    "backward": backward,
+    "masks": masks,
+    "models": models,
+    "training": lambda: benchmark_lines("training-h200", TRAINING, ratios=TRAINING_RATIOS),
     "generate": lambda: benchmark_lines("generate-h200", GENERATE),
+    "generate-5.24": lambda: benchmark_lines("generate-5.24-h200", GENERATE),
     "serving": serving,
 }
 

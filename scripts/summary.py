@@ -1,4 +1,5 @@
-"""Median ratios of the published benchmarks: to FlashAttention-3, and to the better of it and cuDNN.
+"""Median ratios of the published benchmarks: to FlashAttention-3, and to the better of it and cuDNN; of a backward also
+to the FlashAttention-3 that is deterministic.
 
 usage: python scripts/summary.py [FILE ...]     by default every benchmark in scripts/results with a peer in it
 """
@@ -23,24 +24,33 @@ def ratio(row: dict, peers: tuple[str, ...]) -> float | None:
 
 
 def group_of(case: str) -> str:
-    """The cases that are summed up together: their kind, and for prefill the head dimension."""
+    """The cases that are summed up together: their kind, and for prefill and backward the head dimension."""
     words = case.split()
     dims = [word for word in words if word[0] == "D" and word[1:2].isdigit()]
+    if words[0] == "backward":  # of a window, of packed rows, or of plain ones
+        return " ".join(words[:2] if words[1] in ("window", "packed", "padded") else ["backward", *dims])
     return " ".join([words[0], *dims]) if words[0] == "prefill" else words[0]
 
 
+PEERS = {
+    "to fa3": ("fa3",),
+    "to the better of fa3 and cudnn": ("fa3", "cudnn"),
+    "to fa3_deterministic": ("fa3_deterministic",),
+}
+
+
 def summary(rows: list[dict]) -> list[str]:
-    """Lines: a group, how many cases, and the median and least ratio to FA3 and to the better peer."""
+    """Lines: a group, how many cases, and the median and least ratio to each of PEERS."""
     groups: dict[str, list[dict]] = {"all": rows}
     for row in rows:
         groups.setdefault(group_of(row["case"]), []).append(row)
-    lines = [f"{'group':<20}{'cases':>6}  {'to fa3: median, least':<24}{'to the better of fa3 and cudnn':<24}"]
+    lines = [f"{'median, least':<20}{'cases':>6}  " + "".join(f"{name:<34}" for name in PEERS)]
     for name, members in groups.items():
         cells = []
-        for peers in (("fa3",), ("fa3", "cudnn")):
+        for peers in PEERS.values():
             ratios = [each for each in (ratio(row, peers) for row in members) if each is not None]
             cells.append(f"{statistics.median(ratios):.3f}, {min(ratios):.3f}" if ratios else "-")
-        lines.append(f"{name:<20}{len(members):>6}  {cells[0]:<24}{cells[1]:<24}")
+        lines.append(f"{name:<20}{len(members):>6}  " + "".join(f"{cell:<34}" for cell in cells))
     return lines
 
 

@@ -32,6 +32,22 @@ def load(folder: Path = ROOT / "scripts" / "results") -> list[dict]:
     return sorted(records, key=lambda r: ([int(n) for n in r["environment"]["transformers"].split(".")], r["date"]))
 
 
+def load_ratios(file: Path = ROOT / "scripts" / "results" / "models-h200.json") -> dict[str, list[float]]:
+    """Class -> `sdpa`'s time over ours, of each case of it that bench_models.py has timed."""
+    found: dict[str, list[float]] = {}
+    for row in json.loads(file.read_text())["rows"] if file.exists() else ():
+        if "class" in row and "ratio" in row:
+            found.setdefault(row["class"], []).append(row["ratio"])
+    return found
+
+
+def times_as_fast(rows: list[dict], ratios: dict[str, list[float]]) -> str:
+    """Like "1.19x", or "0.98x to 1.19x" of several cases."""
+    found = sorted(ratio for name in {row["class"] for row in rows} for ratio in ratios.get(name, ()))
+    ends = dict.fromkeys(f"{ratio:.2f}x" for ratio in (found[0], found[-1])) if found else {}
+    return " to ".join(ends)
+
+
 def label(record: dict) -> str:
     """Like "5.17.0, H200"."""
     device = record["environment"]["device"]
@@ -102,15 +118,17 @@ def weakly(records: list[dict]) -> list[str]:
     ]
 
 
-def table(records: list[dict], names: list[str], select) -> list[str]:
+def table(records: list[dict], names: list[str], select, ratios: dict[str, list[float]]) -> list[str]:
     """A line for each name; `select(row)` is the name that a row belongs to, or None."""
-    lines = ["| | " + " | ".join(label(r) for r in records) + " | masks | compared with eager |"]
-    lines.append("|---|" + "---|" * (len(records) + 2))
+    more = " beside `sdpa` |" if ratios else ""
+    lines = ["| | " + " | ".join(label(r) for r in records) + " | masks | compared with eager |" + more]
+    lines.append("|---|" + "---|" * (len(records) + 2 + bool(ratios)))
     for name in names:
         found = [[row for row in record["rows"] if select(row) == name] for record in records]
         every = [row for rows in found for row in rows]
         cells = [cell(rows) for rows in found]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {masks(every)} | {checks(every)} |")
+        more = f" {times_as_fast(every, ratios)} |" if ratios else ""
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {masks(every)} | {checks(every)} |{more}")
     return lines
 
 
@@ -154,8 +172,13 @@ def older(folder: Path = ROOT / "scripts" / "results") -> list[str]:
     return [*lines, ""]
 
 
-def build(records: list[dict]) -> str:
-    """The whole of SUPPORT.md."""
+def build(records: list[dict], ratios: dict[str, list[float]] | None = None) -> str:
+    """The whole of SUPPORT.md.
+
+    Args:
+        ratios: as of `load_ratios`, which is what None means.
+    """
+    ratios = load_ratios() if ratios is None else ratios
     causal = sorted({row["class"] for r in records for row in r["rows"] if is_causal(row)})
     others = sorted({row["module"].split(".")[0] for r in records for row in r["rows"] if not is_causal(row)})
     lines = [
@@ -183,10 +206,16 @@ def build(records: list[dict]) -> str:
             f"{count['wrong']} | {count['unbuildable']} | {record['date'][:10]} |"
         )
     lines += ["", *older(), "## Causal language models", ""]
-    lines += ["Masks: `key range` is the fast path, a few words a sequence; `dense` is a mask of queries x keys.", ""]
-    lines += table(records, causal, lambda row: row["class"] if is_causal(row) else None)
+    lines += ["Masks: `key range` is the fast path, a few words a sequence; `dense` is a mask of queries x keys."]
+    if ratios:
+        lines += [
+            "Beside `sdpa`: its time over flashcore's, of a whole model at a size that people run, on an H200",
+            "(`scripts/results/models-h200.json`; `eager`'s where a class does not offer `sdpa`).",
+        ]
+    lines += [""]
+    lines += table(records, causal, lambda row: row["class"] if is_causal(row) else None, ratios)
     lines += ["", "## Other architectures", "", "A line for each folder of `transformers.models`.", ""]
-    lines += table(records, others, lambda row: None if is_causal(row) else row["module"].split(".")[0])
+    lines += table(records, others, lambda row: None if is_causal(row) else row["module"].split(".")[0], ratios)
     lines += [
         "",
         "## Refused",

@@ -40,6 +40,20 @@ def test_a_changed_result_changes_the_table(support_table):
     assert support_table.build(shorter) != before
 
 
+def test_times_beside_sdpa_stand_in_the_table(support_table, tmp_path):
+    file = tmp_path / "models.json"
+    timed = [("LlamaForCausalLM", 1.337), ("LlamaForCausalLM", 0.981), ("BertModel", 1.125)]
+    rows = [{"case": str(i), "class": name, "ratio": ratio} for i, (name, ratio) in enumerate(timed)]
+    file.write_text(json.dumps({"rows": [*rows, {"case": "failed", "class": "BertModel", "flashcore": None}]}))
+    ratios = support_table.load_ratios(file)
+    lines = support_table.build(support_table.load(), ratios).splitlines()
+    assert [line for line in lines if line.startswith("| LlamaForCausalLM |")][0].endswith("| 0.98x to 1.34x |")
+    assert [line for line in lines if line.startswith("| bert |")][0].endswith("| 1.12x |")
+    assert [line for line in lines if line.startswith("| MistralForCausalLM |")][0].endswith("|  |")
+    # The control: without times there is no such column.
+    assert "beside `sdpa`" not in support_table.build(support_table.load(), {})
+
+
 def test_nothing_supported_is_wrong():
     for file in RESULTS.glob("support-*.json"):
         assert not [row["class"] for row in json.loads(file.read_text())["rows"] if row["status"] == "wrong"], file.name
