@@ -17,6 +17,7 @@ from .problem import (
     Window,
     any_requires_grad,
     check_problem,
+    number,
     problem_of_numbers,
     split_arguments,
     with_alignment,
@@ -98,6 +99,11 @@ def attend(
 
     lse is `[B, H, Q]` with return_lse, and means nothing without.
     """
+    # Remembered calls know a number by its value, and a tensor by its identity alone: it may change in place.
+    if isinstance(scale, torch.Tensor):
+        scale = number("scale", scale)
+    if isinstance(softcap, torch.Tensor):
+        softcap = number("softcap", softcap)
     signature = None
     if not dropout and not torch.compiler.is_compiling():
         signature, known = find(inputs, (is_causal, window, scale, softcap, return_lse))

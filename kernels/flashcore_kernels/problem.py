@@ -143,6 +143,8 @@ def check_problem(
             )
         _check_device("key_range", key_range, query)
         range_layout = layout_of(key_range, batch_size, num_queries, num_keys)
+        if key_range.stride(3) != 1:
+            _fail("stride of key_range's words", key_range.stride(3), "1 is needed, call .contiguous()")
     mask_kind = None
     if mask is not None:
         mask_kind = _check_mask(mask, query, (batch_size, num_heads, num_queries, num_keys))
@@ -321,10 +323,17 @@ def _check_mask(mask: torch.Tensor, query: torch.Tensor, full: tuple[int, int, i
     _fail("mask dtype", mask.dtype, "bool (True: may attend) or floating point (added to the scores)")
 
 
+def number(name: str, given: float | torch.Tensor) -> float:
+    """A number as one: it may stand in a tensor of one element, which is not differentiated."""
+    if isinstance(given, torch.Tensor) and given.requires_grad and torch.is_grad_enabled():
+        _fail(name, "a tensor that requires a gradient", "it gets none: multiply query, or give a number")
+    return float(given)
+
+
 def _check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    scale = float(scale)
+    scale = number("scale", scale)
     if not math.isfinite(scale):
         _fail("scale", scale, "a finite number, or None for head_dim ** -0.5")
     return scale
@@ -333,7 +342,7 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
 def _check_softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
-    softcap = float(softcap)
+    softcap = number("softcap", softcap)
     if not math.isfinite(softcap) or softcap < 0.0:
         _fail("softcap", softcap, "a finite number > 0, or None (or 0) for none")
     return softcap

@@ -290,6 +290,23 @@ def test_head_dims(dims, dtype):
     assert not case.wrong(case.run())
 
 
+def far_islands(batch_size, num_queries, num_keys):
+    """Of 2,112: the first 32 keys are seen by as many queries, the next 2,038 by others, the rest by nobody.
+
+    With blocks of 32 keys a tile then begins within 64 keys, and ends 2,048 keys on.
+    """
+    m = torch.arange(num_queries)
+    first = torch.where(m < 32, 0, 32).expand(batch_size, -1)
+    end = torch.where(m < 32, 32, torch.where(m < 2070, 2070, 0)).expand(batch_size, -1)
+    return make_row_ranges(torch.minimum(first, end).cuda(), end.cuda(), num_keys)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_keys_that_nobody_sees_far_on(head_dim):
+    case = Case(1, (2, 1), 2112, 2112, head_dim, key_range=far_islands)
+    assert not case.wrong(case.run())
+
+
 def test_many_tiles():
     """More tiles than programs: these draw several."""
     case = Case(6, (32, 8), 512, 512, 128, is_causal=True)

@@ -19,6 +19,9 @@ def portable(monkeypatch):
     for module in (op, run):
         monkeypatch.setattr(module, "device_of", lambda device: here._replace(triton=(0, 0)))
     monkeypatch.setattr(prepared, "_calls", {})  # of the kernels that would serve here without this
+    path_counts.clear()
+    yield
+    assert not any("hopper" in path for path in path_counts)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from flashcore_kernels import attention, make_key_range, naive_attention, path_counts
+from flashcore_kernels import attention, make_key_range, make_row_ranges, naive_attention, path_counts
 
 
 def tensors(**changed):
@@ -139,6 +139,29 @@ def test_key_range_of_another_problem():
     refused("7 keys.*made for 5 keys", *tensors(), key_range=make_key_range(2, 5))
     refused("taken for a KeyRange", *tensors(), key_range=make_key_range(3, 7))
     refused("must be int32", *tensors(), key_range=make_key_range(2, 7).float())
+
+
+@pytest.mark.parametrize("lines", [make_key_range(2, 7), make_row_ranges(*torch.zeros(2, 2, 3, dtype=torch.int64), 7)])
+def test_key_range_whose_words_lie_apart(lines):
+    """Kernels read one word after the other: these were others', and nobody said so."""
+    apart = lines.transpose(2, 3).contiguous().transpose(2, 3)
+    apart = torch.stack((apart, apart), -1)[..., 0]  # where a dimension has one element its stride says nothing
+    refused("stride of key_range's words: got .*call .contiguous", *tensors(), key_range=apart)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_numbers_in_tensors(name):
+    """They are read in each call, whatever was remembered of one before; and have no gradient."""
+    query, key, value = map(torch.randn_like, tensors())
+    number = torch.tensor(0.25)
+    first = attention(query, key, value, **{name: number})
+    assert torch.equal(first, attention(query, key, value, **{name: 0.25}))
+    number.mul_(2)
+    again = attention(query, key, value, **{name: number})
+    assert torch.equal(again, attention(query, key, value, **{name: 0.5})) and not torch.equal(again, first)
+    refused(
+        f"{name}: got a tensor that requires a gradient", *tensors(), **{name: torch.tensor(0.5, requires_grad=True)}
+    )
 
 
 def test_the_operator_checks_as_well():

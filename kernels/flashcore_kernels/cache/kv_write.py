@@ -57,17 +57,32 @@ def _fits(buffer: torch.Tensor, states: torch.Tensor, scale: torch.Tensor | None
     fp8 = buffer.dtype == torch.float8_e4m3fn
     return (
         b == batch_size and h == num_kv_heads and d == dim and buffer.is_contiguous()
-        and (scale is not None if fp8 else scale is None and buffer.dtype == states.dtype)
+        and (_is_scale(scale, buffer) if fp8 else scale is None and buffer.dtype == states.dtype)
+    )  # fmt: skip
+
+
+def _is_scale(scale: torch.Tensor | None, buffer: torch.Tensor) -> bool:
+    """Whether `scale` is what the kernels read: float32 `[B, Hkv]`."""
+    return (
+        scale is not None and scale.shape == buffer.shape[:2] and scale.dtype == torch.float32
+        and scale.is_contiguous() and scale.device == buffer.device
     )  # fmt: skip
 
 
 def _refuse(*pairs) -> None:
     said = "; ".join(
-        f"{name}: got {states.dtype} {list(states.shape)} {'with' if scale is not None else 'without'} scale for a "
+        f"{name}: got {states.dtype} {list(states.shape)} {_scale_said(scale)} for a "
         f"buffer of {buffer.dtype} {list(buffer.shape)}{'' if buffer.is_contiguous() else ', not contiguous'}"
         for name, buffer, states, scale in pairs
     )
-    raise ValueError(f"{said}. Batch, heads and head_dim must be equal, and float8_e4m3fn alone has scales")
+    raise ValueError(
+        f"{said}. Batch, heads and head_dim must be equal, and float8_e4m3fn alone has scales, float32 [B, Hkv], "
+        "contiguous and on the buffer's device"
+    )
+
+
+def _scale_said(scale: torch.Tensor | None) -> str:
+    return "without scale" if scale is None else f"with a scale of {scale.dtype} {list(scale.shape)}"
 
 
 def _write(key_buffer, value_buffer, key, value, slot, first, key_scale, value_scale) -> None:

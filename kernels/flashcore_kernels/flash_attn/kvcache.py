@@ -207,8 +207,8 @@ def _check_new(cache: _Cache, k, v, cu_seqlens_k_new) -> int | torch.Tensor:
         end = cache.lengths + cu_seqlens_k_new.diff().to(torch.int64)
     _check_room("k and v", end, cache.capacity)
     if isinstance(cache.lengths, torch.Tensor):
-        end = torch.where(cache.lengths < 0, 0, end)
-    return end
+        return torch.where(cache.lengths < 0, 0, end)
+    return end if isinstance(end, torch.Tensor) or cache.lengths >= 0 else 0
 
 
 def _per_sequence(lengths: int | torch.Tensor, batch_size: int, device: torch.device) -> torch.Tensor:
@@ -345,7 +345,9 @@ def _attend_documents(q, cache: _Cache, end, leftpad, cu_seqlens_q, options, ret
     """Attention of q `[T, H, D]`: the cache's rows behind each other are the keys."""
     k, v = _gathered(cache)
     first = torch.arange(cache.batch_size, device=q.device) * cache.capacity
-    end = first + (cache.capacity if end is None else _per_sequence(end, cache.batch_size, q.device).clamp(0))
+    end = first + (
+        cache.capacity if end is None else _per_sequence(end, cache.batch_size, q.device).clamp(0, cache.capacity)
+    )
     return attend_packed(
         q, k.flatten(0, 1), v.flatten(0, 1), options, cu_queries=cu_seqlens_q,
         first=first if leftpad is None else first + leftpad, end=end, return_lse=return_lse,

@@ -75,7 +75,7 @@ def options_of(
         raise ValueError(f"attention_chunk: got {attention_chunk}; keys of a chunk, or 0 for none")
     left, right = _window(window_size)
     return Options(
-        scale=softmax_scale,
+        scale=None if softmax_scale is None else float(softmax_scale),
         left=left,
         right=0 if causal else right,
         chunk=int(attention_chunk),

@@ -78,7 +78,7 @@ def flash_attn_varlen_func(
         room = block_table.shape[1] * k.shape[1]  # tokens that a sequence's pages hold
         k, v = (gather_pages(pool, block_table).flatten(0, 1) for pool in (k, v))
         first = torch.arange(batch_size, device=q.device) * room
-        end = first + lengths
+        end = first + lengths.clamp(0, room)  # what lies behind is another sequence's
     else:
         first = cu_seqlens_k[:-1]
         end = cu_seqlens_k[1:] if seqused_k is None else first + seqused_k

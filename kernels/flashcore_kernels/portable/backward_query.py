@@ -221,7 +221,8 @@ def flashcore_backward_dq(
     offs_dv = tl.arange(0, BLOCK_DV)
     do = load_tile(do_head, offs_m, stride_gs, offs_dv, sees, VALUE_DIM, BLOCK_DV, True)  # [M, DV]
     out = load_tile(out_head, offs_m, stride_os, offs_dv, sees, VALUE_DIM, BLOCK_DV, True)  # [M, DV]
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)  # [M]
+    # Of a query that sees its sink alone, because a mask or holes hide all of its keys, the output is exactly 0.
+    delta = tl.sum(tl.where(out == 0.0, 0.0, do.to(tl.float32) * out.to(tl.float32)), axis=1)  # [M]
     at = bh.to(tl.int64) * num_queries
     if GradLse is not None:
         delta -= tl.load(GradLse + at + offs_m, mask=row_valid, other=0.0)

@@ -112,8 +112,12 @@ def test_bad_input():
         write_kv(*held, *new, 46)
     with pytest.raises(ValueError, match="key: got torch.float16"):
         write_kv(*held, *(part.half() for part in new), 0)
-    with pytest.raises(ValueError, match="with scale"):
+    with pytest.raises(ValueError, match="with a scale of torch.float32"):
         write_kv(*held, *new, 0, torch.ones(2, 3), torch.ones(2, 3))
+    fp8 = [part.to(torch.float8_e4m3fn) for part in held]
+    for wrong in (torch.ones(3), torch.ones(2, 3).double(), torch.ones(2, 3, 2)[..., 0], torch.ones(1, 3).expand(2, 3)):
+        with pytest.raises(ValueError, match=r"with a scale of .*float32 \[B, Hkv\], contiguous"):
+            write_kv(*fp8, *new, 0, wrong, torch.ones(2, 3))
     with pytest.raises(ValueError, match="must be equal"):
         write_kv(*held, *(part[:1] for part in new), 0)
     assert (held[0] == 7).all()

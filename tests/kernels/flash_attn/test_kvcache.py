@@ -174,6 +174,27 @@ def test_lengths_as_one_int():
     assert off(flash_attn_with_kvcache(case.q, *full, causal=True), want) < ROUNDING
 
 
+@pytest.mark.parametrize("capacity", [20, 32])
+def test_a_sequence_beyond_its_room_sees_no_other(capacity, monkeypatch):
+    """On a GPU lengths are not read, so that more new tokens may come than there is room for: they are left out."""
+    monkeypatch.setattr("flashcore_kernels.flash_attn.kvcache._check_room", lambda *arguments: None)
+    offsets = torch.tensor([0, 5, 6], dtype=torch.int32, device=DEVICE)
+    held = torch.tensor([capacity - 2, 3], dtype=torch.int32, device=DEVICE)
+
+    def run(added):
+        generator = torch.Generator().manual_seed(1)
+        shapes = (2, capacity, 1, 16), (2, capacity, 1, 16), (6, 1, 16), (6, 1, 16), (6, 1, 16)
+        k_cache, v_cache, q, k, v = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+        v_cache[1, :4] += added
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, cache_seqlens=held, causal=True, cu_seqlens_q=offsets, cu_seqlens_k_new=offsets
+        )
+
+    one, other = run(0.0), run(100.0)
+    assert torch.equal(one[:5], other[:5])
+    assert not torch.equal(one[5:], other[5:])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_sequences_that_are_none(form):
     """A batch is padded with sequences of -1 tokens, whose blocks are -1: no place is written, and zeros come out."""
@@ -194,10 +215,11 @@ def test_sequences_that_are_none(form):
             before[which][case.place(b, slot)] = case.caches[which][case.place(b, slot)]
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(case.caches, before))
 
-    case.arguments["cache_seqlens"][:] = -1
     before = [cache.clone() for cache in case.caches]
-    out = flash_attn_with_kvcache(case.q, *case.caches, case.k, case.v, causal=True, **case.arguments)
-    assert (out == 0).all()
+    for none in (torch.full_like(case.arguments["cache_seqlens"], -1), -1):
+        case.arguments["cache_seqlens"] = none
+        out = flash_attn_with_kvcache(case.q, *case.caches, case.k, case.v, causal=True, **case.arguments)
+        assert (out == 0).all()
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(case.caches, before))
 
 

@@ -84,6 +84,27 @@ def test_gradients_that_nobody_asks_for(features, device):
     assert list(training.gradients(sinks_grad=False, mask_grad=False)) == ["dq", "dk", "dv"]
 
 
+@pytest.mark.parametrize("kind", ["mask", "holes"])
+def test_nan_of_rows_that_see_their_sink_alone(kind, device):
+    """Their queries, and what comes back to them, reach no gradient, the sinks' neither."""
+    call = build(("sinks",), 17, 17, head_dim=16, dtype=torch.float32, device=device)
+    call.arguments.pop("is_causal")
+    if kind == "mask":
+        blind, mask = [5], torch.ones(2, 1, 17, 17, dtype=torch.bool)
+        mask[:, :, blind] = False
+        call.arguments["mask"] = mask.to(device)
+    else:
+        blind, there = [6, 7, 8, 9], torch.ones(2, 17, dtype=torch.bool)
+        there[:, 4:10] = False
+        call.arguments["key_range"] = make_key_range(2, 17, left=2, right=0, key_mask=there).to(device)
+    training = train(call, grad_lse=False)
+    want = training.gradients()
+    query, grad_output = call.query.clone(), training.grad_output.clone()
+    query[:, :, blind] = grad_output[:, :, blind] = torch.nan
+    poisoned = training._replace(call=call._replace(query=query), grad_output=grad_output)
+    assert all(torch.equal(grad, want[name]) for name, grad in poisoned.gradients().items())
+
+
 class TestRowsThatSeeNothing:
     """Their own gradients are zeros, and NaN in them reaches no other."""
 

@@ -29,7 +29,7 @@ def kept_keys(call, b, k0, bounds, LAYOUT: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def store_gradient(call, gradient, strides, acc, keep, b, kv_head, k0, LAYOUTS: gl.constexpr):
     """Write a consumer's sums `[64, columns]` to a gradient `[B, Hkv, K, columns]`."""
-    head = gradient + b.to(gl.int64) * (strides.stride_b * 8) + kv_head.to(gl.int64) * (strides.stride_h * 8)
+    head = gradient + b.to(gl.int64) * strides.stride_b * 8 + kv_head.to(gl.int64) * strides.stride_h * 8
     store_rows(head, acc, keep, k0, call.visibility.num_keys, strides, call.buffers.q.dtype, LAYOUTS)
 
 

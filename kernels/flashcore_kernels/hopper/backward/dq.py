@@ -164,8 +164,8 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         use = pass_over_blocks(use, tile, barriers, C)
         release(barriers.q_empty.index(CONSUMER))
         position = next_position(call.queue, tiles_done, 4)
-        head = pointers.grad_query + tile.b.to(gl.int64) * (strides.stride_b * 8)
-        head = head + tile.h.to(gl.int64) * (strides.stride_h * 8)
+        head = pointers.grad_query + tile.b.to(gl.int64) * strides.stride_b * 8
+        head = head + tile.h.to(gl.int64) * strides.stride_h * 8
         keep = lse != float("-inf")
         dq = dq * call.grad_scale
         store_rows(head, dq, keep, tile.r0, visibility.num_queries, strides, buffers.q.dtype, LAYOUTS)

@@ -157,7 +157,8 @@ def any_unseen(call, b, begin, end):
     """Whether there is a key in the spans of [begin, end) that no query sees: a warp looks at 32 spans at once."""
     lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * KEYS
     some = begin * 0
-    for key in range(begin, end, 32 * KEYS):
+    # From the first of its span on: in steps from within it, the last would be a part of one too short.
+    for key in range(begin // KEYS * KEYS, end, 32 * KEYS):
         span = span_of(call, b, gl.minimum(key + lanes, end - 1))
         some = some | gl.max(((gl.load(span + 4) & gl.load(span + 5)) != -1).to(gl.int32), axis=0)
     return some != 0

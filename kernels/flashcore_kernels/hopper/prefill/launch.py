@@ -55,12 +55,13 @@ def _mask_kind(problem: Problem) -> int:
 def fitted(problem: Problem, inputs: Inputs) -> Inputs:
     """`inputs`, with a mask copied where its rows cannot be fetched in units of 16 bytes: into such rows, without gaps.
 
-    It is copied as it is, without what `expand` made of it. float64 becomes float32. One row for all queries, whose
-    elements are read one by one, is not copied, and neither is one value for all keys that is no bias.
+    It is copied as it is, without what `expand` made of it. A bias in float64 or 8 bits becomes float32. One row for
+    all queries, whose elements are read one by one, is not copied, and neither is one value for all keys that is no
+    bias.
     """
     mask = distinct(inputs.mask)
     is_bias = problem.mask_kind == "float"
-    if mask.dtype == torch.float64:
+    if is_bias and mask.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         mask = mask.float()
     has_columns = mask.shape[3] == problem.num_keys
     if problem.mask_rows and (has_columns or is_bias) and not (has_columns and vector_unit(mask) > 1):

@@ -67,8 +67,8 @@ def write(acc0, acc1, m, l, tile, o0_smem, o1_smem, output_rows, call, C: gl.con
         rows = r0 + gl.arange(0, ROWS, m.type.layout)
         gl.store(call.pointers.lse + tile.head_of_all.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)
     if C.one_copy:
-        head = output_rows.out + b.to(gl.int64) * (output_rows.stride_b * 8)
-        head = head + h.to(gl.int64) * (output_rows.stride_h * 8)
+        head = output_rows.out + b.to(gl.int64) * output_rows.stride_b * 8
+        head = head + h.to(gl.int64) * output_rows.stride_h * 8
         _store(head, _normalised(acc0, shrink).to(dtype), r0, 0, num_queries, output_rows, 0, C)
         if DV1 > 0:
             _store(head, _normalised(acc1, shrink).to(dtype), r0, DV0, num_queries, output_rows, 1, C)
