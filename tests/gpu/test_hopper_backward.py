@@ -79,6 +79,10 @@ class Case:
         tensors = (self.query, self.key, self.value, self.sinks)
         return [t.detach().to(dtype, copy=True).requires_grad_() for t in tensors if t is not None]
 
+    def weights(self, probabilities):
+        """What of these values are multiplied with."""
+        return probabilities
+
     def attended(self, dtype, query, key, value, sinks=None):
         """(output, lse) with scores in `dtype` and the product with value in value's; lse is 0 of rows without a key.
 
@@ -94,6 +98,7 @@ class Case:
             scores = scores.masked_fill(empty, 0.0)
             lse = scores.logsumexp(-1).masked_fill(empty[..., 0], 0.0)
             probabilities = (scores - lse[..., None]).exp().masked_fill(empty, 0.0)
+        probabilities = self.weights(probabilities)
         return probabilities.to(value.dtype) @ value.repeat_interleave(self.problem.group, 1), lse
 
     def differentiated(self, dtype, leaves, output, lse):
@@ -112,9 +117,13 @@ class Case:
         return output.detach().to(self.query.dtype), lse.float(), gradients
 
     def peer(self):
-        """Gradients of the formula in the call's dtype, with scores in fp32, as fused kernels compute it."""
+        """Gradients of the formula in the call's dtype, with scores in fp32, as fused kernels compute it.
+
+        By PyTorch's fused attention where that has what the call asks for.
+        """
         leaves = self.leaves(self.query.dtype)
-        if not self.problem.softcap and self.grad_lse is None and self.sinks is None:
+        plain = not self.problem.softcap and not self.problem.dropout
+        if plain and self.grad_lse is None and self.sinks is None:
             query, key, value = leaves
             empty = ~self.seen.any(-1, keepdim=True)
             attend = (self.seen | empty).expand(-1, query.shape[1], -1, -1)

@@ -22,7 +22,7 @@ def persistent(monkeypatch):
 
     def run(call, **changed):
         with monkeypatch.context() as patched:
-            patched.setattr(prefill_choose, "short_row_for", lambda *sizes: None)
+            patched.setattr(prefill_choose, "short_row_for", lambda *sizes, **features: None)
             patched.setattr(prepared, "_calls", {})
             path_counts.clear()
             out = call.run(**changed)

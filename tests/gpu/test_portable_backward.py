@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from flashcore_kernels import attention, make_key_range
-from flashcore_kernels.portable.dropout import drop_threshold
+from flashcore_kernels.dropout import drop_threshold
 
 from ..kernels.portable.gradients import Training, assert_gradients, problem_of, train
 from ..kernels.reference import DTYPES, FEATURES, Call, build, together

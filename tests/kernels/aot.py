@@ -185,7 +185,7 @@ def hopper_source(variant: Variant, problem, plan):
     features = features | {"output": config.one_copy, "bias": config.mask == 3}
     optional = {"Lse": ("lse", "*fp32"), "Range": ("range", "*i32"), "Sinks": ("sinks", "*fp32")}
     optional |= {"Lines": ("mask", "*i32"), "Bits": ("mask", "*i32"), "Bias": ("bias", f"*{_mask_dtype(variant)}")}
-    optional["Out"] = ("output", f"*{variant.dtype}")
+    optional |= {"Out": ("output", f"*{variant.dtype}"), "Philox": ("dropout", "*i64")}
     signature, attributes = {}, {}
     for position, name in enumerate(flashcore_hopper.arg_names):
         if name in constants:

@@ -81,6 +81,8 @@ def test_hopper(head_dim, compiled):
     features = ["none", "range", "sinks", "range-all", "rows-all"] if FULL else ["none", "range"]
     if head_dim == "64":
         features.append("few-queries")
+    if FULL or head_dim == "64":
+        features.append("dropout")
     if FULL:
         features += ["bool-mask", "bool-mask-all", "bool-mask-rows"]
         features += ["float-mask", "mask-all", "bias-fp32"] if head_dim in ("64", "96", "128") else []

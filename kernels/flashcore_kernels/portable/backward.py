@@ -9,6 +9,7 @@ such a mask a fourth (backward_shift.py) comes first, for rows whose log-sum-exp
 import torch
 import triton
 
+from ..dropout import drop_threshold
 from ..problem import LOG2_E, Inputs, Problem, empty_like_heads, with_mask_in_rows
 from ..runtime.launch import launch
 from ..runtime.recording import fresh, seen_as
@@ -18,7 +19,6 @@ from .backward_query import flashcore_backward_dq
 from .backward_shift import flashcore_backward_shift
 from .backward_table import BackwardConfig, BackwardRow
 from .blocks import mask_strides
-from .dropout import drop_threshold
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from ..dropout import dropout_keep, dropout_keys
 from .backward_blocks import NUMBERS, accumulated, load_lse, load_mask, probabilities, row_ranges
 from .blocks import BITMAP, load_tile, sequence_bounds, short_sums
-from .dropout import dropout_keep, dropout_keys
 
 # Query blocks that a program looks at at once for those that see its keys.
 SCAN = tl.constexpr(128)

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from ..dropout import dropout_keep, dropout_keys
 from .backward_blocks import NUMBERS, accumulated, load_lse, load_mask, probabilities, row_ranges
 from .blocks import BITMAP, load_tile, seen, sequence_bounds, short_sums
-from .dropout import dropout_keep, dropout_keys
 
 
 @triton.jit

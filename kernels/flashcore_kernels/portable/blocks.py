@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import dropout_keep
+from ..dropout import dropout_keep
 
 # Words of a KeyRange line; key_range.py owns the layout, tests compare the two.
 FIRST = tl.constexpr(0)

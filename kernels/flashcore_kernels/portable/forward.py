@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dropout import drop_threshold, dropout_keys
 from ..problem import Inputs, Problem
 from ..runtime.launch import Launch
 from .blocks import (
@@ -17,7 +18,6 @@ from .blocks import (
     sequence_bounds,
 )
 from .choose import ForwardConfig
-from .dropout import drop_threshold, dropout_keys
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "query_start", "window_left", "window_right", "drop_below"])

@@ -68,8 +68,8 @@ def quick_interpreter() -> Iterator[None]:
 
     @functools.cache
     def modules(function) -> frozenset:
-        # Globals hold triton.language or, in Triton's own library, triton.language.core.
-        return frozenset(name for name, value in function.__globals__.items() if value is tl or value is tl.core)
+        # Globals hold triton.language or, in Triton's own library and there too as `tl`, triton.language.core.
+        return frozenset(value for value in function.__globals__.values() if value is tl or value is tl.core)
 
     def patch_once(function):
         if modules(function) in patched:

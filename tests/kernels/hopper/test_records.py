@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from flashcore_kernels.hopper import packed, records, visible  # noqa: E402
+from flashcore_kernels.hopper import dropout, packed, records, visible  # noqa: E402
 from flashcore_kernels.hopper.backward import records as of_backward  # noqa: E402
 from flashcore_kernels.hopper.decode import records as of_decode  # noqa: E402
 from flashcore_kernels.hopper.paged import records as of_paged  # noqa: E402
@@ -20,7 +20,7 @@ from flashcore_kernels.hopper.prefill import records as of_prefill  # noqa: E402
 
 RECORDS = [
     record
-    for module in (records, visible, packed, of_backward, of_decode, of_paged, of_prefill)
+    for module in (records, visible, packed, dropout, of_backward, of_decode, of_paged, of_prefill)
     for _, record in inspect.getmembers(module, inspect.isclass)
     if hasattr(record, "_fields")
 ]
@@ -45,7 +45,7 @@ def test_by_keyword(file):
 
 
 def test_by_position_would_show():
-    assert {"Visibility", "Tile", "Block", "KeyTile", "PackedTile", "Table"} < NAMES
+    assert {"Visibility", "Tile", "Block", "KeyTile", "PackedTile", "Table", "RowDropout"} < NAMES
     assert made_by_position("Block(n=1, end=2)") == []
     for call in ("Block(1, 2)", "Block(n=1)", "Block(1, end=2)"):
         assert made_by_position(call) == [call]

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 from flashcore_kernels import attention, naive_attention, op, path_counts
+from flashcore_kernels.dropout import drop_threshold, dropout_keep, dropout_keys
 from flashcore_kernels.key_range import FIRST
 from flashcore_kernels.naive import hide_unseen, visible_mask
-from flashcore_kernels.portable.dropout import drop_threshold, dropout_keep, dropout_keys
 from torch.utils.checkpoint import checkpoint
 
 from ..reference import DTYPES, build
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 @triton.jit
-def _keep_kernel(Philox, Out, Keys, head, first_row, first_key, drop_below, M: tl.constexpr, N: tl.constexpr):
-    rows = tl.arange(0, M)
-    columns = tl.arange(0, N)
+def _keep_kernel(Philox, Out, Keys, head, first_row, first_key, drop_below, size, M: tl.constexpr, N: tl.constexpr):
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    columns = tl.program_id(1) * N + tl.arange(0, N)
     drop_0, drop_1 = dropout_keys(Philox, head, first_row + rows)
     tl.store(Keys + rows * 2, drop_0.to(tl.int32, bitcast=True))
     tl.store(Keys + rows * 2 + 1, drop_1.to(tl.int32, bitcast=True))
     keep = dropout_keep(drop_0[:, None], drop_1[:, None], (first_key + columns)[None, :], drop_below)
-    tl.store(Out + rows[:, None] * N + columns[None, :], keep.to(tl.int8))
+    tl.store(Out + rows[:, None] * size + columns[None, :], keep.to(tl.int8))
 
 
 def kept(philox, head, dropout, shape=(16, 64), row=0, key=0) -> torch.Tensor:
@@ -36,7 +36,9 @@ def kept_and_keys(philox, head, dropout, shape, row, key) -> tuple[torch.Tensor,
     """`kept`, and what `dropout_keys` says of each row, int32 `[rows, 2]`."""
     out = torch.zeros(shape, dtype=torch.int8, device=philox.device)
     keys = torch.zeros(shape[0], 2, dtype=torch.int32, device=philox.device)
-    _keep_kernel[(1,)](philox, out, keys, head, row, key, drop_threshold(dropout), *shape)
+    tile = min(shape[0], 128), min(shape[1], 128)
+    grid = shape[0] // tile[0], shape[1] // tile[1]
+    _keep_kernel[grid](philox, out, keys, head, row, key, drop_threshold(dropout), shape[1], *tile)
     return out.bool(), keys
 
 
@@ -191,22 +193,20 @@ def test_another_mask_would_show(device):
         assert_errors(training.gradients(), want, own, call.query.dtype)
 
 
-def mixed(x, add):
-    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-    return ((x ^ x >> 15) + add) * 0x846CA68B & 0xFFFFFFFF
-
-
 def test_hashes_are_as_written_down(device):
     """The same steps in plain Python, from the known answer of Philox for key 0 and counter 0 (Random123)."""
-    head_0, head_1 = 0x5F6FB709, 0x0D893F64
+    head_0, head_1, word = 0x5F6FB709, 0x0D893F64, 0xFFFFFFFF
     keep, keys = kept_and_keys(words(0, 0, device), 0, 0.37, (16, 64), 3, 9)
-    want = []
-    for row in range(3, 19):
-        x = mixed(row * -1640531535 & 0xFFFFFFFF ^ head_0, head_1)
-        want.append([x ^ x >> 16, x * 0xC2B2AE35 + head_1 & 0xFFFFFFFF])
-    assert [[number & 0xFFFFFFFF for number in row] for row in keys.tolist()] == want
-    hashes = [[mixed((9 + i) * -1640531535 & 0xFFFFFFFF ^ row[0], row[1]) for i in range(64)] for row in want]
-    assert keep.tolist() == [[x - (x >> 31 << 32) >= drop_threshold(0.37) for x in row] for row in hashes]
+    for row, row_keys, row_keep in zip(range(3, 19), keys.tolist(), keep.tolist(), strict=True):
+        x = row * -1640531535 & word ^ head_0
+        x = (x ^ x >> 16) * 0x7FEB352D & word
+        x = ((x ^ x >> 15) + head_1) * 0x846CA68B & word
+        x ^= x >> 16
+        assert [key & word for key in row_keys] == [x, x * 0xC2B2AE35 & word ^ head_1]
+        for key, stays in zip(range(9, 73), row_keep, strict=True):
+            y = (key * -1640531535 & word ^ x) * 0x7FEB352D & word
+            y = (y ^ y >> 15) * 0x846CA68B + (x * 0xC2B2AE35 ^ head_1) & word
+            assert stays == (y - (y >> 31 << 32) >= drop_threshold(0.37))
 
 
 def test_neighbours_do_not_go_together(device):

@@ -224,7 +224,7 @@ class TestServedAgain:
     def launches(self, compiled, monkeypatch):
         """What would be launched the long way, on tensors that say they are on a Hopper GPU; it compiles the kernel."""
         pytest.importorskip("flashcore_kernels.hopper.prefill.launch")
-        monkeypatch.setattr(prefill_choose, "short_row_for", lambda *sizes: None)  # which takes no counter
+        monkeypatch.setattr(prefill_choose, "short_row_for", lambda *sizes, **features: None)  # which takes no counter
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)

@@ -2,7 +2,8 @@
 
 Supported: float16 and bfloat16; head_dim and value_dim up to 256, multiples of 8; any ratio of heads; causal, windows
 to both sides, any offset of the queries; a KeyRange of either layout, holes too; softcap; sinks and their gradient;
-gradients through lse. Keys and values that no query sees may be NaN, and so may queries that see no key, and their dO.
+gradients through lse; dropout. Keys and values that no query sees may be NaN, and so may queries that see no key, and
+their dO.
 """
 
 from typing import NamedTuple
@@ -49,8 +50,6 @@ def _reason_against(problem: Problem, device: Device) -> str | None:
         return "key and value are in fp8"
     if problem.mask_kind is not None:
         return "there is a dense mask"
-    if problem.dropout:
-        return "the forward dropped weights"
     if problem.head_dim % 8 or problem.value_dim % 8:
         return f"rows of {problem.head_dim} or {problem.value_dim} numbers are no multiple of 16 bytes"
     if not problem.scale > 0.0:

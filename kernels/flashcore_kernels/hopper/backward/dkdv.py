@@ -5,7 +5,8 @@
 
 Keys are rows, so P^T and dS^T are first operands from the registers, and K and V lie in shared memory all the time. One
 tile is a block of keys of one KV head; it sees the queries of each head of its group in turn, so that no other tile
-adds to its sums. Lse and delta are what the products S^T and dP^T start from (see `started_at`).
+adds to its sums. Lse and delta are what the products S^T and dP^T start from (see `started_at`). With dropout, dP is 0
+where a weight is dropped and delta is not: then it comes later.
 
 As in the forward, programs are persistent: a scheduler warp draws tiles, a producer warp brings Q and dO ahead of the
 consumers, and these share nothing but what they read.
@@ -39,7 +40,7 @@ class DkdvConstants:
         query_stages, grad_stages: blocks of Q and of dO in shared memory.
         shared_keys: both consumers have the same keys, see dkdv_pair.py.
         range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
-        softcap: whether there is any.
+        softcap, dropout: whether there is any.
         consumer_registers, producer_registers: of a thread.
     """
 
@@ -51,6 +52,7 @@ class DkdvConstants:
     shared_keys: bool
     range_layout: int
     softcap: bool
+    dropout: bool
     consumer_registers: int
     producer_registers: int
 
@@ -89,7 +91,7 @@ def _consumer_1(call, C: gl.constexpr):
 _NOT_SPECIALIZED = [
     "num_kv_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
     "stride_rs", "stride_kb", "stride_kh", "stride_ks", "key_eights", "stride_vb", "stride_vh", "stride_vs",
-    "value_eights", "all_heads", "tiles_per_head", "section",
+    "value_eights", "all_heads", "tiles_per_head", "section", "drop_below",
 ]  # fmt: skip
 
 
@@ -130,12 +132,14 @@ def flashcore_hopper_backward_dkdv(
     all_heads,
     tiles_per_head,
     section,
+    drop_below,
+    value_scale,
     C: gl.constexpr,
 ):
     """dK = scale dS^T Q and dV = P^T dO, over the queries that see each key.
 
     Shapes: descriptors of Q `[B, H, Q, D]`, of dO `[B, H, Q, Dv]` in blocks of `C.block_m` rows, of K and V in blocks
-    of 64; Rows fp32 `[2, B * H, places]` as `preprocess` leaves it, `of_delta` elements between its halves; Range a
+    of 64; Rows fp32 `[2 or 4, B * H, places]` as `preprocess` leaves it, `of_delta` between its parts; Range a
     KeyRange; with a line a query Spans int32 `[B, spans, 8]`, see spans.py; GradKey `[B, Hkv, K, D]` and GradValue
     `[B, Hkv, K, Dv]` with strides and columns in units of 8 elements; Counter an int32 that is 0, and 0 again at the
     end. `all_heads` are those of keys.
@@ -160,6 +164,9 @@ def flashcore_hopper_backward_dkdv(
     ranges_smem = lse_smem
     if C.range_layout == 2:
         ranges_smem = gl.allocate_shared_memory(gl.int32, [2 * QS, BM], PLAIN)
+    words_smem = lse_smem
+    if C.dropout:
+        words_smem = gl.allocate_shared_memory(gl.float32, [2 * QS, BM], PLAIN)
     keep_smem = gl.allocate_shared_memory(gl.int32, [BM], PLAIN)
     q_full = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [QS, 1], mbarrier.MBarrierLayout())
@@ -206,8 +213,8 @@ def flashcore_hopper_backward_dkdv(
     call = Call(
         descriptors=Descriptors(q=q_desc, g=g_desc, k=k_desc, v=v_desc),
         buffers=DkdvBuffers(
-            q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem, ranges=ranges_smem, p=p_smem,
-            keep=keep_smem,
+            q=q_smem, g=g_smem, k=k_smem, v=v_smem, lse=lse_smem, delta=delta_smem, ranges=ranges_smem,
+            words=words_smem, p=p_smem, keep=keep_smem,
         ),
         barriers=DkdvBarriers(
             q_full=q_full, q_empty=q_empty, g_full=g_full, g_empty=g_empty, kv_full=kv_full, kv_empty=kv_empty, raw=raw,
@@ -216,6 +223,8 @@ def flashcore_hopper_backward_dkdv(
         queue=Queue(positions=positions, full=position_full, asked=position_asked, counter=Counter),
         pointers=pointers,
         grad_scale=key_scale,
+        value_scale=value_scale,
+        drop_below=drop_below,
         heads=Heads(num_heads=num_kv_heads, group=group),
         visibility=Visibility(
             num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,

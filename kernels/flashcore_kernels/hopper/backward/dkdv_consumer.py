@@ -5,10 +5,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..copies import release
+from ..dropout import computed_here, marked_columns, score_gradient
 from ..schedule import next_position, position_of
 from .key_tile import blocks_of_keys, key_tile
 from .masks import KEYS, keep_queries, keep_ranges, query_shift, seen_keys, seen_of_span
-from .products import as_operand, capped, product, product_onto, started_at
+from .products import as_operand, capped, product, product_onto, started_at, stays_as_operand
 from .store import store_rows
 
 
@@ -47,6 +48,24 @@ def hidden_zeroed(p, edge, k0, m, q_stage, bounds, call, C: gl.constexpr):
         else:
             p = keep_queries(p, bounds, k0, m)
     return p
+
+
+@gluon.jit
+def dropped_marked(p, k0, q_stage, bounds, call, C: gl.constexpr):
+    """P^T `[64, BM]` of the keys from k0 and the queries in this stage on, as `minus_below` leaves it."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, p.type.layout)
+    words = call.buffers.words
+    keys = computed_here(k0 - bounds.first) + gl.arange(0, KEYS, gl.SliceLayout(1, p.type.layout))
+    column_0 = words.index(q_stage).load(COLUMNS).to(gl.uint32, bitcast=True)
+    column_1 = words.index(C.query_stages + q_stage).load(COLUMNS).to(gl.uint32, bitcast=True)
+    return marked_columns(p, keys, column_0, column_1, call.drop_below)
+
+
+@gluon.jit
+def dropped_gradient(p, dp, delta_smem):
+    """`score_gradient` with the deltas of a block of queries `[BM]`."""
+    delta = delta_smem.load(gl.SliceLayout(0, p.type.layout))
+    return score_gradient(p, dp, delta[None, :])
 
 
 @gluon.jit
@@ -92,23 +111,38 @@ def _step(dk, dv, use, m, edge, k, v, k0, bounds, call, C: gl.constexpr):
         lse = buffers.lse.index(q_stage).load(gl.SliceLayout(0, s.type.layout))
         x = gl.fma(t, gl.full_like(t, 0.0) + call.factors.cap_scale, gl.full_like(t, 0.0) + lse[None, :])
         mbarrier.wait(barriers.g_full.index(g_stage), use // C.grad_stages & 1)
-        dp = product_onto(v, g, started_at(buffers.delta.index(g_stage), BM))
+        if C.dropout:
+            dp = product(v, g, BM)
+        else:
+            dp = product_onto(v, g, started_at(buffers.delta.index(g_stage), BM))
         p = gl.exp2(x)
     else:
         # Both before either product: ptxas lets no register be written to start one while another is under way.
         s = started_at(buffers.lse.index(q_stage), BM)
         mbarrier.wait(barriers.g_full.index(g_stage), use // C.grad_stages & 1)
-        dp = started_at(buffers.delta.index(g_stage), BM)
-        s = product_onto(k, q, s)
-        dp = product_onto(v, g, dp)
+        if C.dropout:
+            s = product_onto(k, q, s)
+            dp = product(v, g, BM)
+        else:
+            dp = started_at(buffers.delta.index(g_stage), BM)
+            s = product_onto(k, q, s)
+            dp = product_onto(v, g, dp)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * score_scale)
     p = hidden_zeroed(p, edge, k0, m, q_stage, bounds, call, C)
-    dv = warpgroup_mma(as_operand(p, dtype, DV), g, dv, is_async=True)
+    if C.dropout:
+        p = dropped_marked(p, k0, q_stage, bounds, call, C)
+        dv = warpgroup_mma(stays_as_operand(p, dtype, DV), g, dv, is_async=True)
+    else:
+        dv = warpgroup_mma(as_operand(p, dtype, DV), g, dv, is_async=True)
     if C.softcap:
         p = p * slope
     dp = warpgroup_mma_wait(1, deps=[dp])
-    dk = warpgroup_mma(as_operand(p * dp, dtype, D), q, dk, is_async=True)
+    if C.dropout:
+        ds = dropped_gradient(p, dp, buffers.delta.index(g_stage))
+    else:
+        ds = p * dp
+    dk = warpgroup_mma(as_operand(ds, dtype, D), q, dk, is_async=True)
     dv = warpgroup_mma_wait(1, deps=[dv])
     release(barriers.g_empty.index(g_stage))
     dk = warpgroup_mma_wait(0, deps=[dk])
@@ -154,6 +188,8 @@ def consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
                 use += 1
             use = _pass_over_blocks(end - own_end, use, barriers, C)
         release(barriers.kv_empty.index(CONSUMER))
+        if C.dropout:
+            dv = dv * call.value_scale
         keep = kept_keys(call, b, k0, bounds, DK_LAYOUT, C)
         store_gradient(call, pointers.grad_key, key_strides, dk * call.grad_scale, keep, b, kv_head, k0, KEY_LAYOUTS)
         store_gradient(call, pointers.grad_value, value_strides, dv, keep, b, kv_head, k0, VALUE_LAYOUTS)

@@ -13,10 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from ..copies import release
 from ..schedule import next_position, position_of
-from .dkdv_consumer import hidden_zeroed, kept_keys, store_gradient
+from .dkdv_consumer import dropped_gradient, dropped_marked, hidden_zeroed, kept_keys, store_gradient
 from .key_tile import blocks_of_keys, key_tile
 from .masks import KEYS, query_shift
-from .products import as_operand, capped, product, product_onto, started_at
+from .products import as_operand, capped, product, product_onto, started_at, stays_as_operand
 
 
 @gluon.jit
@@ -40,15 +40,23 @@ def _value_step(dv, use, m, edge, k, k0, bounds, call, C: gl.constexpr):
         s = warpgroup_mma_wait(0, deps=[product_onto(k, q, started_at(buffers.lse.index(q_stage), BM))])
         p = gl.exp2(s * score_scale)
     p = hidden_zeroed(p, edge, k0, m, q_stage, bounds, call, C)
-    release(barriers.q_empty.index(q_stage))
+    if C.dropout:
+        p = dropped_marked(p, k0, q_stage, bounds, call, C)
+    else:
+        release(barriers.q_empty.index(q_stage))
     mbarrier.wait(barriers.p_empty, (use & 1) ^ 1)
     if C.softcap:
         buffers.p.store(p * slope)
     else:
         buffers.p.store(p)
     mbarrier.arrive(barriers.p_full, count=1)
+    if C.dropout:  # before P was stored, its queries' words need not have arrived in the registers
+        release(barriers.q_empty.index(q_stage))
     mbarrier.wait(barriers.g_full.index(g_stage), use // C.grad_stages & 1)
-    dv = warpgroup_mma(as_operand(p, buffers.q.dtype, C.dv), g, dv, is_async=True)
+    if C.dropout:
+        dv = warpgroup_mma(stays_as_operand(p, buffers.q.dtype, C.dv), g, dv, is_async=True)
+    else:
+        dv = warpgroup_mma(as_operand(p, buffers.q.dtype, C.dv), g, dv, is_async=True)
     dv = warpgroup_mma_wait(0, deps=[dv])
     release(barriers.g_empty.index(g_stage))
     return dv
@@ -58,6 +66,7 @@ def _value_step(dv, use, m, edge, k, k0, bounds, call, C: gl.constexpr):
 def _key_step(dk, use, v, call, C: gl.constexpr):
     """One block of queries: its part of dK, from the P that the other consumer has made."""
     BM: gl.constexpr = C.block_m
+    P_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     buffers = call.buffers
     barriers = call.barriers
     q_stage = use % C.query_stages
@@ -65,16 +74,25 @@ def _key_step(dk, use, v, call, C: gl.constexpr):
     q = buffers.q.index(q_stage).reshape([BM, C.d])
     g = buffers.g.index(g_stage).reshape([BM, C.dv])
     mbarrier.wait(barriers.g_full.index(g_stage), use // C.grad_stages & 1)
-    start = started_at(buffers.delta.index(g_stage), BM)
-    dp = product_onto(v, g, start)
+    if C.dropout:
+        dp = product(v, g, BM)
+    else:
+        dp = product_onto(v, g, started_at(buffers.delta.index(g_stage), BM))
     mbarrier.wait(barriers.p_full, use & 1)
-    p = buffers.p.load(start.type.layout)
+    p = buffers.p.load(P_LAYOUT)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    release(barriers.g_empty.index(g_stage))
+    if not C.dropout:
+        release(barriers.g_empty.index(g_stage))
     mbarrier.wait(barriers.q_full.index(q_stage), use // C.query_stages & 1)
-    dk = warpgroup_mma(as_operand(p * dp, buffers.q.dtype, C.d), q, dk, is_async=True)
-    # Not before: until this product is under way P need not have arrived in the registers.
+    if C.dropout:
+        ds = dropped_gradient(p, dp, buffers.delta.index(g_stage))
+    else:
+        ds = p * dp
+    dk = warpgroup_mma(as_operand(ds, buffers.q.dtype, C.d), q, dk, is_async=True)
+    # Not before: until this product is under way P, and delta, need not have arrived in the registers.
     release(barriers.p_empty)
+    if C.dropout:
+        release(barriers.g_empty.index(g_stage))
     dk = warpgroup_mma_wait(0, deps=[dk])
     release(barriers.q_empty.index(q_stage))
     return dk
@@ -110,6 +128,8 @@ def consume_of_pair(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         release(barriers.kv_empty.index(CONSUMER))
         keep = kept_keys(call, b, k0, bounds, LAYOUT, C)
         if CONSUMER == 0:
+            if C.dropout:
+                acc = acc * call.value_scale
             store_gradient(call, pointers.grad_value, pointers.value_strides, acc, keep, b, kv_head, k0, LAYOUTS)
         else:
             acc = acc * call.grad_scale

@@ -30,6 +30,14 @@ def _copy_rows(smem, row, full, BM: gl.constexpr):
 
 
 @gluon.jit
+def _copy_words(words, q_stage, row, of_delta, C: gl.constexpr):
+    """Copy both words of each query, `[BM]` each. The arrival of a later `_copy_rows` counts for it too."""
+    row = row + of_delta + of_delta
+    copy_async(words.index(q_stage), row + _places(C.block_m))
+    copy_async(words.index(C.query_stages + q_stage), row + of_delta + _places(C.block_m))
+
+
+@gluon.jit
 def _copy_ranges(lo_smem, hi_smem, line, m, visibility, BM: gl.constexpr):
     """Copy which keys each query from m on sees, `[BM]` each. The arrival of a later `_copy_rows` counts for it too."""
     queries = m + gl.arange(0, BM, gl.BlockedLayout([1], [32], [1], [0]))
@@ -137,6 +145,8 @@ def produce(call, C: gl.constexpr):
                     line = pointers.key_range + b.to(gl.int64) * call.visibility.stride_rb
                     lo_smem, hi_smem = buffers.ranges.index(2 * q_stage), buffers.ranges.index(2 * q_stage + 1)
                     _copy_ranges(lo_smem, hi_smem, line, m, call.visibility, BM)
+                if C.dropout:
+                    _copy_words(buffers.words, q_stage, head + i * BM, pointers.of_delta, C)
                 _copy_rows(buffers.lse.index(q_stage), head + i * BM, q_full, BM)
                 mbarrier.wait(barriers.g_empty.index(g_stage), (use // GS & 1) ^ 1)
                 g_full = barriers.g_full.index(g_stage)

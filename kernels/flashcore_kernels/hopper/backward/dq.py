@@ -2,6 +2,8 @@
 
     S = Q K^T, P = exp(S - lse), dP = dO V^T, dS = P * (dP - delta), dQ += dS K, and is multiplied by scale in the end
 
+With dropout dP is 0 where a weight is dropped; delta, and so dS, are a multiple of what they are, see `preprocess`.
+
 Tiles, their order, blocks and masks are the forward's. K serves two products from the same place in shared memory. Keys
 and values that nobody sees may hold NaN: here, where they are summed over, both are zeroed where blocks hold such.
 """
@@ -18,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..copies import release, write_seen_keys
+from ..dropout import RowDropout, marked, score_gradient
 from ..query_tile import pass_over_blocks, tile_of
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out, next_position, position_of
@@ -44,7 +47,7 @@ class DqConstants:
         stages: blocks of K and V in shared memory.
         query_block: queries of a block of `dkdv`, on whose grid lse and delta lie.
         range_layout: 0 no KeyRange, 1 a line a sequence, 2 a line a query.
-        softcap: whether there is any.
+        softcap, dropout: whether there is any.
         consumer_registers, producer_registers: of a thread.
     """
 
@@ -55,6 +58,7 @@ class DqConstants:
     query_block: int
     range_layout: int
     softcap: bool
+    dropout: bool
     consumer_registers: int
     producer_registers: int
 
@@ -71,21 +75,37 @@ class DqConstants:
 
 @gluon.jit
 def _row_numbers(tile, call, C: gl.constexpr):
-    """(-lse, -delta) of a consumer's queries `[64]`: lse in units of log2, and -inf where a row saw no key."""
+    """(-lse, -delta) of a consumer's queries `[64]`, and with `C.dropout` their RowDropout.
+
+    lse is in units of log2, and -inf where a row saw no key.
+    """
     LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16]))
     pointers = call.pointers
     num_queries = call.visibility.num_queries
     rows = tile.r0 + gl.arange(0, ROWS, LAYOUT)
-    shift = query_shift(sequence_bounds(pointers.key_range, tile.b, call.visibility, C.range_layout), C.query_block)
+    bounds = sequence_bounds(pointers.key_range, tile.b, call.visibility, C.range_layout)
+    shift = query_shift(bounds, C.query_block)
     at = pointers.rows + tile.head_of_all.to(gl.int64) * pointers.places + shift + rows
     lse = gl.load(at, mask=rows < num_queries, other=float("-inf"))
     if not C.softcap:
         lse = lse * call.factors.score_scale
-    return lse, gl.load(at + pointers.of_delta, mask=rows < num_queries, other=0.0)
+    at += pointers.of_delta
+    delta = gl.load(at, mask=rows < num_queries, other=0.0)
+    if C.dropout:
+        at += pointers.of_delta
+        row_0 = gl.load(at, mask=rows < num_queries, other=0.0)
+        row_1 = gl.load(at + pointers.of_delta, mask=rows < num_queries, other=0.0)
+        drop = RowDropout(
+            row_0=row_0.to(gl.uint32, bitcast=True), row_1=row_1.to(gl.uint32, bitcast=True), first=bounds.first,
+            drop_below=call.drop_below,
+        )  # fmt: skip
+        return lse, delta, drop
+    else:
+        return lse, delta, ()
 
 
 @gluon.jit
-def _step(dq, use, n, edge, q, g, lse, delta, tile, line, call, C: gl.constexpr):
+def _step(dq, use, n, edge, q, g, lse, delta, drop, tile, line, call, C: gl.constexpr):
     """One block of keys: its part of dQ.
 
     Args:
@@ -94,7 +114,7 @@ def _step(dq, use, n, edge, q, g, lse, delta, tile, line, call, C: gl.constexpr)
         n: the block's first key.
         edge: whether P is masked row by row.
         q, g: its queries and their dO, in shared memory.
-        lse, delta: see `_row_numbers`.
+        lse, delta, drop: see `_row_numbers`.
         tile, call: a Tile, a Call.
         line: of the KeyRange, the sequence's.
     """
@@ -122,9 +142,16 @@ def _step(dq, use, n, edge, q, g, lse, delta, tile, line, call, C: gl.constexpr)
         p = keep_keys(p, n, tile, line, call.visibility.num_keys, C.range_layout)
     if C.softcap:
         p = p * slope
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    release(barriers.v_empty.index(stage))
-    ds = as_operand(p * (dp + delta[:, None]), call.buffers.q.dtype, D)
+    if C.dropout:
+        p = marked(p, n, drop, C)
+        dp, p = warpgroup_mma_wait(0, deps=[dp, p])
+        release(barriers.v_empty.index(stage))
+        ds = score_gradient(p, dp, delta[:, None])
+    else:
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        release(barriers.v_empty.index(stage))
+        ds = p * (dp + delta[:, None])
+    ds = as_operand(ds, call.buffers.q.dtype, D)
     dq = warpgroup_mma(ds, k, dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=[dq])
     release(barriers.k_empty.index(stage))
@@ -148,7 +175,7 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
     g = buffers.g.index(CONSUMER).reshape([ROWS, DV])
     position = position_of(gl.program_id(0), call.heads.num_heads, call.order)
     tile = tile_of(position, call, CONSUMER, C)
-    lse, delta = _row_numbers(tile, call, C)
+    lse, delta, drop = _row_numbers(tile, call, C)
     tiles_done = 0
     use = 0
     while position.tile >= 0:
@@ -159,7 +186,7 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         mbarrier.wait(barriers.q_full.index(CONSUMER), tiles_done & 1)
         for j in range(tile.own_blocks):
             edge = (j < tile.left_edge) | (j >= tile.right_edge)
-            dq = _step(dq, use, tile.begin + j * BN, edge, q, g, lse, delta, tile, line, call, C)
+            dq = _step(dq, use, tile.begin + j * BN, edge, q, g, lse, delta, drop, tile, line, call, C)
             use += 1
         use = pass_over_blocks(use, tile, barriers, C)
         release(barriers.q_empty.index(CONSUMER))
@@ -170,7 +197,7 @@ def _consume(CONSUMER: gl.constexpr, call, C: gl.constexpr):
         dq = dq * call.grad_scale
         store_rows(head, dq, keep, tile.r0, visibility.num_queries, strides, buffers.q.dtype, LAYOUTS)
         tile = tile_of(position, call, CONSUMER, C)
-        lse, delta = _row_numbers(tile, call, C)
+        lse, delta, drop = _row_numbers(tile, call, C)
         tiles_done += 1
 
 
@@ -258,6 +285,7 @@ def _produce(call, C: gl.constexpr):
 _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
     "stride_rs", "stride_b", "stride_h", "stride_s", "eights", "all_heads", "tiles_per_head", "section",
+    "drop_below",
 ]  # fmt: skip
 
 
@@ -293,14 +321,15 @@ def flashcore_hopper_backward_dq(
     all_heads,
     tiles_per_head,
     section,
+    drop_below,
     C: gl.constexpr,
 ):
     """dQ = scale dS K over the keys that each query sees.
 
     Shapes: descriptors of Q `[B, H, Q, D]` and dO `[B, H, Q, Dv]` in blocks of 64 rows, of K and V in blocks of
-    `C.block_n`; Rows fp32 `[2, B * H, places]` as `preprocess` leaves it, `of_delta` elements between its halves; Range
-    a KeyRange; with a line a query Spans int32 `[B, spans, 8]`, see spans.py; GradQuery `[B, H, Q, D]` with strides and
-    columns in units of 8 elements; Counter an int32 that is 0, and 0 again at the end.
+    `C.block_n`; Rows fp32 `[2 or 4, B * H, places]` as `preprocess` leaves it, `of_delta` elements between its parts;
+    Range a KeyRange; with a line a query Spans int32 `[B, spans, 8]`, see spans.py; GradQuery `[B, H, Q, D]` with
+    strides and columns in units of 8 elements; Counter an int32 that is 0, and 0 again at the end.
     Grid: as many programs as run at once, or as there are tiles.
     """
     BN: gl.constexpr = C.block_n
@@ -352,6 +381,8 @@ def flashcore_hopper_backward_dq(
         queue=queue,
         pointers=pointers,
         grad_scale=query_scale,
+        value_scale=query_scale,
+        drop_below=drop_below,
         heads=Heads(num_heads=num_heads, group=group),
         visibility=Visibility(
             num_queries=num_queries, num_keys=num_keys, query_start=query_start, window_left=window_left,

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...dropout import drop_threshold
 from ...problem import LOG2_E, Inputs, Problem, empty_like_heads
 from ...runtime.launch import launch
 from ...runtime.recording import fresh
@@ -41,7 +42,8 @@ def run_backward(
 
     Args:
         problem, config: what was asked, and what `choose_hopper_backward` answers to it.
-        inputs: as the forward had them; keys and values that no query sees may hold anything.
+        inputs: as the forward had them, with dropout its `philox` too; keys and values that no query sees may hold
+            anything.
         output: `[B, H, Q, Dv]`, the forward's.
         lse: fp32 `[B, H, Q]`, the forward's: -inf where a query saw neither a key nor a sink.
         grad_output: `[B, H, Q, Dv]` in output's dtype, any strides.
@@ -61,7 +63,8 @@ def run_backward(
         grad_lse = grad_lse.float().contiguous()
     grad_query, grad_key, grad_value = (fresh(empty_like_heads(t)) for t in (query, key, value))
     heads = problem.batch_size * problem.num_heads
-    rows = fresh(query.new_empty(2, heads, places_of(problem, config.row), dtype=torch.float32))
+    numbers = 4 if problem.dropout else 2
+    rows = fresh(query.new_empty(numbers, heads, places_of(problem, config.row), dtype=torch.float32))
     try:
         _, counter = workspace(0, 1, query.device)
         launch_rows(problem, config, inputs, output, lse, grad_output, grad_lse, rows)
@@ -76,15 +79,15 @@ def run_backward(
 
 
 def sink_gradient(problem: Problem, sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Gradient of `sinks` `[H]`, of what `preprocess` left in `rows` `[2, B * H, places]`.
+    """Gradient of `sinks` `[H]`, of what `preprocess` left in `rows` `[2 or 4, B * H, places]`.
 
     A sink is one more key, whose value is 0, so that its dP is too: P * (0 - delta), summed over all queries.
     """
-    lse, negative_delta = rows.view(2, problem.batch_size, problem.num_heads, -1)
+    lse, negative_delta = rows[:2].view(2, problem.batch_size, problem.num_heads, -1)
     # A row that saw no key, whose lse is the sink and says -inf here, and places without a query, whose delta is 0.
     blind = lse == -torch.inf
     probability = torch.exp(sinks.float()[:, None] - lse / lse_factor(problem)).masked_fill(blind, 1.0)
-    return (probability * negative_delta).sum((0, 2)).to(sinks.dtype)
+    return ((probability * negative_delta).sum((0, 2)) / delta_factor(problem)).to(sinks.dtype)
 
 
 def launch_rows(
@@ -97,16 +100,16 @@ def launch_rows(
     grad_lse: torch.Tensor | None,
     rows: torch.Tensor,
 ) -> None:
-    """Write lse and delta of each query to rows `[2, B * H, places]`, see `preprocess`."""
+    """Write lse and delta of each query, and with dropout its words, to rows `[2 or 4, B * H, places]`."""
     row, key_range = config.row, inputs.key_range
     _, heads, places = rows.shape
     launch(
         flashcore_hopper_backward_rows,
         heads * places // PLACES,
-        (output, grad_output, lse, grad_lse, key_range, rows, places, heads * places, problem.value_dim),
+        (output, grad_output, lse, grad_lse, key_range, inputs.philox, rows, places, heads * places, problem.value_dim),
         (
             *_eights(output)[:3], *_eights(grad_output)[:3], problem.num_heads, *_visibility(problem, key_range),
-            lse_factor(problem),
+            lse_factor(problem), delta_factor(problem),
         ),
         (row.dkdv.block_m, row.value_dim, range_layout(problem), problem.has_sinks, PLACES),
     )  # fmt: skip
@@ -138,9 +141,9 @@ def launch_dq(
             rows, key_range, spans, grad_query, counter, rows.shape[2], rows.shape[1] * rows.shape[2],
         ),
         (
-            problem.num_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_query), problem.scale,
-            *problem.score_factors[:2], heads, tiles,
-            _section(problem, heads, tiles, bytes_per_head, config.processors),
+            problem.num_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_query),
+            problem.scale / delta_factor(problem), *problem.score_factors[:2], heads, tiles,
+            _section(problem, heads, tiles, bytes_per_head, config.processors), drop_threshold(problem.dropout),
         ),
         (constants,),
     )  # fmt: skip
@@ -193,8 +196,9 @@ def launch_dkdv(
         ),
         (
             problem.num_kv_heads, problem.group, *_visibility(problem, key_range), *_eights(grad_key),
-            *_eights(grad_value), problem.scale, *problem.score_factors[:2], heads, tiles,
-            _section(problem, heads, tiles, bytes_per_head, config.processors),
+            *_eights(grad_value), problem.scale / delta_factor(problem), *problem.score_factors[:2], heads, tiles,
+            _section(problem, heads, tiles, bytes_per_head, config.processors), drop_threshold(problem.dropout),
+            1.0 / (1.0 - problem.dropout),
         ),
         (constants,),
     )  # fmt: skip
@@ -210,6 +214,7 @@ def dq_constants(problem: Problem, row: BackwardRow) -> DqConstants:
         query_block=row.dkdv.block_m,
         range_layout=range_layout(problem),
         softcap=problem.softcap > 0.0,
+        dropout=problem.dropout > 0.0,
         consumer_registers=row.dq.consumer_registers,
         producer_registers=row.dq.producer_registers,
     )
@@ -226,6 +231,7 @@ def dkdv_constants(problem: Problem, row: BackwardRow) -> DkdvConstants:
         shared_keys=row.dkdv.shared_keys,
         range_layout=range_layout(problem),
         softcap=problem.softcap > 0.0,
+        dropout=problem.dropout > 0.0,
         consumer_registers=row.dkdv.consumer_registers,
         producer_registers=row.dkdv.producer_registers,
     )
@@ -239,6 +245,11 @@ def places_of(problem: Problem, row: BackwardRow) -> int:
 def lse_factor(problem: Problem) -> float:
     """What makes of lse the number that the kernels add to scores: in units of log2 with softcap, else of q.k."""
     return -LOG2_E if problem.softcap else -1.0 / problem.scale
+
+
+def delta_factor(problem: Problem) -> float:
+    """What the kernels' delta and dS are multiplied by, see `preprocess` and `dropout.score_gradient`."""
+    return 2.0 * (1.0 - problem.dropout) if problem.dropout else 1.0
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Two numbers of each query that both backward kernels start from: bound by memory, so in plain Triton."""
+"""Two numbers of each query that both backward kernels start from, and two words: bound by memory, so plain Triton."""
 
 import triton
 import triton.language as tl
 
+from ...dropout import dropout_keys
 from ..visible import BITMAP, END, FIRST, HOLES, LEFT, QUERY_START, RIGHT
 
 
@@ -63,6 +64,7 @@ def flashcore_hopper_backward_rows(
     Lse,
     GradLse,
     Range,
+    Philox,
     Rows,
     places,
     of_delta,
@@ -82,6 +84,7 @@ def flashcore_hopper_backward_rows(
     stride_rb,
     stride_rs,
     lse_factor,
+    delta_factor,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     RANGE: tl.constexpr,
@@ -90,10 +93,13 @@ def flashcore_hopper_backward_rows(
 ):
     """Rows[0] = lse_factor * lse, -inf where a row saw no key; Rows[1] = dLse - rowsum(dO * O), dLse alone of such.
 
+    With dropout, Rows[1] times delta_factor, and Rows[2] and Rows[3] the bits of `dropout_keys`. There dS = P * (dP *
+    keep / (1 - dropout) - delta), and the kernels make 2 (1 - dropout) times that.
+
     Shapes: Out, GradOut `[B, H, Q, Dv]`, their strides in units of 8 elements; Lse, and GradLse where there is one,
-    `[B, H, Q]` fp32, dense; Rows `[2, B * H, places]` fp32, `of_delta` elements apart: query m is at place m + shift
-    (see masks.py), for blocks of BLOCK_M queries. At places without a query there are -inf and 0, which make P and dS
-    zero. lse_factor is negative.
+    `[B, H, Q]` fp32, dense; Philox int64 `[2]`, or None without dropout; Rows `[2 or 4, B * H, places]` fp32,
+    `of_delta` elements apart: query m is at place m + shift (see masks.py), for blocks of BLOCK_M queries. At places
+    without a query there are -inf and 0, which make P and dS zero. lse_factor is negative.
     Grid: (B * H * places / PLACES).
 
     A row is added up by threads in an order that follows from what Triton knows of the strides. It must be one for all
@@ -132,4 +138,10 @@ def flashcore_hopper_backward_rows(
         empty = empty | blind
     to = Rows + bh * places + place
     tl.store(to, tl.where(empty, float("-inf"), lse * lse_factor))
+    if Philox is not None:
+        row_0, row_1 = dropout_keys(Philox, bh.to(tl.int32), m)
+        # One by one: a multiple of it may be more than an int32 holds.
+        tl.store(to + of_delta + of_delta, row_0.to(tl.float32, bitcast=True))
+        tl.store(to + of_delta + of_delta + of_delta, row_1.to(tl.float32, bitcast=True))
+        delta *= delta_factor
     tl.store(to + of_delta, delta)

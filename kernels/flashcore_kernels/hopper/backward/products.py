@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
+from ..dropout import stay_rounded
 from ..rows import tanh
 
 
@@ -38,6 +39,12 @@ def as_operand(x, dtype: gl.constexpr, N: gl.constexpr):
     """`x` `[64, K]` in 16 bits, as the first operand of a product with `[K, N]`: it stays with its threads."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, LAYOUT, 2))
+
+
+@gluon.jit
+def stays_as_operand(p, dtype: gl.constexpr, N: gl.constexpr):
+    """`as_operand` of what stays of P where `minus_below` has marked the rest."""
+    return as_operand(stay_rounded(p, dtype), dtype, N)
 
 
 @gluon.jit

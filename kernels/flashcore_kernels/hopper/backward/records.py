@@ -69,6 +69,8 @@ class DkdvBuffers(NamedTuple):
         lse, delta: fp32 `[query_stages, BM]` and `[grad_stages, BM]`: of the queries in q and in g, see `preprocess`.
         ranges: int32 `[2 * query_stages, BM]`: first and end of the keys that each query in q sees; only with a key
             range a query.
+        words: fp32 `[2 * query_stages, BM]`: the first word of the queries in each q, then their second, see
+            `preprocess`; only with dropout.
         p: fp32 `[64, BM]`: P^T, which one consumer hands to the other where they share their keys.
         keep: int32 `[BM]`: which queries of a block see a key, for the producer alone.
     """
@@ -80,6 +82,7 @@ class DkdvBuffers(NamedTuple):
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
     ranges: gl.shared_memory_descriptor
+    words: gl.shared_memory_descriptor
     p: gl.shared_memory_descriptor
     keep: gl.shared_memory_descriptor
 
@@ -119,12 +122,12 @@ class DqPointers(NamedTuple):
     """Global memory that `dq` reads and writes without the copy engine.
 
     Attributes:
-        rows: fp32 `[2, B * H, places]`: lse and delta, see `preprocess`.
+        rows: fp32 `[2 or 4, B * H, places]`: lse, delta, and with dropout two words, see `preprocess`.
         key_range: int32, see key_range.py; where there is none an integer, which is never looked at.
         spans: int32 `[B, spans, 8]`, see spans.py; without a key range a query an integer, which is never looked at.
         grad_query: `[B, H, Q, D]`.
         places: of a head in `rows`.
-        of_delta: elements from the lse of a query to its delta.
+        of_delta: elements from the lse of a query to its delta, and from that to its words.
         query_strides: of grad_query.
     """
 
@@ -161,7 +164,9 @@ class Call(NamedTuple):
     """All that the partitions of a program work with.
 
     Attributes:
-        grad_scale: what the sums of dQ, or those of dK, are multiplied by in the end.
+        grad_scale, value_scale: what the sums of dQ, or those of dK, are multiplied by in the end, and, with dropout,
+            those of dV.
+        drop_below: int32, see `drop_threshold`; looked at with dropout alone.
     """
 
     descriptors: Descriptors
@@ -170,6 +175,8 @@ class Call(NamedTuple):
     queue: Queue
     pointers: DqPointers | DkdvPointers
     grad_scale: gl.tensor
+    value_scale: gl.tensor
+    drop_below: gl.tensor
     heads: Heads
     visibility: Visibility
     factors: ScoreFactors

@@ -78,13 +78,17 @@ def choose_hopper_prefill(problem: Problem, device: Device) -> Plan | str | None
         return None
     row = prefill_row_for(
         problem.head_dim, problem.value_dim, problem.num_queries, causal=problem.right >= 0,
-        plain=problem.range_layout is None and not problem.softcap and problem.mask_kind is None,
+        plain=problem.range_layout is None and not problem.softcap and problem.mask_kind is None
+        and not problem.dropout,
         one_copy=device.triton < ONE_COPY_BEFORE, masked=problem.mask_kind is not None, bias_bits=_bias_bits(problem),
     )  # fmt: skip
     reason = _reason_against(problem, device, row)
     if reason is not None:
         return reason
-    short = short_row_for(problem.head_dim, problem.value_dim, problem.num_keys) if _sees_all(problem) else None
+    short = None
+    if _sees_all(problem):
+        sizes = problem.head_dim, problem.value_dim, problem.num_keys
+        short = short_row_for(*sizes, dropout=problem.dropout > 0.0)
     if short is not None:
         why = f"{why_not_decode(problem)}, and {problem.num_keys} keys, at most {short.most_keys}"
         return Plan("flashcore_hopper_short", why, ShortConfig(short))
@@ -117,8 +121,8 @@ def _reason_against(problem: Problem, device: Device, row: PrefillRow | None) ->
         return f"that takes float16 and bfloat16, not {problem.dtype}"
     if problem.fp8:
         return "key and value are in fp8"
-    if problem.dropout:
-        return "weights are dropped"
+    if problem.dropout and problem.mask_kind is not None:
+        return "weights are dropped beside a dense mask"
     if not problem.aligned:
         return "an address or stride of query, key or value is no multiple of 16 bytes"
     if problem.value_dim % 8:

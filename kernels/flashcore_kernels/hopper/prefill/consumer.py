@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..copies import release
+from ..dropout import marked, row_dropout, stay_rounded
 from ..packed import packed_tile_of, told_position
 from ..query_tile import pass_over_blocks, tile_of
 from ..rows import tanh
@@ -91,6 +92,8 @@ def _rounded(p, dtype: gl.constexpr, C: gl.constexpr):
     DV0: gl.constexpr = C.dv0
     WARPS: gl.constexpr = C.warps
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV0, 16])
+    if C.dropout and p.dtype == gl.float32:
+        p = stay_rounded(p, dtype)
     return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
 
 
@@ -114,12 +117,16 @@ def _left_of_scores(s, m, to_log2, C: gl.constexpr):
 
 
 @gluon.jit
-def _probabilities(p, m, l, alpha, to_log2, C: gl.constexpr):
-    """(P, l): with `C.scores_ahead`, P of what `_left_of_scores` left, and the sums l with it."""
+def _probabilities(p, m, l, alpha, to_log2, n, drop, C: gl.constexpr):
+    """(P, l): with `C.scores_ahead`, P of what `_left_of_scores` left, and the sums l with it.
+
+    P, whose keys are those from n on, is as `marked` leaves it; l is of all weights.
+    """
     if C.consumers == 3:
         p = exponents(p, m, to_log2)
     p = gl.exp2(p)
-    return p, fold_sums(l, p, alpha)
+    l = fold_sums(l, p, alpha)
+    return marked(p, n, drop, C), l
 
 
 @gluon.jit
@@ -168,7 +175,7 @@ def _tile_of(position, call, CONSUMER: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _step(softmax, use, n, edge, entry, q0, q1, tile, call, C: gl.constexpr):
+def _step(softmax, use, n, edge, entry, q0, q1, tile, drop, call, C: gl.constexpr):
     """One block: its scores and maxima, and the product with V of the block before. Returns a Softmax.
 
     The exponentials come last, beside that product. With `C.scores_ahead` they come first, in the next step, beside its
@@ -180,7 +187,7 @@ def _step(softmax, use, n, edge, entry, q0, q1, tile, call, C: gl.constexpr):
         n: the block's first key.
         edge: whether its scores are masked row by row.
         entry: with a dense mask, the block's in the tile's list.
-        tile, call: a Tile, a Call.
+        tile, drop, call: a Tile, its `row_dropout`, a Call.
     """
     DV1: gl.constexpr = C.dv1
     STAGES: gl.constexpr = C.stages
@@ -191,7 +198,7 @@ def _step(softmax, use, n, edge, entry, q0, q1, tile, call, C: gl.constexpr):
     stage = use % STAGES
     before = (use - 1) % STAGES
     if C.scores_ahead and C.consumers == 3:
-        p, l = _probabilities(p, m, l, alpha, to_log2, C)
+        p, l = _probabilities(p, m, l, alpha, to_log2, n - C.block_n, drop, C)
         # Here, in front of the branch in the wait below: ptxas moves exponentials over it, but not this.
         p = _rounded(p, buffers.k0.dtype, C)
     if C.mask != NO_MASK:
@@ -201,7 +208,7 @@ def _step(softmax, use, n, edge, entry, q0, q1, tile, call, C: gl.constexpr):
         _wait_for_turn()
     s_async = issue_scores(q0, q1, buffers, stage, C)
     if C.scores_ahead and C.consumers < 3:
-        p, l = _probabilities(p, m, l, alpha, to_log2, C)
+        p, l = _probabilities(p, m, l, alpha, to_log2, n - C.block_n, drop, C)
     acc0_async, acc1_async = issue_values(p, buffers, before, acc0, acc1, C)
     if C.turns:
         _pass_turn()
@@ -216,6 +223,7 @@ def _step(softmax, use, n, edge, entry, q0, q1, tile, call, C: gl.constexpr):
     p = _left_of_scores(s, m, to_log2, C)
     if not C.scores_ahead:
         l = fold_sums(l, p, alpha)
+        p = marked(p, n, drop, C)
     # All of the softmax above is to run while the product with V does. Left alone, ptxas moves it behind the wait for
     # that product. Two things keep it here. First, this wait for the V of the next step's product: it is a branch, and
     # what an exchange between threads needs (in `row_sums` and `maxima`) ptxas does not move over one. Second, p is
@@ -252,13 +260,13 @@ def _first_block(s, use, entry, ahead, tile, call, C: gl.constexpr):
 
 
 @gluon.jit
-def _other_blocks(softmax, use, q0, q1, tile, call, C: gl.constexpr):
+def _other_blocks(softmax, use, q0, q1, tile, drop, call, C: gl.constexpr):
     """All blocks of a tile but the first: those at the left edge, those whose keys all rows see, the right edge."""
     BN: gl.constexpr = C.block_n
     if C.mask == NO_MASK:
         for j in range(1, tile.own_blocks):
             edge = (j < tile.left_edge) | (j >= tile.right_edge)
-            softmax = _step(softmax, use, tile.begin + j * BN, edge, 0, q0, q1, tile, call, C)
+            softmax = _step(softmax, use, tile.begin + j * BN, edge, 0, q0, q1, tile, drop, call, C)
             use += 1
     else:
         entries = block_list(call.mask, tile.b, tile.h, tile.r0 // (64 * C.consumers)) + tile.begin
@@ -267,7 +275,7 @@ def _other_blocks(softmax, use, q0, q1, tile, call, C: gl.constexpr):
             edge = (j < tile.left_edge) | (j >= tile.right_edge)
             entry = next_entry
             next_entry = gl.load(entries + j + 1)  # there is one behind the last
-            softmax = _step(softmax, use, entry // FLAGS * BN, edge, entry, q0, q1, tile, call, C)
+            softmax = _step(softmax, use, entry // FLAGS * BN, edge, entry, q0, q1, tile, drop, call, C)
             use += 1
     return softmax, use
 
@@ -316,6 +324,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         q1 = q0
         if D1 > 0:
             q1 = buffers.q1.index(buffer).reshape([ROWS, D1])
+        drop = row_dropout(tile, call, C)
         acc0, acc1 = no_sums(C)
 
         # The first block: there is no product with V yet.
@@ -339,6 +348,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
             l = row_sums(gl.full_like(p, 0.0))
         else:
             l = row_sums(p)
+            p = marked(p, tile.begin, drop, C)
         if QUERY_BUFFERS == 2 and not C.from_registers:
             if tiles_done > 0:  # the output of the tile before has left its buffer by now
                 tma.store_wait(0)
@@ -349,7 +359,7 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         use += 1
 
         softmax = Softmax(acc0=acc0, acc1=acc1, p=p, m=m, l=l, alpha=alpha)
-        softmax, use = _other_blocks(softmax, use, q0, q1, tile, call, C)
+        softmax, use = _other_blocks(softmax, use, q0, q1, tile, drop, call, C)
         acc0, acc1, p, m, l, alpha = softmax
 
         if QUERY_BUFFERS == 1:  # the output leaves through a buffer of its own
@@ -357,7 +367,8 @@ def consume(CONSUMER: gl.constexpr, call, output_rows, C: gl.constexpr):
         # The last block's product with V, and beside it what the next tile is.
         stage = (use - 1) % STAGES
         if C.scores_ahead:
-            p, l = _probabilities(p, m, l, alpha, to_log2, C)
+            n = tile.begin + (tile.own_blocks - 1) * C.block_n
+            p, l = _probabilities(p, m, l, alpha, to_log2, n, drop, C)
         acc0_async, acc1_async = issue_values(p, buffers, stage, acc0, acc1, C)
         position = _next_position(call, tiles_done, C)
         if QUERY_BUFFERS == 2 and C.from_registers:  # the output leaves from registers; for the order see hand_out

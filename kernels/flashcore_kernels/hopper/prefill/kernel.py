@@ -28,6 +28,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..copies import unseen
+from ..dropout import Dropout
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..schedule import hand_out
 from ..triton_api import SHARED_WORKER_ARGUMENTS
@@ -55,6 +56,7 @@ class PrefillConstants:
         one_copy: both consumers are one partition and run one copy of the machine code.
         turns: such consumers take turns in issuing the products of a block.
         mask: NO_MASK, BOOL, BIAS or BIAS_ROW of masks.py.
+        dropout: whether there is any; then there is no mask.
     """
 
     d0: int
@@ -76,6 +78,7 @@ class PrefillConstants:
     one_copy: bool
     turns: bool
     mask: int = 0
+    dropout: bool = False
 
     @property
     def packed(self) -> bool:
@@ -140,6 +143,7 @@ _NOT_SPECIALIZED = [
     "num_heads", "group", "num_queries", "num_keys", "query_start", "window_left", "window_right", "stride_rb",
     "stride_rs", "stride_ob", "stride_oh", "stride_os", "value_eights", "all_heads", "tiles_per_head", "section",
     "line_b", "line_h", "line_t", "row_b", "row_h", "row_q", "bias_b", "bias_h", "bias_k", "num_blocks",
+    "drop_below",
 ]  # fmt: skip
 
 
@@ -162,6 +166,7 @@ def flashcore_hopper(
     Bias,
     Lines,
     Bits,
+    Philox,
     num_heads,
     group,
     num_queries,
@@ -190,6 +195,8 @@ def flashcore_hopper(
     bias_h,
     bias_k,
     num_blocks,
+    drop_below,
+    keep_scale,
     C: gl.constexpr,
 ):
     """out = softmax(cap(scale * q k^T) + mask) v over the keys that each query sees.
@@ -199,7 +206,7 @@ def flashcore_hopper(
     Counter an int32 that is 0, and 0 again at the end. With `C.one_copy` there are no descriptors of Out but its
     address, its strides and value_dim, these in units of 8 elements. Of a mask, by `C.mask`: a bias's descriptor, or
     its address where all queries share it; Lines and Bits, its map (or that of a bool mask), and numbers as in
-    DenseMask.
+    DenseMask. Philox int64 `[2]` and two numbers, see Dropout.
     Grid: as many programs as run at once, or as there are tiles. The launch's warps are those of the first partition of
     consumers; the other partitions add theirs.
     """
@@ -239,6 +246,10 @@ def flashcore_hopper(
     if C.mask == NO_MASK:
         Lines = num_heads
         Bits = num_heads
+    if not C.dropout:
+        Philox = num_heads
+        drop_below = num_heads
+        keep_scale = num_heads
     q0_smem = gl.allocate_shared_memory(dtype, [QUERIES, 1, 1, ROWS, D0], q0_desc.layout)
     k0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D0], k0_desc.layout)
     v0_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV0], v0_desc.layout)
@@ -313,9 +324,10 @@ def flashcore_hopper(
         row_q=row_q, bias_b=bias_b, bias_h=bias_h, bias_k=bias_k, num_blocks=num_blocks,
     )  # fmt: skip
     order = TileOrder(all_heads=all_heads, tiles_per_head=tiles_per_head, section=section)
+    dropout = Dropout(philox=Philox, drop_below=drop_below, keep_scale=keep_scale)
     call = Call(
         descriptors=descriptors, buffers=buffers, barriers=barriers, queue=queue, pointers=pointers, heads=heads,
-        visibility=visibility, factors=factors, order=order, mask=mask,
+        visibility=visibility, factors=factors, order=order, mask=mask, dropout=dropout,
     )  # fmt: skip
     # The argument tuples stand in the calls: under a name their constexprs would become tensors.
     if C.one_copy:
@@ -328,7 +340,7 @@ def flashcore_hopper(
         )
         unseen_call = Call(
             descriptors=descriptors, buffers=buffers, barriers=unseen_barriers, queue=unseen_queue, pointers=pointers,
-            heads=heads, visibility=visibility, factors=factors, order=order, mask=mask,
+            heads=heads, visibility=visibility, factors=factors, order=order, mask=mask, dropout=dropout,
         )  # fmt: skip
         output_rows = OutputRows(
             out=Out, stride_b=stride_ob, stride_h=stride_oh, stride_s=stride_os, value_eights=value_eights

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...dropout import drop_threshold
 from ...problem import Inputs, Problem, distinct
 from ...runtime.launch import Launch, Tile
 from ..descriptors import descriptor
@@ -42,6 +43,7 @@ def kernel_constants(problem: Problem, config: PrefillConfig, has_lse: bool) -> 
         one_copy=row.one_copy,
         turns=row.turns,
         mask=_mask_kind(problem),
+        dropout=problem.dropout > 0.0,
     )
 
 
@@ -126,13 +128,14 @@ def make_launch(problem: Problem, config: PrefillConfig, inputs: Inputs, output:
             _tile("key", key, row.block_n, d0), _tile("key", key, row.block_n, d1),
             _tile("value", value, row.block_n, dv0), _tile("value", value, row.block_n, dv1), *output_tiles,
             "lse", "key_range", "sinks", "output" if row.one_copy else "absent", "counters", *mask_operands,
+            "philox",
         ),
         integers=(),
         scalars=(
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys, problem.query_start,
             problem.left, problem.right, *range_strides, *(stride // 8 for stride in output.stride()[:3]),
             problem.value_dim // 8, *problem.score_factors[:2], all_heads, tiles_per_head, section,
-            *mask_numbers,
+            *mask_numbers, drop_threshold(problem.dropout), 1.0 / (1.0 - problem.dropout),
         ),
         constants=(kernel_constants(problem, config, has_lse),),
         num_warps=config.num_warps,

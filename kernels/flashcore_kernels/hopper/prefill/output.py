@@ -63,6 +63,8 @@ def write(acc0, acc1, m, l, tile, o0_smem, o1_smem, output_rows, call, C: gl.con
     if C.sinks:
         sink = gl.load(call.pointers.sinks + h)
     shrink, lse = end_of_rows(m, l, sink, C)
+    if C.dropout:
+        shrink = shrink * call.dropout.keep_scale
     if C.lse:
         rows = r0 + gl.arange(0, ROWS, m.type.layout)
         gl.store(call.pointers.lse + tile.head_of_all.to(gl.int64) * num_queries + rows, lse, mask=rows < num_queries)

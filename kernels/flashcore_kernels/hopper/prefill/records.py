@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from triton.experimental.gluon import language as gl
 
+from ..dropout import Dropout
 from ..records import Heads, Queue, ScoreFactors, TileOrder
 from ..visible import Visibility
 
@@ -149,6 +150,7 @@ class Call(NamedTuple):
     factors: ScoreFactors
     order: TileOrder
     mask: DenseMask
+    dropout: Dropout
 
 
 class ShortBuffers(NamedTuple):
@@ -172,6 +174,7 @@ class ShortCall(NamedTuple):
     pointers: Pointers
     heads: Heads
     visibility: Visibility
+    dropout: Dropout
 
 
 class Softmax(NamedTuple):

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from ..copies import release, scrub, unseen, write_seen_keys
+from ..dropout import Dropout, marked, row_dropout
 from ..query_tile import tile_of
 from ..records import Heads, TilePosition
 from ..triton_api import barrier, tma_load
@@ -70,7 +71,7 @@ def _scrub_values(n, stage, b, call, C: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "num_heads", "group", "num_queries", "num_keys", "stride_rb", "stride_ob", "stride_oh", "stride_os",
-        "value_eights", "tiles_per_head",
+        "value_eights", "tiles_per_head", "drop_below",
     ]
 )  # fmt: skip
 def flashcore_hopper_short(
@@ -80,6 +81,7 @@ def flashcore_hopper_short(
     Out,
     Lse,
     Range,
+    Philox,
     num_heads,
     group,
     num_queries,
@@ -91,13 +93,16 @@ def flashcore_hopper_short(
     value_eights,
     score_scale,
     tiles_per_head,
+    drop_below,
+    keep_scale,
     C: gl.constexpr,
 ):
     """out = softmax(scale * q k^T) v for one tile of queries, over all keys or those of a KeyRange.
 
     Shapes: Q `[B, H, Q, D]`, K `[B, Hkv, K, D]` and V `[B, Hkv, K, Dv]` come as descriptors; Out `[B, H, Q, Dv]` as its
     address, its strides and value_dim in units of 8 elements; Lse `[B, H, Q]` fp32; Range a KeyRange with a line a
-    sequence. `C.d1` and `C.dv1` are 0; there is neither softcap nor sinks nor mask.
+    sequence; Philox int64 `[2]` and two numbers, see Dropout. `C.d1` and `C.dv1` are 0; there is neither softcap nor
+    sinks nor mask.
     Grid: a program a tile, `(B * H * tiles_per_head,)`.
     """
     D: gl.constexpr = C.d0
@@ -113,6 +118,10 @@ def flashcore_hopper_short(
         Lse = num_heads
     if C.range_layout == 0:
         Range = num_heads
+    if not C.dropout:
+        Philox = num_heads
+        drop_below = num_heads
+        keep_scale = num_heads
     q_smem = gl.allocate_shared_memory(dtype, [1, 1, 1, ROWS, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, DV], v_desc.layout)
@@ -155,6 +164,7 @@ def flashcore_hopper_short(
             num_queries=num_queries, num_keys=num_keys, query_start=num_keys * 0, window_left=num_keys * 0 - 1,
             window_right=num_keys * 0 - 1, stride_rb=stride_rb, stride_rs=stride_rb,
         ),
+        dropout=Dropout(philox=Philox, drop_below=drop_below, keep_scale=keep_scale),
     )  # fmt: skip
     tile = tile_of(TilePosition(b=b, h=h, tile=tile_number), call, 0, C)
     for each in gl.static_range(STAGES):
@@ -168,6 +178,7 @@ def flashcore_hopper_short(
 
     q = q_smem.index(0).reshape([ROWS, D])
     acc, acc1 = no_sums(C)
+    drop = row_dropout(tile, call, C)
     m = gl.full([ROWS], float("-inf"), gl.float32, ROWS_LAYOUT)
     l = row_sums(gl.zeros([ROWS, BN], gl.float32, S_LAYOUT))
     mbarrier.wait(q_full.index(0), 0)
@@ -194,6 +205,7 @@ def flashcore_hopper_short(
         m, alpha = maxima(s, m, score_scale)
         p = gl.exp2(exponents(s, m, score_scale))
         l = fold_sums(l, p, alpha)
+        p = marked(p, n, drop, C)
         acc = rescale(acc, alpha)
         mbarrier.wait(v_full.index(stage), phase)
         acc, acc1 = issue_values(p, call.buffers, stage, acc, acc1, C)

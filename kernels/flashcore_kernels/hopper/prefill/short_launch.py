@@ -2,6 +2,7 @@
 
 import torch
 
+from ...dropout import drop_threshold
 from ...problem import Inputs, Problem
 from ...runtime.launch import Launch, Tile
 from ..descriptors import descriptor
@@ -18,6 +19,7 @@ def short_constants(problem: Problem, config: ShortConfig, has_lse: bool) -> Pre
         stages=config.num_stages, range_layout=(None, "sequence").index(problem.range_layout), softcap=False,
         sinks=False, lse=has_lse, query_buffers=1, scores_ahead=False, short_masks=True,
         consumer_registers=config.row.registers, producer_registers=0, one_copy=True, turns=False,
+        dropout=problem.dropout > 0.0,
     )  # fmt: skip
 
 
@@ -32,13 +34,14 @@ def make_launch(problem: Problem, config: ShortConfig, inputs: Inputs, output: t
         grid=(problem.batch_size * problem.num_heads * tiles_per_head, 1),
         operands=(
             *(Tile.of(name, descriptor(tensor, rows, SHORT_HEAD_DIM)) for name, tensor, rows in shapes),
-            "output", "lse", "key_range",
+            "output", "lse", "key_range", "philox",
         ),
         integers=(),
         scalars=(
             problem.num_heads, problem.group, problem.num_queries, problem.num_keys,
             0 if key_range is None else key_range.stride(0), *(stride // 8 for stride in output.stride()[:3]),
             problem.value_dim // 8, problem.score_factors[0], tiles_per_head,
+            drop_threshold(problem.dropout), 1.0 / (1.0 - problem.dropout),
         ),
         constants=(constants,),
         num_warps=config.num_warps,

@@ -174,6 +174,7 @@ class ShortRow(NamedTuple):
         stages: blocks of K and V that shared memory holds.
         registers: of a thread. They decide how many programs share a multiprocessor: 512 / registers.
         why: what speaks for it.
+        dropout: it serves calls with dropout too; other rows without it alone.
     """
 
     most_keys: int
@@ -181,6 +182,7 @@ class ShortRow(NamedTuple):
     stages: int
     registers: int
     why: str
+    dropout: bool = False
 
 
 # The reasons are medians over B * S = 32K tokens in bf16, 12 heads, in full, on an H200 with Triton 3.6.
@@ -189,6 +191,7 @@ SHORT_ROWS = (
         most_keys=64, block_n=64, stages=1, registers=96,
         why="50.6 us at S = 64 where blocks of 128 keys have 56.0, flashcore_hopper 116, the best of SDPA 80.5; padded "
         "54.8, 77.7, 218, 117",
+        dropout=True,
     ),
     ShortRow(
         most_keys=MOST_SHORT_KEYS, block_n=128, stages=1, registers=128,
@@ -196,11 +199,17 @@ SHORT_ROWS = (
         "135, 245, 2 stages with 168 registers 107, 132, 238, programs of 128 queries 106, 138, 250; padded at 128, "
         "512 75.6, 122, flashcore_hopper 113, 171, SDPA 123, 297",
     ),
+    ShortRow(
+        most_keys=MOST_SHORT_KEYS, block_n=128, stages=2, registers=168,
+        why="never timed; with a key range 128 registers spill 27 in a loop of 950 instructions, of which three "
+        "programs give a multiprocessor as much as it can do",
+        dropout=True,
+    ),
 )  # fmt: skip
 
 
-def short_row_for(head_dim: int, value_dim: int, num_keys: int) -> ShortRow | None:
+def short_row_for(head_dim: int, value_dim: int, num_keys: int, *, dropout: bool = False) -> ShortRow | None:
     """The row of SHORT_ROWS for so many key slots, or None where none fits."""
     if max(head_dim, value_dim) > SHORT_HEAD_DIM:
         return None
-    return next((row for row in SHORT_ROWS if num_keys <= row.most_keys), None)
+    return next((row for row in SHORT_ROWS if num_keys <= row.most_keys and row.dropout >= dropout), None)

@@ -1,6 +1,6 @@
 """Compile the Hopper backward ahead of time, without a GPU, and report what ptxas made of it (see ../../aot.py).
 
-    python -m tests.kernels.hopper.backward.aot_backward [plain] [range] [rows]
+    python -m tests.kernels.hopper.backward.aot_backward [plain] [range] [rows] [plain-dropout] ...
 
 One JSON line for each compiled kernel, with its `problems`.
 """
@@ -17,7 +17,16 @@ from ...machine_code import LATE_EXPONENTIALS, resources
 MAIN_LOOP_SPILLS = {False: 0, True: 5}
 # The same where softcap meets a key range a query, in whose blocks of 32 queries tanh leaves dkdv one register too few.
 CAPPED_ROWS_SPILLS = 1
-RANGE_LAYOUTS = {"plain": None, "range": "sequence", "rows": "rows"}
+# The same with dropout: two loads of parked addresses, where it has more of them in use at once.
+DROPPED_SPILLS = 6
+FEATURES = {
+    "plain": {},
+    "range": {"range_layout": "sequence"},
+    "rows": {"range_layout": "rows"},
+    "plain-dropout": {"dropout": 0.1},
+    "range-dropout": {"range_layout": "sequence", "dropout": 0.1},
+    "rows-dropout": {"range_layout": "rows", "dropout": 0.1},
+}
 
 
 def source(kernel, constants, dtype: str):
@@ -62,6 +71,8 @@ def problems(report: dict) -> list[str]:
     main_loops, most = report["wgmma_loops"][:2], MAIN_LOOP_SPILLS[report["head_dim"] > 128]
     if report["capped_rows"] and report["head_dim"] == 128 and report["kernel"] == "flashcore_hopper_backward_dkdv":
         most = CAPPED_ROWS_SPILLS
+    if report["dropout"]:
+        most = max(most, DROPPED_SPILLS)
     if report["shared"] > SHARED_LIMIT[90]:
         wrong.append(f"{report['shared']} bytes of shared memory, {SHARED_LIMIT[90]} exist")
     if not main_loops or any(spills > most for _, spills, _ in main_loops):
@@ -83,6 +94,7 @@ def compiled(kernel, constants, dtype: str = "bf16") -> dict:
         "kernel": kernel.__name__,
         "head_dim": constants.d,
         "capped_rows": constants.softcap and constants.range_layout == 2,
+        "dropout": constants.dropout,
         "constants": repr(constants),
         "triton": triton.__version__,
     }
@@ -91,7 +103,7 @@ def compiled(kernel, constants, dtype: str = "bf16") -> dict:
 
 
 def reports(features: str, rows) -> list[dict]:
-    """Both kernels of each of `rows`, for calls of RANGE_LAYOUTS' kinds."""
+    """Both kernels of each of `rows`, for calls of one of FEATURES' kinds."""
     import torch
     from flashcore_kernels.hopper.backward import launch
     from flashcore_kernels.problem import Problem
@@ -101,8 +113,8 @@ def reports(features: str, rows) -> list[dict]:
         problem = Problem(
             batch_size=2, num_heads=32, num_kv_heads=8, num_queries=4096, num_keys=4096, head_dim=row.head_dim,
             value_dim=row.value_dim, dtype=torch.bfloat16, device_type="cuda", mask_kind=None, scale=1.0, left=-1,
-            right=0, query_start=0, has_sinks=False, aligned=True,
-            range_layout=RANGE_LAYOUTS[features], softcap=30.0 if row.softcap else 0.0,
+            right=0, query_start=0, has_sinks=False, aligned=True, softcap=30.0 if row.softcap else 0.0,
+            **{"range_layout": None, **FEATURES[features]},
         )  # fmt: skip
         for kernel, constants in (
             (launch.flashcore_hopper_backward_dq, launch.dq_constants(problem, row)),
@@ -120,15 +132,15 @@ def loads_of_rows(value_dim: int) -> list[str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constexprs = {"GradLse": None, "Range": None, "BLOCK_M": 64, "BLOCK_DV": value_dim, "RANGE": 0, "SINKS": False}
-    constexprs["PLACES"] = 32
+    constexprs = {"GradLse": None, "Range": None, "Philox": None, "RANGE": 0, "SINKS": False}
+    constexprs |= {"BLOCK_M": 64, "BLOCK_DV": value_dim, "PLACES": 32}
     pointers = {"Out": "*bf16", "GradOut": "*bf16", "Lse": "*fp32", "Rows": "*fp32"}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constexprs else pointers.get(name, "i32")
         if name in pointers or name in ("places", "of_delta", "value_dim"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    signature["lse_factor"] = "fp32"
+    signature["lse_factor"] = signature["delta_factor"] = "fp32"
     code = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     ptx = triton.compile(code, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
     return re.findall(r"\bld\.global\S*", ptx)
@@ -137,6 +149,6 @@ def loads_of_rows(value_dim: int) -> list[str]:
 if __name__ == "__main__":
     from flashcore_kernels.hopper.backward.table import ROWS
 
-    for features in sys.argv[1:] or RANGE_LAYOUTS:
+    for features in sys.argv[1:] or FEATURES:
         for report in reports(features, ROWS):
             print(json.dumps(report), flush=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flashcore_kernels import make_key_range, make_row_ranges
 from flashcore_kernels.device import Device
+from flashcore_kernels.dropout import drop_threshold
 from flashcore_kernels.hopper.backward.choose import choose_hopper_backward
 from flashcore_kernels.hopper.backward.table import ROWS
 from flashcore_kernels.key_range import visible
@@ -19,6 +20,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 from flashcore_kernels.hopper.backward import launch, masks  # noqa: E402
 from flashcore_kernels.hopper.visible import SequenceBounds  # noqa: E402
 
+from ...portable.test_dropout import kept_and_keys, words  # noqa: E402
 from . import aot_backward  # noqa: E402
 
 FULL = os.environ.get("FLASHCORE_TEST_FULL") == "1"
@@ -117,17 +119,21 @@ RANGES = {
 }
 
 
-def inputs_of(key_range) -> Inputs:
+def inputs_of(key_range, philox=None) -> Inputs:
     """As `launch_rows` takes them: it looks at no other tensor of the call."""
-    return Inputs(None, None, None, key_range)
+    return Inputs(None, None, None, key_range, philox=philox)
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("name", RANGES)
-def test_rows(name, with_lse):
-    """What `preprocess` leaves of each query: lse and delta, at its place; nothing at places without a query."""
+def test_rows(name, dropout, with_lse):
+    """What `preprocess` leaves of each query: lse and delta, at its place; nothing at places without a query.
+
+    With dropout delta is 2 (1 - dropout) times as large, and behind it are the words of `dropout_keys`.
+    """
     key_range = RANGES[name]()
-    call = problem(range_layout=None if key_range is None else "sequence", value_dim=40)
+    call = problem(range_layout=None if key_range is None else "sequence", value_dim=40, dropout=dropout)
     config = choose_hopper_backward(call, H200).config
     generator = torch.Generator().manual_seed(0)
     out, grad = (torch.randn(2, 300, 4, 40, generator=generator).half() for _ in range(2))
@@ -135,10 +141,13 @@ def test_rows(name, with_lse):
     lse, grad_lse = (torch.randn(2, 4, 300, generator=generator) for _ in range(2))
     lse[0, 1, :9] = -torch.inf
     places = launch.places_of(call, config.row)
-    rows = torch.full((2, 8, places), torch.nan)
-    launch.launch_rows(call, config, inputs_of(key_range), out, lse, grad, grad_lse if with_lse else None, rows)
+    philox = words(1234567890123, 4, "cpu") if dropout else None
+    rows = torch.full((4 if dropout else 2, 8, places), torch.nan)
+    launch.launch_rows(call, config, inputs_of(key_range, philox), out, lse, grad, grad_lse if with_lse else None, rows)
     empty = lse == -torch.inf
     delta = (grad_lse if with_lse else 0.0) - (out.float() * grad.float()).sum(-1)
+    if dropout:
+        delta *= 2 * 0.75
     for b in range(2):
         first, start = (0, 0) if key_range is None else key_range[b, 0, 0, [0, 2]].tolist()
         shift = -max(first - start, 0) % config.row.dkdv.block_m
@@ -149,15 +158,19 @@ def test_rows(name, with_lse):
         none = torch.ones(places, dtype=torch.bool)
         none[shift : shift + 300] = False
         assert (of[0][:, none] == -torch.inf).all() and (of[1][:, none] == 0.0).all()
+        for h in range(4 if dropout else 0):
+            _, want = kept_and_keys(philox, 4 * b + h, dropout, (512, 16), 0, 0)
+            assert torch.equal(of[2:, h, shift : shift + 300].view(torch.int32), want[:300].T)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 8.0])
-def test_sink_gradient(softcap):
+@pytest.mark.parametrize("softcap, dropout", [(0.0, 0.0), (8.0, 0.0), (0.0, 0.25)])
+def test_sink_gradient(softcap, dropout):
     """Against float64 autograd of the formula, rows without a key too."""
     key_range = make_key_range(2, 40, first=torch.tensor([0, 7]), right=0)
     blind = ~visible(key_range, 40, 40)[:, 0].any(-1)  # [B, Q]
     assert blind.any()
     call = problem(num_queries=40, num_keys=40, has_sinks=True, range_layout="sequence", softcap=softcap)
+    call = call._replace(dropout=dropout)
     config = choose_hopper_backward(call, H200).config
     generator = torch.Generator().manual_seed(0)
     scores, value = (torch.randn(2, 4, 40, n, generator=generator).double() for n in (40, 64))
@@ -165,12 +178,16 @@ def test_sink_gradient(softcap):
     grad, grad_lse = (torch.randn(2, 4, 40, *n, generator=generator) for n in ((64,), ()))
     scores = scores.masked_fill(~visible(key_range, 40, 40), -torch.inf)
     lse = torch.cat((scores, sinks[:, None, None].expand(2, 4, 40, 1)), -1).logsumexp(-1)
-    output = (scores - lse[..., None]).exp() @ value
+    weights = (scores - lse[..., None]).exp()
+    if dropout:
+        weights = weights * (torch.rand(weights.shape, generator=generator) >= dropout) / (1 - dropout)
+    output = weights @ value
     (want,) = torch.autograd.grad((output * grad).sum() + (lse * grad_lse).sum(), sinks)
-    rows = torch.full((2, 8, launch.places_of(call, config.row)), torch.nan)
+    philox = words(0, 0, "cpu") if dropout else None
+    rows = torch.full((4 if dropout else 2, 8, launch.places_of(call, config.row)), torch.nan)
     output, lse = output.detach().float(), lse.detach().float()
     grad = torch.where(blind[:, None, :, None], torch.nan, grad)
-    launch.launch_rows(call, config, inputs_of(key_range), output, lse, grad, grad_lse, rows)
+    launch.launch_rows(call, config, inputs_of(key_range, philox), output, lse, grad, grad_lse, rows)
     got = launch.sink_gradient(call, sinks.detach().float(), rows)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     rows[1] = 0.0
@@ -233,7 +250,6 @@ REASONS = {
     "odd head_dim": ({"head_dim": 68}, H200, "68"),
     "odd value_dim": ({"value_dim": 60}, H200, "60"),
     "scale": ({"scale": -1.0}, H200, "scale"),
-    "dropout": ({"dropout": 0.1}, H200, "dropped"),
 }
 
 
@@ -284,15 +300,16 @@ def test_what_the_copy_engine_cannot_read_is_copied():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """launched(layout, key_range, head_dim) -> what the launch of each kernel gets, by its name, and the gradients."""
+    """launched(layout, key_range, head_dim, dropout) -> what each kernel's launch gets, by its name; the gradients."""
 
-    def run(layout=None, key_range=None, head_dim=64):
-        call = problem(range_layout=layout, head_dim=head_dim)
+    def run(layout=None, key_range=None, head_dim=64, dropout=0.0):
+        call = problem(range_layout=layout, head_dim=head_dim, dropout=dropout)
         shapes = {"query": (4, 300, head_dim), "key": (2, 300, head_dim), "value": (2, 300, 64), "output": (4, 300, 64)}
         of = {name: torch.zeros(2, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         caught = {}
         monkeypatch.setattr(launch, "launch", lambda kernel, *given: caught.update({kernel.__name__: given}))
-        inputs = Inputs(of["query"], of["key"], of["value"], key_range, sinks=torch.zeros(4))
+        philox = words(0, 0, "cpu") if dropout else None
+        inputs = Inputs(of["query"], of["key"], of["value"], key_range, sinks=torch.zeros(4), philox=philox)
         grad_output = torch.zeros((), dtype=torch.bfloat16).expand(2, 4, 300, 64)
         lse = torch.zeros(2, 4, 300)
         config = choose_hopper_backward(call, H200).config
@@ -338,6 +355,26 @@ def test_launches(name, head_dim, launched):
     assert gradients[3:] == (None, None)
 
 
+def test_launches_with_dropout(launched):
+    """Sums are undone of what delta was multiplied by, and dV's are multiplied by what the forward's output was."""
+    factors = {}
+    for dropout in (0.0, 0.25):
+        caught, _ = launched(dropout=dropout)
+        named = {
+            kernel.removeprefix("flashcore_hopper_backward_"): dict(
+                zip(getattr(launch, kernel).arg_names, (*arguments, *scalars, *constants), strict=True)
+            )
+            for kernel, (_, arguments, scalars, constants) in caught.items()
+        }
+        rows, dq, dkdv = named["rows"], named["dq"], named["dkdv"]
+        assert rows["Rows"] is dq["Rows"] is dkdv["Rows"] and rows["Rows"].shape[0] == (4 if dropout else 2)
+        assert (rows["Philox"] is None) == (not dropout)
+        assert dq["C"].dropout == dkdv["C"].dropout == bool(dropout)
+        assert dq["drop_below"] == dkdv["drop_below"] == drop_threshold(dropout)
+        factors[dropout] = rows["delta_factor"], dq["query_scale"], dkdv["key_scale"], dkdv["value_scale"]
+    assert factors == {0.0: (1.0, 0.125, 0.125, 1.0), 0.25: (1.5, 0.125 / 1.5, 0.125 / 1.5, 1 / 0.75)}
+
+
 @pytest.fixture(scope="module")
 def compiling():
     """compiling(function, *arguments) -> what that says in a process that compiles: this one interprets."""
@@ -354,7 +391,7 @@ def test_rows_are_read_by_16_bytes_whatever_their_strides(value_dim, compiling):
     assert len(wide) == 2 * 32 * value_dim // (8 * 128)  # of two tensors, 8 numbers a load, by 128 threads
 
 
-@pytest.mark.parametrize("features", aot_backward.RANGE_LAYOUTS if FULL else ["plain"])
+@pytest.mark.parametrize("features", aot_backward.FEATURES if FULL else ["plain", "range-dropout"])
 def test_compiled(features, compiling):
     """Main loops spill nothing, their exponentials run beside the products, and these are not serialised."""
     rows = [row for row in ROWS if FULL or not row.softcap]

@@ -15,7 +15,7 @@ from ...aot import SHARED_LIMIT
 from ...machine_code import MAIN_LOOP_SPILLS, resources
 from ..paged.aot_pages import signature_of
 
-FEATURES = ("none", "lse", "range", "range-lse")
+FEATURES = ("none", "lse", "range", "range-lse", "lse-dropout", "range-lse-dropout")
 
 
 def problems(report: dict) -> list[str]:
@@ -54,8 +54,8 @@ def compile_variant(keys: int, features: str, **override) -> dict:
     problem = Problem(
         batch_size=64, num_heads=12, num_kv_heads=12, num_queries=keys, num_keys=keys, head_dim=64, value_dim=64,
         dtype=torch.bfloat16, device_type="cuda", range_layout="sequence" if has_range else None, mask_kind=None,
-        scale=0.125, softcap=0.0, left=-1, right=-1, query_start=0, has_sinks=False, dropout=0.0, aligned=True,
-        fp8=False, mask_bits=0, mask_rows=False,
+        scale=0.125, softcap=0.0, left=-1, right=-1, query_start=0, has_sinks=False, aligned=True,
+        dropout=0.1 if "dropout" in features else 0.0, fp8=False, mask_bits=0, mask_rows=False,
     )  # fmt: skip
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     plan = choose(problem, Device("cuda", 90, triton=version))
@@ -67,6 +67,7 @@ def compile_variant(keys: int, features: str, **override) -> dict:
         layout = tile_layout(rows, constants.d0, problem.dtype)
         tiles[f"{name}_desc"] = f"tensordesc<bf16[1,1,{rows},{constants.d0}],{layout!r}>"
     pointers = {"Out": "bf16", "Lse": "fp32" if has_lse else None, "Range": "i32" if has_range else None}
+    pointers["Philox"] = "i64" if problem.dropout else None
     signature, constexprs, attributes = signature_of(flashcore_hopper_short, pointers, constants, tiles)
     source = GluonASTSource(fn=flashcore_hopper_short, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.row.registers}

@@ -26,7 +26,7 @@ class TestHopper:
 
     @pytest.mark.parametrize(
         "changed", [{"range_layout": "sequence"}, {"range_layout": "rows"}, {"softcap": 5.0}, {"has_sinks": True},
-                    {"left": 7}, {"right": 0}, {"query_start": -3}], ids=str
+                    {"left": 7}, {"right": 0}, {"query_start": -3}, {"dropout": 0.1}], ids=str
     )  # fmt: skip
     def test_taken_with(self, changed):
         assert self.chosen(**changed).kernel == "flashcore_hopper"
@@ -44,6 +44,7 @@ class TestHopper:
                 {"mask_kind": "float", "mask_bits": 16, "mask_rows": True, "head_dim": 256, "value_dim": 256},
                 "room for a bias of 16 bits",
             ),
+            ({"dropout": 0.1, "mask_kind": "bool", "mask_bits": 8, "mask_rows": True}, "dropped beside a dense mask"),
             ({"aligned": False}, "no multiple of 16 bytes"),
             ({"value_dim": 36}, "rows of 36 values"),
         ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from flashcore_kernels.choose import choose
 from flashcore_kernels.dispatch import empty_outputs, serve
+from flashcore_kernels.dropout import drop_threshold
 from flashcore_kernels.hopper.prefill import choose as prefill_choose
 from flashcore_kernels.problem import Inputs, check_problem, with_alignment
 from flashcore_kernels.runtime import launch
@@ -20,12 +21,15 @@ class TestHopper:
     @pytest.fixture
     def launched(self, monkeypatch):
         caught = []
-        monkeypatch.setattr(prefill_choose, "short_row_for", lambda *sizes: None)  # which has tests of its own
+        monkeypatch.setattr(
+            prefill_choose, "short_row_for", lambda *sizes, **features: None
+        )  # which has tests of its own
         monkeypatch.setattr(launch, "launch", lambda *args, **options: caught.append(args))
 
-        def launch_of(query, key, value, is_causal=False, sinks=None, lse=None, device=H200, mask=None):
-            inputs = Inputs(query, key, value, mask=mask, sinks=sinks)
-            problem = check_problem(inputs, is_causal)
+        def launch_of(query, key, value, is_causal=False, sinks=None, lse=None, device=H200, mask=None, dropout=0.0):
+            philox = torch.tensor([1, 2]) if dropout else None
+            inputs = Inputs(query, key, value, mask=mask, sinks=sinks, philox=philox)
+            problem = check_problem(inputs, is_causal, dropout=dropout)
             chosen = choose(with_alignment(problem, inputs), device)
             assert chosen.kernel == "flashcore_hopper", chosen
             if problem.mask_kind == "bool":
@@ -65,6 +69,19 @@ class TestHopper:
         _, (_, _, arguments, _, _) = launched(odd, query, query)
         assert arguments[0].strides[0] % 8 == 0
 
+    @pytest.mark.parametrize("num_queries", [200, 4096])
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_dropout(self, num_queries, is_causal, launched):
+        """By the row for every feature: three consumers have no registers for it."""
+        query = torch.empty(1, 4, num_queries, 64, dtype=torch.float16)
+        chosen, (kernel, _, arguments, scalars, (constants,)) = launched(query, query, query, is_causal, dropout=0.25)
+        assert chosen.config.row.consumers == 2 and not chosen.config.row.plain and constants.dropout
+        named = dict(zip(kernel.arg_names, (*arguments, *scalars)))
+        assert named["Philox"].tolist() == [1, 2]
+        assert named["drop_below"] == drop_threshold(0.25) and named["keep_scale"] == 1 / 0.75
+        _, (_, _, arguments, _, (constants,)) = launched(query, query, query, is_causal)
+        assert not constants.dropout and arguments[kernel.arg_names.index("Philox")] is None
+
     def test_causal_tiles_come_in_sections(self, launched):
         query = torch.empty(1, 32, 8192, 64, dtype=torch.float16)
         key = query[:, :8]
@@ -102,7 +119,7 @@ class TestHopper:
         one = [int(size > 1) for size in shape]
         assert numbers[:3] == (heads * tiles * one[0], tiles * one[1], int(tiles > 1))
         assert numbers[3:6] == (heads * rows * one[0], rows * one[1], one[2])
-        assert numbers[6:] == (0, 0, 0, blocks)
+        assert numbers[6:10] == (0, 0, 0, blocks)
         assert second[4][0].mask == 1
 
     @pytest.mark.parametrize("shape", [(2, 8, 200, 500), (1, 8, 200, 500), (2, 1, 200, 500), (1, 1, 200, 1)])

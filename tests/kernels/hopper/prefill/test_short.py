@@ -12,6 +12,7 @@ import torch
 from flashcore_kernels import make_key_range
 from flashcore_kernels.choose import choose
 from flashcore_kernels.dispatch import empty_outputs, serve
+from flashcore_kernels.dropout import drop_threshold
 from flashcore_kernels.hopper.prefill.table import MOST_SHORT_KEYS, ROWS, SHORT_HEAD_DIM, SHORT_ROWS
 from flashcore_kernels.problem import Inputs, check_problem, with_alignment
 from flashcore_kernels.runtime import launch
@@ -35,7 +36,9 @@ class TestChoice:
     def test_few_keys_and_small_heads(self, num_keys, head_dim):
         short = num_keys <= MOST_SHORT_KEYS and head_dim <= SHORT_HEAD_DIM
         want = "flashcore_hopper_short" if short else "flashcore_hopper"
-        for changed in ({}, {"num_queries": 4096}, {"num_queries": num_keys, "range_layout": "sequence"}):
+        for changed in (
+            {}, {"num_queries": 4096}, {"num_queries": num_keys, "range_layout": "sequence"}, {"dropout": 0.1},
+        ):  # fmt: skip
             if changed.get("num_queries", 100) > 16:
                 sizes = {"num_queries": 100, "num_keys": num_keys, "head_dim": head_dim, "value_dim": head_dim}
                 assert kernel_of(**{**sizes, **changed}) == want
@@ -66,9 +69,9 @@ class TestLaunch:
         caught = []
         monkeypatch.setattr(launch, "launch", lambda *args, **options: caught.append((*args, options)))
 
-        def launch_of(query, key, value, key_range=None, lse=None):
-            inputs = Inputs(query, key, value, key_range)
-            problem = check_problem(inputs)
+        def launch_of(query, key, value, key_range=None, lse=None, dropout=0.0):
+            inputs = Inputs(query, key, value, key_range, philox=torch.tensor([1, 2]) if dropout else None)
+            problem = check_problem(inputs, dropout=dropout)
             chosen = choose(with_alignment(problem, inputs), H200)
             assert chosen.kernel == "flashcore_hopper_short", chosen
             output = empty_outputs(query, value, False)[0]
@@ -104,6 +107,13 @@ class TestLaunch:
         assert (constants.rows, constants.warps) == (64, 4) and options["num_warps"] == 4
         assert options["maxnreg"] == constants.consumer_registers
 
+    @pytest.mark.parametrize("dropout", [0.0, 0.25])
+    def test_dropout(self, dropout, launched):
+        query = torch.randn(2, 4, 100, 64, dtype=torch.float16)
+        named, *_ = launched(query, query, query, dropout=dropout)
+        assert named["C"].dropout == bool(dropout) and (named["Philox"] is None) == (not dropout)
+        assert named["drop_below"] == drop_threshold(dropout) and named["keep_scale"] == 1 / (1 - dropout)
+
     def test_rows_differ_in_what_is_compiled(self, launched):
         tensors = [torch.randn(1, 4, size, 64, dtype=torch.float16) for size in (64, 65, MOST_SHORT_KEYS)]
         constants = [launched(each, each, each)[0]["C"] for each in tensors]
@@ -123,7 +133,7 @@ def compiled():
 
 class TestCompiled:
     def test_no_spills_in_the_loop_and_as_many_programs_as_registers_say(self, compiled):
-        reports = compiled(*(() if FULL else ("--features", "none", "range-lse")))
+        reports = compiled(*(() if FULL else ("--features", "none", "range-lse", "range-lse-dropout")))
         assert len(reports) >= 4
         assert not any(report["problems"] for report in reports), reports
 
