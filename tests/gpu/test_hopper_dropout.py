@@ -255,7 +255,7 @@ def seeded(monkeypatch):
 TRAINED = {
     "BERT": ("flashcore_hopper_short", dict(heads=(12, 12), length=512, key_range=both_sides)),
     "GPT-2": ("flashcore_hopper", dict(heads=(12, 12), length=1024, is_causal=True)),
-    "left-padded": ("flashcore_hopper", dict(heads=(8, 2), length=333, key_range=backward.left_padding)),
+    "left-padded": ("flashcore_hopper", dict(heads=(8, 2), length=1100, key_range=backward.left_padding)),
     "head_dim 128": ("flashcore_hopper", dict(heads=(4, 2), length=333, head_dim=128, is_causal=True)),
     "head_dim 256": ("flashcore_hopper", dict(heads=(4, 4), length=200, head_dim=256)),
 }
