@@ -1,6 +1,7 @@
 """What the benchmarks share: times of several contenders taken in turn, the peers, errors, and JSON with its origin."""
 
 import ctypes
+import functools
 import json
 import lzma
 import math
@@ -25,6 +26,11 @@ Call = Callable[[], object]
 
 def header() -> dict:
     """Where and when a record was measured: GPU, driver, versions, commit, date."""
+    return _place() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+@functools.cache  # it asks other programs, and some benchmarks write after each row
+def _place() -> dict:
     from importlib.metadata import version
 
     def output(*command: str) -> str:
@@ -39,7 +45,6 @@ def header() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "driver": driver[0] if driver else "none",
         **{name: version(name) for name in ("torch", "triton", "transformers")},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.read_text().strip() if commit.exists() else output("git", "rev-parse", "--short", "HEAD"),
     }
 
