@@ -8,6 +8,7 @@ our name are changed, and they alone: a manager's batch processor is taken over 
 - key lengths count all keys, in layers with a window too, which keep the last keys of a request in a ring;
 - the cache's `update` gathers and writes nothing: it says where a layer's pages are (`pages.PagedCall`);
 - CUDA graphs are kept apart for batches of single tokens and for others, and large batches do without;
+- kernels are compiled in the background from the beginning on, and the warm-up waits for none but the first answer's;
 - a batch processor computes on the stream of one that is gone, where there is one.
 """
 
@@ -22,6 +23,7 @@ import torch
 from flashcore_kernels import Pages, replayed_in_order
 
 from . import compat
+from .ahead import begin_compiling_batches
 from .models import NAME
 from .pages import PagedCall, in_batch
 
@@ -138,11 +140,12 @@ class Outcome:
 class Served:
     """A batch processor that was taken over."""
 
-    def __init__(self, processor):
+    def __init__(self, processor, model):
         self.outcome = Outcome()
         cache = processor.cache
         self._groups, self._layers = _layers_of(cache)
-        width = max(_most_pages(cache, group) for group in self._groups)
+        # Triton compiles kernels of their own for other strides, and for tables that begin within 16 bytes.
+        width = -(-max(_most_pages(cache, group) for group in self._groups) // 16) * 16
         for group in self._groups:
             group.fill_block_table = types.MethodType(_fill_block_table, group)
             group.get_seqlen_k = _all_keys
@@ -154,6 +157,7 @@ class Served:
         processor.scheduler.max_decode_fast_path_length = cache.max_decode_fast_path_length
         for io in _ios_of(processor.inputs_and_outputs):
             _take_over_io(io, len(self._groups), width)
+        self.ahead = begin_compiling_batches(model, self._layers, io, cache.max_batch_tokens)
         self._take_over_runner(processor.model_runner)
         _hand_on_stream(processor)
 
@@ -179,10 +183,25 @@ class Served:
     def _take_over_runner(self, runner) -> None:
         get_forward_fn, compute_batch = runner._get_forward_fn, runner.compute_batch
         warm_up, page_size = runner.run_one_warmup, _page_size(self._groups[0])
+        sizes: list[int] = []  # of batches of single tokens that are to be warmed up
 
-        def run_one_warmup(model, num_q_tokens: int, max_kv_read: int | None):
-            # A graph serves all lengths: there is no need to attend to a whole pool of keys, as 5.17 has it.
-            return warm_up(model, num_q_tokens, None if max_kv_read is None else min(max_kv_read, page_size))
+        def run_one_warmup(model, num_q_tokens: int, max_kv_read: int | None) -> float:
+            if max_kv_read is not None:
+                if num_q_tokens > MOST_RECORDED and runner._compiled_varlen is None:
+                    return 0.0  # nothing is recorded, and the first batch takes as long
+                # A graph serves all lengths: there is no need to attend to a whole pool of keys, as 5.17 has it.
+                return warm_up(model, num_q_tokens, min(max_kv_read, page_size))
+            sizes.append(num_q_tokens)
+            most = runner.cb_config.max_requests_per_batch
+            if num_q_tokens < most:
+                return 0.0
+            # The largest first: its kernels come first, and the others find room in its memory. A batch whose kernels
+            # are still being compiled is recorded when it comes.
+            seconds = sum(
+                warm_up(model, size, None) for size in reversed(sizes) if size == most or self.ahead.ready(size)
+            )
+            sizes.clear()
+            return seconds
 
         def _get_forward_fn(use_block_table: bool):
             io = _current(runner.inputs_and_outputs)
@@ -227,7 +246,7 @@ def _hand_on_stream(processor) -> None:
 def take_over(manager, processor):
     """Change the batch processor of a manager of ours, once."""
     if getattr(processor, "_flashcore_served", None) is None:
-        processor._flashcore_served = Served(processor)
+        processor._flashcore_served = Served(processor, manager.model)
     # A stopped manager lets go of its processor, and Transformers counts on the memory of its pages then.
     manager._flashcore_outcome = processor._flashcore_served.outcome
     return processor
