@@ -48,6 +48,7 @@ def enable() -> None:
         if serving.why_not() is None:
             _patch(mixin, "generate_batch", _raising_generate_batch)
             _patch(manager, "_create_batch_processor", _taken_over)
+            _patch(manager, "stop", _stopped_at_once)
             if compat.VERSION < (5, 22):
                 # Continuous batching puts this before the name there.
                 _register(compat.attention_registry(), f"paged|{NAME}", flashcore_attention)
@@ -256,3 +257,17 @@ def _taken_over(original):
         return processor
 
     return _create_batch_processor
+
+
+def _stopped_at_once(original):
+    """The end of each generate_batch()."""
+
+    @functools.wraps(original)
+    def stop(self, block=True, timeout=None, keep_for_next_session=False, *args, **kwargs):
+        arguments = (block, timeout, keep_for_next_session, *args)
+        if not (_enabled and serving.is_ours(self.model)):
+            return original(self, *arguments, **kwargs)
+        with serving.stopped_at_once(self, keep_for_next_session):
+            return original(self, *arguments, **kwargs)
+
+    return stop

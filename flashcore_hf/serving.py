@@ -4,17 +4,18 @@ Transformers gathers all past keys of a batch in every layer, and hands out bloc
 new token, no layer has a window, and the backend is one that it knows. Here the objects that it makes for a model under
 our name are changed, and they alone: a manager's batch processor is taken over when it has been made. Then
 
-- whatever is in a batch, its tensors are prepared as for that fast path, in `_Tables`;
+- whatever is in a batch, its tensors are prepared as for that fast path, see `block_tables`;
 - key lengths count all keys, in layers with a window too, which keep the last keys of a request in a ring;
 - the cache's `update` gathers and writes nothing: it says where a layer's pages are (`pages.PagedCall`);
-- CUDA graphs are kept apart for batches of single tokens and for others, and large batches do without;
+- CUDA graphs are kept apart for batches of single tokens and for others; large batches and rare ones do without;
+- kernels are compiled in the background from the beginning on, and the warm-up waits for none but the first answer's;
 - a batch processor computes on the stream of one that is gone, where there is one.
 """
 
 import contextlib
 import functools
+import gc
 import inspect
-import types
 import weakref
 from contextvars import ContextVar
 
@@ -22,6 +23,8 @@ import torch
 from flashcore_kernels import Pages, replayed_in_order
 
 from . import compat
+from .ahead import begin_compiling_batches
+from .block_tables import LinesOf, fill_lines, take_over_io, take_over_pairs
 from .models import NAME
 from .pages import PagedCall, in_batch
 
@@ -30,6 +33,9 @@ SUPPORTED = "Transformers 5.17 to 5.24"
 # 8B parameters on an H200) for as long as Python takes to launch it (20 to 25 ms), and recording would only stop a
 # server: three times that long for each new number of tokens, and again for the other set of tensors.
 MOST_RECORDED = 1024
+# How often a mixed batch of a number of tokens is launched before it is recorded. Prompts come in too many sizes to
+# record each, and recording takes as long as launching three times.
+BEFORE_RECORDING = 3
 # Managers that were made while a generate_batch() of ours runs in this context.
 _managers: ContextVar[list | None] = ContextVar("flashcore_managers", default=None)
 
@@ -57,6 +63,7 @@ def why_not() -> str | None:
         (module.input_outputs.ContinuousBatchingIOs, "get_model_kwargs"): ("self", "use_padding"),
         (module.input_outputs.ContinuousBatchingIOs, "_transfer_inputs"): ("self", "other", "stream", "non_blocking"),
         (module.input_outputs.ContinuousBatchingIOs, "_get_graph_key"): ("self",),
+        (module.input_outputs.ContinuousBatchingAsyncIOs, "infer_carry_over_ids"): ("self",),
         (module.model_runner.ModelRunner, "_get_forward_fn"): ("self", "use_block_table"),
         (module.model_runner.ModelRunner, "run_one_warmup"): ("self", "model", "num_q_tokens", "max_kv_read"),
         (module.PagedAttentionCache, "fill_block_table"): (
@@ -138,22 +145,27 @@ class Outcome:
 class Served:
     """A batch processor that was taken over."""
 
-    def __init__(self, processor):
+    def __init__(self, processor, model):
         self.outcome = Outcome()
         cache = processor.cache
         self._groups, self._layers = _layers_of(cache)
-        width = max(_most_pages(cache, group) for group in self._groups)
+        # Triton compiles kernels of their own for other strides, and for tables that begin within 16 bytes.
+        width = -(-max(_most_pages(cache, group) for group in self._groups) // 16) * 16
         for group in self._groups:
-            group.fill_block_table = types.MethodType(_fill_block_table, group)
             group.get_seqlen_k = _all_keys
         cache.get_seqlens_k = functools.partial(_all_keys_by_type, tuple(_types_of(cache)))
+        lines = [LinesOf(group, number) for number, group in enumerate(self._groups)]
+        cache.fill_block_table = functools.partial(fill_lines, lines)
         cache.flashcore_pages = self.pages
         cache.update = self.update
         cache.max_blocks_per_request = width
         cache.max_decode_fast_path_length = width * _page_size(self._groups[0])
         processor.scheduler.max_decode_fast_path_length = cache.max_decode_fast_path_length
         for io in _ios_of(processor.inputs_and_outputs):
-            _take_over_io(io, len(self._groups), width)
+            take_over_io(io, len(self._groups), width)
+        if hasattr(processor.inputs_and_outputs, "io_pairs"):
+            take_over_pairs(processor.inputs_and_outputs)
+        self.ahead = begin_compiling_batches(model, self._layers, io, cache.max_batch_tokens)
         self._take_over_runner(processor.model_runner)
         _hand_on_stream(processor)
 
@@ -179,15 +191,34 @@ class Served:
     def _take_over_runner(self, runner) -> None:
         get_forward_fn, compute_batch = runner._get_forward_fn, runner.compute_batch
         warm_up, page_size = runner.run_one_warmup, _page_size(self._groups[0])
+        sizes: list[int] = []  # of batches of single tokens that are to be warmed up
 
-        def run_one_warmup(model, num_q_tokens: int, max_kv_read: int | None):
-            # A graph serves all lengths: there is no need to attend to a whole pool of keys, as 5.17 has it.
-            return warm_up(model, num_q_tokens, None if max_kv_read is None else min(max_kv_read, page_size))
+        def run_one_warmup(model, num_q_tokens: int, max_kv_read: int | None) -> float:
+            if max_kv_read is not None:
+                if num_q_tokens > MOST_RECORDED and runner._compiled_varlen is None:
+                    return 0.0  # nothing is recorded, and the first batch takes as long
+                _current(runner.inputs_and_outputs).flashcore_mixed[num_q_tokens] = BEFORE_RECORDING
+                # A graph serves all lengths: there is no need to attend to a whole pool of keys, as 5.17 has it.
+                return warm_up(model, num_q_tokens, min(max_kv_read, page_size))
+            sizes.append(num_q_tokens)
+            most = runner.cb_config.max_requests_per_batch
+            if num_q_tokens < most:
+                return 0.0
+            # The largest first: its kernels come first, and the others find room in its memory. A batch whose kernels
+            # are still being compiled is recorded when it comes.
+            seconds = sum(
+                warm_up(model, size, None) for size in reversed(sizes) if size == most or self.ahead.ready(size)
+            )
+            sizes.clear()
+            return seconds
 
         def _get_forward_fn(use_block_table: bool):
             io = _current(runner.inputs_and_outputs)
             forward, recorded = get_forward_fn(use_block_table=io.flashcore_single)
-            return forward, recorded and (io.flashcore_single or io.num_q_tokens <= MOST_RECORDED)
+            if recorded and not io.flashcore_single:
+                recorded = io.num_q_tokens <= MOST_RECORDED and io.flashcore_mixed[io.num_q_tokens] >= BEFORE_RECORDING
+                io.flashcore_mixed[io.num_q_tokens] += 1
+            return forward, recorded
 
         def compute_and_note(*args, **kwargs):
             token = in_batch.set(True)
@@ -224,10 +255,41 @@ def _hand_on_stream(processor) -> None:
     weakref.finalize(processor, idle.append, stream)
 
 
+@contextlib.contextmanager
+def stopped_at_once(manager, kept: bool):
+    """For the stop() of a manager of ours: its thread is woken, which else looks every 0.1 s whether it is to stop.
+
+    Transformers then has all garbage of the process collected, 0.3 s with its modules loaded, after each
+    generate_batch(). That is for the memory of a manager that goes.
+
+    Args:
+        kept: the manager will go on, with all that it has, and nothing is collected.
+    """
+    status = manager.background_thread_status
+    awake = getattr(manager, "_wake_up_loop", None) or getattr(manager, "_has_new_requests", None)
+    request_stop = status.request_stop
+
+    def request_and_wake(*args, **kwargs):
+        request_stop(*args, **kwargs)
+        if awake is not None:
+            awake.set()
+
+    kept = kept and not gc.get_freeze_count()  # else somebody froze what is to stay so
+    status.request_stop = request_and_wake
+    if kept:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if kept:
+            gc.unfreeze()
+        del status.request_stop
+
+
 def take_over(manager, processor):
     """Change the batch processor of a manager of ours, once."""
     if getattr(processor, "_flashcore_served", None) is None:
-        processor._flashcore_served = Served(processor)
+        processor._flashcore_served = Served(processor, manager.model)
     # A stopped manager lets go of its processor, and Transformers counts on the memory of its pages then.
     manager._flashcore_outcome = processor._flashcore_served.outcome
     return processor
@@ -283,23 +345,6 @@ def _all_keys_by_type(types_: tuple[str, ...], past_length: int, query_length: i
     return dict.fromkeys(types_, past_length + query_length)
 
 
-def _fill_block_table(self, request_id: str, past_length: int, query_length: int, block_table: torch.Tensor) -> None:
-    """A request's line of the block table, of any group of layers."""
-    blocks = self.block_table[request_id]
-    if len(blocks) > block_table.shape[0]:
-        raise ValueError(
-            f"request {request_id} has {past_length + query_length} tokens, more than four times the model's "
-            "max_position_embeddings"
-        )
-    # A block of 5.23 and later holds a page for each layer of the group; layers' own pages are that far apart.
-    step = self.block_physical_stride // self.tokens_per_page if hasattr(self, "block_physical_stride") else 1
-    entries = [block * step for block in blocks]
-    if block_table.device.type == "cpu":
-        block_table.numpy()[: len(entries)] = entries  # a third of the time that a tensor takes, for each request
-    else:
-        block_table[: len(entries)] = torch.tensor(entries, dtype=block_table.dtype)
-
-
 def _ios_of(inputs_and_outputs) -> list:
     """The tensors of batches: one set, or for asynchronous batching two pairs of the host's and the device's."""
     if not hasattr(inputs_and_outputs, "io_pairs"):
@@ -312,63 +357,3 @@ def _current(inputs_and_outputs):
     if not hasattr(inputs_and_outputs, "io_pairs"):
         return inputs_and_outputs
     return inputs_and_outputs.io_pairs[inputs_and_outputs.current_pair].host_io
-
-
-class _Tables:
-    """Mixed into the class that prepares a batch's tensors: it always fills block tables."""
-
-    flashcore_single = False  # every request in the batch has one new token
-
-    def prepare_batch_tensors(
-        self, requests_in_batch, logits_processors, use_decode_fast_path, num_q_tokens, max_kv_read, use_padding
-    ):
-        self.flashcore_single = use_decode_fast_path
-        return super().prepare_batch_tensors(
-            requests_in_batch, logits_processors, True, num_q_tokens, max_kv_read, use_padding
-        )
-
-    def _reset_static_tensors(self, full_reset=False):
-        # What is left of an earlier batch lies past the lengths of this one, where nobody reads.
-        table, self.block_table = self.block_table, self.block_table[:0]
-        try:
-            super()._reset_static_tensors(full_reset)
-        finally:
-            self.block_table = table
-
-    def get_model_kwargs(self, use_padding=False):
-        kwargs = super().get_model_kwargs(use_padding=use_padding)
-        if not self.flashcore_single:
-            name = "max_length_q" if "max_length_q" in kwargs else "max_seqlen_q"
-            kwargs[name] = max(self.num_q_tokens, 2)
-        return kwargs
-
-    def _transfer_inputs(self, other, stream, non_blocking=False):
-        other.flashcore_single = self.flashcore_single
-        # Of the tables, the lines that this batch has; they are long.
-        tables, others = self.block_table, other.block_table
-        lines = min(self.num_q_tokens, self.max_requests_per_batch)
-        self.block_table, other.block_table = tables[:0], others[:0]
-        try:
-            super()._transfer_inputs(other, stream, non_blocking)
-        finally:
-            self.block_table, other.block_table = tables, others
-        with torch.cuda.stream(stream):
-            for here, there in zip(tables, others):
-                there[:lines].copy_(here[:lines], non_blocking=non_blocking)
-
-    def _get_graph_key(self):
-        return (self.flashcore_single, *super()._get_graph_key())
-
-
-@functools.cache
-def _with_tables(kind: type) -> type:
-    return type(f"Flashcore{kind.__name__}", (_Tables, kind), {})
-
-
-def _take_over_io(io, num_groups: int, width: int) -> None:
-    io.__class__ = _with_tables(type(io))
-    lines, like = io.max_requests_per_batch, io.block_table
-    pinned = like.device.type == "cpu" and io._bulk_input_tensor.is_pinned()
-    io.block_table = torch.full(
-        (num_groups, lines, width), -1, dtype=torch.int32, device=like.device, pin_memory=pinned
-    )

@@ -1,4 +1,4 @@
-"""`python -m flashcore_hf warm`: every kernel that a model's generate() needs, compiled before somebody waits for it.
+"""`python -m flashcore_hf warm`: every kernel that a model's generate() and generate_batch() need, compiled ahead.
 
 What runs is the model's own code, with a few of its layers and random weights: so whatever it asks of attention is what
 it will ask later. Each way of generating is a process of its own, and they run side by side.
@@ -20,8 +20,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
+    GenerationConfig,
 )
 
+from . import serving
 from .cache.switch import use_flashcore_cache
 from .graphs import decoder_config, graphed
 from .models import NAME
@@ -39,12 +41,14 @@ class Way(NamedTuple):
         batch_size: above 1, shorter prompts are padded.
         graphs: whether the model is graphed.
         fp8: whether its cache is a FlashCoreCache in float8_e4m3fn.
+        pages: by continuous batching, of so many requests at once.
     """
 
     name: str
     batch_size: int
     graphs: bool
     fp8: bool = False
+    pages: bool = False
 
 
 WAYS = (
@@ -53,6 +57,8 @@ WAYS = (
     Way("a prompt", 1, False),
     Way("a padded batch", 2, False),
 )
+# Batches of more requests have no other kernels.
+PAGED_WAYS = (Way("continuous batching", 64, True, pages=True),)
 FP8_WAYS = (Way("graphed, an fp8 cache", 2, True, True), Way("an fp8 cache", 2, False, True))
 
 
@@ -62,7 +68,7 @@ def main(arguments) -> int:
         print("There is no GPU here, so nothing would be compiled; --device cpu runs the ways all the same.")
         return 1
     device = arguments.device or "cuda"
-    ways = WAYS + (FP8_WAYS if arguments.fp8 else ())
+    ways = WAYS + (PAGED_WAYS if serving.why_not() is None else ()) + (FP8_WAYS if arguments.fp8 else ())
     before, began = kernels_on_disk(), time.perf_counter()
     print(f"{arguments.model}: {len(ways)} ways to generate, {min(arguments.jobs, len(ways))} at once", flush=True)
     failed = 0
@@ -83,6 +89,10 @@ def run(way: Way, name: str, dtype: str | None, device: str) -> float:
     """Generate in one way; returns the seconds that it took."""
     model = small_model(AutoConfig.from_pretrained(name), dtype).to(device)
     began = time.perf_counter()
+    if way.pages:
+        if type(model) in MODEL_FOR_CAUSAL_LM_MAPPING.values():
+            _batch(model, way.batch_size)
+        return time.perf_counter() - began
     if way.fp8:
         use_flashcore_cache(model, dtype=torch.float8_e4m3fn)
     if way.graphs and device != "cpu":
@@ -91,6 +101,19 @@ def run(way: Way, name: str, dtype: str | None, device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def _batch(model, requests: int) -> None:
+    """Continuous batching, until all is compiled that it may need."""
+    from transformers import ContinuousBatchingConfig  # new with what `serving` supports
+
+    generation = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = inputs(model, requests)["input_ids"].tolist()
+    config = ContinuousBatchingConfig(num_blocks=4 * requests, max_batch_tokens=1024)
+    model.generate_batch(
+        prompts, generation_config=generation, continuous_batching_config=config, persistent_manager=True
+    )
+    model._cached_continuous_batching_manager.batch_processor._flashcore_served.ahead.wait()
 
 
 def small_model(config, dtype: str | None):

@@ -10,12 +10,12 @@ out in both runs, pages of 0.9 of the GPU included, and beside it without them. 
 `fa3_interface` with FlashAttention-3's functions, and `peers`, which loads its binaries with `setup(FOLDER)`.
 
 Kernel rows are microseconds in CUDA graphs: "flashcore" on pages of 256 keys, "without pages" this library's own on
-contiguous keys. The record is written after each of them and after each backend of a case. No case begins when the
-minutes are over, and its row says so; a minute after that the program ends, whatever hangs.
+contiguous keys. The record is written after each of them and after each backend of a case. Nothing begins when the
+minutes are over; a minute after that the program ends, whatever hangs. Rows name who was left out, and why.
 """
 
 import argparse
-import contextlib
+import functools
 import gc
 import inspect
 import os
@@ -24,7 +24,9 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import types
+from collections import defaultdict
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import NamedTuple
@@ -72,18 +74,19 @@ class Case(NamedTuple):
 LLAMA, MISTRAL = "Llama-3.1-8B", "Mistral-7B-v0.1"
 CASES = (
     Case("generate_batch 8B 192 requests", LLAMA, 192, 64, 1023, 128, backends=("flashcore", "fa3", "sdpa")),
-    Case("arrivals 8B 16 a second", LLAMA, 128, 64, 1023, 128, rate=16.0),
-    Case("generate_batch 8B 32 requests of 8K", LLAMA, 32, 8192, 8192, 256),
     Case("generate_batch 7B window 4096, 32 requests of 6K", MISTRAL, 32, 6144, 6144, 128),
+    Case("generate_batch 8B 32 requests of 8K", LLAMA, 32, 8192, 8192, 256),
+    Case("arrivals 8B 16 a second", LLAMA, 128, 64, 1023, 128, rate=16.0),
 )
-# (name, sequences, keys of each, query heads, KV heads)
+# (name, sequences, keys of each, query heads, KV heads, new tokens of each)
 KERNELS = (
-    ("paged decode B1 S8192", 1, 8192, 32, 8),
-    ("paged decode B16 S2048", 16, 2048, 32, 8),
-    ("paged decode B64 S4096", 64, 4096, 32, 8),
-    ("paged decode B192 S640", 192, 640, 32, 8),
+    ("paged decode B1 S8192", 1, 8192, 32, 8, 1),
+    ("paged decode B16 S2048", 16, 2048, 32, 8, 1),
+    ("paged decode B64 S4096", 64, 4096, 32, 8, 1),
+    ("paged decode B192 S640", 192, 640, 32, 8, 1),
+    ("paged prefill B8 S2048", 8, 2048, 32, 8, 2048),
+    ("paged prefill B1 S8192", 1, 8192, 32, 8, 8192),
 )
-PREFILL = (("paged prefill B8 S2048", 8, 2048, 32, 8), ("paged prefill B1 S8192", 1, 8192, 32, 8))
 
 
 def prompts_of(case: Case, vocabulary: int, seed: int) -> list[list[int]]:
@@ -202,12 +205,16 @@ def make_pages(batch_size: int, length: int, heads: int, tokens: int, device: st
     return cu, Pages(pool[0], pool[1], table, cu, lengths)
 
 
-def kernel_row(name: str, batch_size: int, length: int, heads: int, kv_heads: int, prefill: bool, fa3) -> dict:
+def kernel_row(
+    name: str, batch_size: int, length: int, heads: int, kv_heads: int, tokens: int, fa3, tiny: bool
+) -> dict:
     """Times of one layer's attention."""
-    device, tokens = "cuda", length if prefill else 1
+    device = "cuda"
+    if tiny:
+        batch_size, length, tokens, device = min(batch_size, 3), 300, min(tokens, 300), _device()
     size = 2 * 2 * batch_size * length * kv_heads * 128
     calls: dict[str, list] = {"flashcore": [], "without pages": [], "fa3": []}
-    for _ in range(2 if prefill else benchmarking.rotations(size, most=16)):
+    for _ in range(2 if tokens > 1 or tiny else benchmarking.rotations(size, most=16)):
         cu, pages = make_pages(batch_size, length, kv_heads, tokens, device)
         query = torch.randn(batch_size * tokens, heads, 128, dtype=torch.bfloat16, device=device)
         most = 1 if tokens == 1 else None
@@ -221,11 +228,26 @@ def kernel_row(name: str, batch_size: int, length: int, heads: int, kv_heads: in
                     q, p.key, p.value, c, tokens, length, seqused_k=p.key_lengths, page_table=p.block_table
                 )
             )
-    times = benchmarking.graph_times({who: each for who, each in calls.items() if each}, calls=16)
-    row = {"case": name, "unit": "us", **{who: round(us, 2) for who, us in times.items()}}
-    if not prefill:
+    calls = {who: each for who, each in calls.items() if each}
+    times = benchmarking.graph_times(calls, calls=16) if device == "cuda" else _times_on_cpu(calls)
+    row = {who: round(us, 2) for who, us in times.items()}
+    if tokens == 1:
         row["TB/s"] = round(size / times["flashcore"] / 1e6, 2)
     return row
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _times_on_cpu(calls: dict[str, list]) -> dict[str, float]:
+    """Microseconds of a call, which mean nothing."""
+    times = {}
+    for who, each in calls.items():
+        began = time.perf_counter()
+        each[0]()
+        times[who] = (time.perf_counter() - began) * 1e6
+    return times
 
 
 def tiny(case: Case) -> Case:
@@ -246,15 +268,6 @@ def tiny_model(name: str, implementation: str = "sdpa"):
         shape["sliding_window"] = 8
     config = AutoConfig.for_model(shape.pop("model_type"), **shape, eos_token_id=None, pad_token_id=0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-
-
-@contextlib.contextmanager
-def keeping(row: dict, what: str):
-    """A case that fails says so in its row, and the others go on."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        row[f"{what} failed"] = f"{type(error).__name__}: {error}"[:300]
 
 
 def install_fa3(folder: Path):
@@ -289,64 +302,93 @@ def end_all_after(seconds: float) -> None:
     timer.start()
 
 
+class Record:
+    """The rows of a run. Each is there from the beginning on, and names who has not been measured."""
+
+    def __init__(self, path: Path, names: dict[str, tuple[str, list[str]]]):
+        """`names`: case -> (unit, who is to be measured)."""
+        self.path, self.began = path, time.perf_counter()
+        self.rows = {name: {"case": name, "unit": unit} for name, (unit, _) in names.items()}
+        self.missing = {(name, who): "not reached" for name, (_, each) in names.items() for who in each}
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def measure(self, name: str, who: str, measure) -> None:
+        """Add what `measure()` returns to the row of a case. Where it fails the row says so, and the others go on."""
+        begun = self.seconds
+        try:
+            columns = measure()
+        except Exception as error:  # noqa: BLE001
+            self.missing[name, who] = f"{type(error).__name__}: {error}"[:300]
+            print(f"{self.seconds:6.1f} s {name}, {who} failed", flush=True)
+            traceback.print_exc()
+        else:
+            del self.missing[name, who]
+            self.rows[name] |= columns
+            print(f"{self.seconds:6.1f} s {name}, {who}, after {self.seconds - begun:.1f} s: {columns}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        left_out = defaultdict(dict)
+        for (name, who), why in self.missing.items():
+            left_out[name][f"{who} left out"] = why
+        rows = [row | left_out[name] for name, row in self.rows.items()]
+        benchmarking.write(self.path, rows, model="random weights", dtype="bfloat16")
+
+
+def _measured(models: "Models", case: Case, who: str, small: bool) -> dict:
+    return run_case(models[case.model], tiny(case) if small else case, who, small)
+
+
+class Models:
+    """The model of a name; the one before goes first."""
+
+    def __init__(self, make):
+        self.make, self.name, self.model = make, None, None
+
+    def __getitem__(self, name: str):
+        if name != self.name:
+            self.model = self.name = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.model, self.name = self.make(name), name
+        return self.model
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=benchmarking.RESULTS / "serving-h200.json")
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
     parser.add_argument("--fa3", type=Path, help="folder with FlashAttention-3's binaries and a module fa3_interface")
     parser.add_argument("--backends", nargs="+", default=["flashcore", "fa3", "sdpa"])
-    parser.add_argument("--minutes", type=float, default=6.0, help="after which no case begins")
+    parser.add_argument("--minutes", type=float, default=6.0, help="after which nothing begins")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     parser.add_argument("--tiny", action="store_true", help="small models on any device: whether the script runs")
     arguments = parser.parse_args()
-    began, rows, fa3, model, loaded = time.perf_counter(), [], None, None, None
     end_all_after(arguments.minutes * 60 + 60)
-    if arguments.fa3 is not None:
-        fa3 = install_fa3(arguments.fa3)
-    backends = [name for name in arguments.backends if name != "fa3" or fa3 is not None]
-    more = {"model": "random weights", "dtype": "bfloat16"}
-
-    def seconds() -> float:
-        return time.perf_counter() - began
-
-    def done(row: dict, more_of_it: bool = False) -> None:
-        """Write the record; `more_of_it`: the row is not complete and will come again."""
-        print(f"{seconds():6.1f} s {row}", flush=True)
-        benchmarking.write(arguments.json, [*rows, row], **more)
-        if not more_of_it:
-            rows.append(row)
-
-    def wanted(name: str) -> bool:
-        return any(text in name for text in arguments.only)
-
-    for case in CASES:
-        if not wanted(case.name):
-            continue
-        row = {"case": case.name, "unit": "ms between tokens, p99" if case.rate else "tokens/s"}
-        small = tiny(case) if arguments.tiny else case
-        for backend in (name for name in backends if name in case.backends):
-            if seconds() > arguments.minutes * 60:
-                row[f"{backend} left out"] = f"{arguments.minutes:g} minutes are over"
-                continue
-            if loaded != case.model:
-                model = None
-                gc.collect()
-                torch.cuda.empty_cache()
-                model = tiny_model(case.model) if arguments.tiny else make_model(case.model, layers=arguments.layers)
-                loaded = case.model
-            with keeping(row, backend):
-                row |= run_case(model, small, backend, arguments.tiny)
-            done(row, more_of_it=True)
-        done(row)
-    model = None
-    for prefill, cases in ((False, KERNELS), (True, PREFILL)):
-        for case in cases if torch.cuda.is_available() else ():
-            if wanted(case[0]) and seconds() < arguments.minutes * 60:
-                row = {"case": case[0], "unit": "us"}
-                with keeping(row, "kernel"):
-                    row = kernel_row(*case, prefill, fa3)
-                done(row)
-    return 0
+    cases = [case for case in CASES if any(text in case.name for text in arguments.only)]
+    kernels = [each for each in KERNELS if any(text in each[0] for text in arguments.only)]
+    backends = [name for name in arguments.backends if name != "fa3" or arguments.fa3 is not None]
+    wanted = {case.name: [name for name in case.backends if name in backends] for case in cases}
+    names = {case.name: ("ms between tokens, p99" if case.rate else "tokens/s", wanted[case.name]) for case in cases}
+    record = Record(arguments.json, names | {name: ("us", ["kernel"]) for name, *_ in kernels})
+    record.write()
+    fa3 = None if arguments.fa3 is None else install_fa3(arguments.fa3)
+    models = Models(tiny_model if arguments.tiny else functools.partial(make_model, layers=arguments.layers))
+    sdpa = [(case, "sdpa") for case in cases if "sdpa" in wanted[case.name]]  # takes long, and is no peer
+    runs = [(case, who) for case in cases for who in wanted[case.name] if who != "sdpa"]
+    begins = {(case.name, who): functools.partial(_measured, models, case, who, arguments.tiny) for case, who in runs}
+    begins |= {(each[0], "kernel"): functools.partial(kernel_row, *each, fa3, arguments.tiny) for each in kernels}
+    begins |= {(case.name, who): functools.partial(_measured, models, case, who, arguments.tiny) for case, who in sdpa}
+    for (name, who), measure in begins.items():
+        if record.seconds < arguments.minutes * 60:
+            record.measure(name, who, measure)
+    for (name, who), why in record.missing.items():
+        print(f"left out: {name}, {who}: {why}", flush=True)
+    return int(bool(record.missing))
 
 
 if __name__ == "__main__":

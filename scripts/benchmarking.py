@@ -31,6 +31,11 @@ Call = Callable[[], object]
 @functools.cache
 def header() -> dict:
     """Where and when a record was measured: GPU, driver, versions, commit, date."""
+    return _place() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+@functools.cache  # it asks other programs, and some benchmarks write after each row
+def _place() -> dict:
     from importlib.metadata import version
 
     def output(*command: str) -> str:
@@ -45,7 +50,6 @@ def header() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "driver": driver[0] if driver else "none",
         **{name: version(name) for name in ("torch", "triton", "transformers")},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.read_text().strip() if commit.exists() else output("git", "rev-parse", "--short", "HEAD"),
     }
 

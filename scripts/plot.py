@@ -39,7 +39,7 @@ def bars(rows: list[dict]) -> dict[str, dict[str, float]]:
     for row in rows:
         if row["unit"] == "tokens/s":
             found[row["case"].partition(" ")[2]] = {name: row[name] for name in contenders if row.get(name)}
-    return found
+    return {case: rates for case, rates in found.items() if rates}
 
 
 def draw_serving(record: dict, path: Path) -> None:

@@ -3,7 +3,13 @@
 usage: python scripts/profile_serving.py [--json FILE] [--fa3 FOLDER] [--minutes N] [--tiny]
 
 The workload is bench_serving.py's first, in three runs: one that compiles and records graphs, one that is timed by
-events around each step on the stream that computes, and a short one under torch.profiler. Of the timed run:
+events around each step on the stream that computes, and a short one under torch.profiler.
+
+Of the first run, which for the first contender is that of a fresh process: seconds from its beginning until the pages
+are there, the warm-up is done, the first batch is launched, and the first token is there. And when each kernel was
+there that Triton compiled meanwhile, and after how many seconds; threads compile several at once.
+
+Of the timed run:
 
     gpu ms       from the first kernel of each step to its last, all steps together
     idle ms      on that stream between the step before and this one: it waits for the host
@@ -15,11 +21,13 @@ and of the profiled steps, a step: the milliseconds that it takes, of it with a 
 """
 
 import argparse
+import functools
 import gc
 import os
 import re
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -32,16 +40,16 @@ import benchmarking
 import torch
 from bench_serving import CASES, generation_config, prompts_of, tiny, tiny_model
 
-from flashcore_hf import serving
+from flashcore_hf import compat, serving
 from tests.gpu.large_models import make_model
 
 EVERYTHING = 1 << 30
 # (name, backend, most tokens of a mixed batch that is recorded, more options of ContinuousBatchingConfig)
 CONTENDERS = (
     ("flashcore", "flashcore", None, {}),
+    ("fa3", "flash_attention_3", None, {}),
     ("flashcore, all batches recorded", "flashcore", EVERYTHING, {}),
     ("flashcore, synchronous", "flashcore", None, {"use_async_batching": False}),
-    ("fa3", "flash_attention_3", None, {}),
 )
 PROFILED = {"mixed": (3, 2), "single": (4, 6)}  # kind of step -> (which is the first, how many)
 PRODUCTS = re.compile("nvjet|gemm|cutlass|xmma|splitK", re.IGNORECASE)
@@ -171,6 +179,58 @@ def kernel_row(events: list[tuple], steps: int, most: int = 12) -> dict:
     }  # fmt: skip
 
 
+def seconds_of_run(model, case, seed: int, config) -> tuple[float, float]:
+    """(seconds of a generate_batch(), seconds to its first token)."""
+    prompts = prompts_of(case, model.config.vocab_size, seed)
+    began = time.perf_counter()
+    answers = model.generate_batch(
+        prompts, generation_config=generation_config(case), continuous_batching_config=config,
+        persistent_manager=True, record_timestamps=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    made = sum(len(answer.generated_tokens) for answer in answers.values())
+    if made != case.requests * case.tokens:
+        raise RuntimeError(f"{made} tokens came back of {case.requests * case.tokens}")
+    return seconds, min(answer.timestamps[0] for answer in answers.values()) - began
+
+
+def first_run(model, case, config) -> dict:
+    """What the docstring at the top says of the first run."""
+    reached: dict[str, float] = {}
+    compiled: list[dict] = []
+    manager = compat.batching_module().ContinuousBatchingManager
+    methods = {"_create_batch_processor": "pages", "warmup": "warmed up", "_generation_step": "first batch"}
+    originals = {name: getattr(manager, name) for name in methods}
+
+    def noting(name: str):
+        @functools.wraps(originals[name])
+        def call(*args, **kwargs):
+            answer = originals[name](*args, **kwargs)
+            reached.setdefault(methods[name], round(time.perf_counter() - began, 2))
+            return answer
+
+        return call
+
+    def compilation(*, src, times, cache_hit, **_):
+        ended = round(time.perf_counter() - began, 2)
+        compiled.append({"kernel": src.name, "until": ended, "s": round(times.total / 1e6, 2), "on disk": cache_hit})
+
+    knobs = getattr(__import__("triton"), "knobs", None)  # from Triton 3.4 on
+    try:
+        for name in methods:
+            setattr(manager, name, noting(name))
+        if knobs is not None:
+            knobs.compilation.listener = compilation
+        began = time.perf_counter()
+        seconds, first = seconds_of_run(model, case, 0, config)
+    finally:
+        for name, original in originals.items():
+            setattr(manager, name, original)
+        if knobs is not None:
+            knobs.compilation.listener = None
+    return {**reached, "first token": round(first, 2), "whole": round(seconds, 2), "compiled": compiled}
+
+
 def rows_of(model, case, name: str, backend: str, small: bool, options: dict) -> list[dict]:
     """The rows of one contender."""
     model.set_attn_implementation(backend)
@@ -179,26 +239,18 @@ def rows_of(model, case, name: str, backend: str, small: bool, options: dict) ->
         setattr(config, option, value)
 
     def run(seed: int, case=case) -> float:
-        began = time.perf_counter()
-        answers = model.generate_batch(
-            prompts_of(case, model.config.vocab_size, seed), generation_config=generation_config(case),
-            continuous_batching_config=config, persistent_manager=True,
-        )  # fmt: skip
-        made = sum(len(answer.generated_tokens) for answer in answers.values())
-        if made != case.requests * case.tokens:
-            raise RuntimeError(f"{made} tokens came back of {case.requests * case.tokens}")
-        return time.perf_counter() - began
+        return seconds_of_run(model, case, seed, config)[0]
 
     try:
-        first = run(0)
+        began_row = first_run(model, case, config)
         runner = model._cached_continuous_batching_manager.batch_processor.model_runner
         with Steps(runner) as timed:
             began = time.perf_counter()
             seconds = run(1)
             ended = time.perf_counter()
-        rows = [{
+        rows = [{"case": f"first run, {name}", "unit": "s", **began_row}, {
             "case": f"steps, {name}", "unit": "ms", "tokens/s": round(case.requests * case.tokens / seconds, 1),
-            "first run s": round(first, 2), "whole ms": round(seconds * 1e3, 1),
+            "whole ms": round(seconds * 1e3, 1),
             "before the first step ms": round((timed.steps[0][3] - began) * 1e3, 1),
             "after the last step ms": round((ended - timed.steps[-1][4]) * 1e3, 1), **timed.table(),
         }]  # fmt: skip
@@ -223,27 +275,37 @@ def main() -> int:
     arguments = parser.parse_args()
     began, rows = time.perf_counter(), []
     bench_serving.end_all_after(arguments.minutes * 60 + 60)
+    wanted = [contender for contender in CONTENDERS if any(text in contender[0] for text in arguments.only)]
     if arguments.fa3 is not None:
         bench_serving.install_fa3(arguments.fa3)
+    else:
+        wanted = [contender for contender in wanted if contender[1] != "flash_attention_3"]
+    left_out = {name: "not reached" for name, *_ in wanted}
     case = tiny(CASES[0]) if arguments.tiny else CASES[0]
     model = tiny_model(case.model) if arguments.tiny else make_model(case.model)
-    for name, backend, recorded, options in CONTENDERS:
-        late = time.perf_counter() - began > arguments.minutes * 60
-        if late or backend == "flash_attention_3" and arguments.fa3 is None:
-            continue
-        if not any(text in name for text in arguments.only):
-            continue
-        row, kept = {"case": f"steps, {name}"}, serving.MOST_RECORDED
-        serving.MOST_RECORDED = kept if recorded is None else recorded
-        new = []
-        with bench_serving.keeping(row, "contender"):
+    for name, backend, recorded, options in wanted:
+        if time.perf_counter() - began > arguments.minutes * 60:
+            break
+        kept = serving.MOST_RECORDED, serving.BEFORE_RECORDING
+        if recorded is not None:
+            serving.MOST_RECORDED, serving.BEFORE_RECORDING = recorded, 0
+        try:
             new = rows_of(model, case, name, backend, arguments.tiny, options)
-        serving.MOST_RECORDED = kept
-        rows += new or [row]
-        for each in new or [row]:
-            print(f"{time.perf_counter() - began:6.1f} s {each}", flush=True)
-        benchmarking.write(arguments.json, rows, model="random weights", dtype="bfloat16")
-    return 0
+        except Exception as error:  # noqa: BLE001 - its row says so, and the others go on
+            traceback.print_exc()
+            left_out[name] = f"{type(error).__name__}: {error}"[:300]
+        else:
+            del left_out[name]
+            rows += new
+            for each in new:
+                print(f"{time.perf_counter() - began:6.1f} s {each}", flush=True)
+        finally:
+            serving.MOST_RECORDED, serving.BEFORE_RECORDING = kept
+        missing = [{"case": f"steps, {name}", "unit": "ms", "left out": why} for name, why in left_out.items()]
+        benchmarking.write(arguments.json, rows + missing, model="random weights", dtype="bfloat16")
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}", flush=True)
+    return int(bool(left_out))
 
 
 if __name__ == "__main__":

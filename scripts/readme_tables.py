@@ -95,6 +95,7 @@ def benchmark_lines(
     """
     record = load(f"{name}.json")
     rows = [row for row in record["rows"] if row["case"].startswith(wanted)] if record else []
+    rows = [row for row in rows if any(isinstance(row.get(key), int | float) for key in columns)]
     if not rows:
         return [not_measured(name)]
     shown = {key: heading for key, heading in columns.items() if any(number(row, key) for row in rows)}
@@ -282,20 +283,21 @@ ARRIVALS = {"p50": "between tokens, p50", "p99": "p99", "first p50": "to the fir
 def serving() -> list[str]:
     """Throughput of continuous batching, time between tokens of requests that arrive, and the kernels for pages."""
     record = load("serving-h200.json")
-    if record is None or not any(row["case"].startswith("generate_batch ") for row in record["rows"]):
+    rows = [] if record is None else record["rows"]
+    if not any(row["case"].startswith("generate_batch ") and "flashcore" in row for row in rows):
         return ["Not measured yet: `scripts/bench_serving.py`."]
     *out, _, place = benchmark_lines("serving-h200", SERVING, "generate_batch ")
     for row in record["rows"]:
-        if row["case"].startswith("arrivals"):
-            out += [
-                "",
-                f"| ms, {row['case']} | {' | '.join(ARRIVALS.values())} |",
-                "|---" + "|---:" * len(ARRIVALS) + "|",
-            ]
-            for name, column in (("flashcore", ""), ("FlashAttention-3", " fa3")):
-                figures = [row.get(f"{key}{column}") for key in ARRIVALS]
-                if None not in figures:
-                    out.append(f"| {name} | {' | '.join(f'{figure:.1f}' for figure in figures)} |")
+        shown = {"flashcore": "", "FlashAttention-3": " fa3"} if row["case"].startswith("arrivals") else {}
+        figures = {name: [row.get(f"{key}{column}") for key in ARRIVALS] for name, column in shown.items()}
+        lines = [
+            f"| {name} | {' | '.join(f'{figure:.1f}' for figure in each)} |"
+            for name, each in figures.items()
+            if None not in each
+        ]
+        if lines:
+            heading = f"| ms, {row['case']} | {' | '.join(ARRIVALS.values())} |"
+            out += ["", heading, "|---" + "|---:" * len(ARRIVALS) + "|", *lines]
     if any(row["case"].startswith("paged ") for row in record["rows"]):
         out += ["", *benchmark_lines("serving-h200", PAGED, "paged ")[:-2]]
     return [*out, "", place]

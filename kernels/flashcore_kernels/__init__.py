@@ -11,7 +11,7 @@ from .key_range import UNLIMITED, layout_of, make_key_range, make_row_ranges, vi
 from .naive import naive_attention
 from .op import attend, attention, explain
 from .portable.interpreter_pace import interpreter_pace
-from .precompile import Prompt, begin_compiling, steps_follow
+from .precompile import Ahead, Prompt, begin_compiling, steps_follow
 from .problem import Inputs, check_problem
 from .runtime.workspace import replayed_in_order
 from .step_key_range import make_step_key_range
@@ -34,6 +34,7 @@ __all__ = [
     "write_kv",
     "write_pages",
     # What adapters use beside these: the public names' insides, which may change with any release.
+    "Ahead",
     "Inputs",
     "Prompt",
     "UNLIMITED",

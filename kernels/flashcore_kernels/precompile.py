@@ -1,5 +1,7 @@
 """A generation's kernels, compiled in the background: a prompt's from its announcement on, its steps' beside that.
 
+A server's too (`Ahead`): what it is going to launch is told by calls on meta tensors.
+
 A process compiles each kernel at its first call, unless Triton finds it on disk: seconds for a prompt's, then one or
 two more before the second token for those of a step. Most of that runs outside of Python's lock.
 """
@@ -7,8 +9,9 @@ two more before the second token for those of a step. Most of that runs outside 
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ from .device import Device, device_of
 from .dispatch import serve
 from .key_range import HEADER_WORDS, as_key_range, sequence_width
 from .problem import Inputs, Problem, check_problem
+from .runtime.launch import is_compiled, planned_launches
 
 # CPython 3.11 up to 3.11.7 fails where two threads parse at once (its issue 106905); Triton before 3.5 hashes without a
 # lock.
@@ -26,6 +30,8 @@ THREADS_MAY_PARSE = sys.version_info >= (3, 11, 8)
 TRITON = (3, 5)
 # Seconds after which the steps' kernels begin: by then the prompt's own needs Python no longer.
 HEAD_START = 1.5
+# Kernels of an `Ahead` that are compiled at once. Python parses one at a time, a third of what each takes.
+THREADS = 8
 # Any number of slots beyond which a sequence has several chunks: kernels do not depend on it.
 SLOTS = 4096
 
@@ -144,7 +150,7 @@ def _can_compile(device: torch.device) -> bool:
     return THREADS_MAY_PARSE and kind.kind == "cuda" and kind.triton >= TRITON
 
 
-def _in_background(device: torch.device, call: Callable, *args, **kwargs) -> None:
+def _in_background(device: torch.device, call: Callable, *args, **kwargs) -> threading.Thread:
     def run():
         try:
             with torch.cuda.device(device):
@@ -153,7 +159,9 @@ def _in_background(device: torch.device, call: Callable, *args, **kwargs) -> Non
             pass
 
     # Not a daemon: the interpreter must not end amid a compilation.
-    threading.Thread(target=run).start()
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
 
 
 def compile_step(problem: Problem, sinks: torch.Tensor | None, kind: Device, wait: float = 0.0) -> None:
@@ -185,3 +193,63 @@ def compile_step(problem: Problem, sinks: torch.Tensor | None, kind: Device, wai
     run_write(key_buffer, value_buffer, new_key, new_value, slot, 0, *scales)
     inputs = Inputs(token(heads, problem.head_dim), key_buffer, value_buffer, key_range, None, sinks, *scales)
     serve(choose(problem, kind), problem, inputs, token(heads, problem.value_dim), None)
+
+
+class Ahead:
+    """Kernels of calls on pages that are to come, compiled by threads in the background.
+
+    The calls are made here on meta tensors, with which nothing is launched: so what is compiled is what they launch.
+
+    Args:
+        device: the GPU that will run them.
+        first, later: name -> calls; those of `later` are begun when those of `first` are compiled.
+    """
+
+    def __init__(
+        self, device: torch.device, first: dict[Hashable, Callable[[], None]], later: dict[Hashable, Callable[[], None]]
+    ):
+        self._keys: dict[Hashable, set] = {}
+        self._thread: threading.Thread | None = None
+        if not _can_compile(device):
+            return
+        # Here, as in `begin_compiling`.
+        from .portable.paged import launch, write  # noqa: F401
+
+        if device_of(device).arch == 90:
+            from .hopper.paged import decode_launch  # noqa: F401
+            from .hopper.paged import launch as hopper_launch  # noqa: F401
+
+        with torch.cuda.device(device):
+            stages = [self._plan(calls) for calls in (first, later)]
+        stages = [list(stage.values()) for stage in stages]
+        self._thread = _in_background(device, _compile_all, device, stages)
+
+    def _plan(self, calls: dict[Hashable, Callable[[], None]]) -> dict:
+        stage: dict = {}
+        for name, call in calls.items():
+            # A call that fails will fail again where it is made, and is told there.
+            with planned_launches() as plan, suppress(Exception):
+                call()
+            self._keys[name] = set(plan)
+            stage |= plan
+        return stage
+
+    def ready(self, name: Hashable) -> bool:
+        """Whether the calls of this name wait for no kernel that is being compiled in the background."""
+        return all(map(is_compiled, self._keys.get(name, ())))
+
+    def wait(self) -> None:
+        """Until all is compiled that can be."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _compile_all(device: torch.device, stages: list[list[Callable[[], None]]]) -> None:
+    def compile_one(call: Callable[[], None]) -> None:
+        with torch.cuda.device(device):  # each thread has its own
+            call()
+
+    for stage in stages:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for call in stage:
+                pool.submit(compile_one, call)

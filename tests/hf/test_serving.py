@@ -352,6 +352,44 @@ class TestManager:
 
 
 @works
+class TestStop:
+    """After every generate_batch()."""
+
+    def test_at_once(self, monkeypatch):
+        """Its thread is woken, and of a manager that is kept no garbage is looked for."""
+        _, model = model_pair("llama")
+        seen = []
+        for kept in (True, True, False):
+            with model.continuous_batching_context_manager(
+                generation_config=generation_config(), **small(), warmup=False, persistent_manager=kept
+            ) as manager:
+                processor_of(manager)
+                awake = getattr(manager, "_wake_up_loop", None) or manager._has_new_requests
+                monkeypatch.setattr(awake, "wait", lambda timeout, awake=awake: type(awake).wait(awake, 60))
+                time.sleep(0.15)  # it waits now
+                monkeypatch.setattr(gc, "collect", lambda: seen.append(gc.get_freeze_count() > 0))
+                began = time.perf_counter()
+            monkeypatch.undo()
+            assert time.perf_counter() - began < 30
+            assert "request_stop" not in vars(manager.background_thread_status) and not gc.get_freeze_count()
+        assert seen[0] and seen[1] and not any(seen[2:])
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_what_others_froze_stays_so(self):
+        _, model = model_pair("llama")
+        gc.freeze()
+        try:
+            with model.continuous_batching_context_manager(
+                generation_config=generation_config(), **small(), warmup=False, persistent_manager=True
+            ) as manager:
+                processor_of(manager)
+            assert gc.get_freeze_count()
+        finally:
+            gc.unfreeze()
+        model.destroy_cached_continuous_batching_manager()
+
+
+@works
 class TestPadding:
     """With graphs, whose shapes must not be too many. Without a GPU none are recorded; the shapes are the same."""
 
@@ -365,11 +403,12 @@ class TestPadding:
             runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = True
             io = serving._current(runner.inputs_and_outputs)
             io.num_q_tokens, io.flashcore_single = tokens, single
-            forward, recorded = runner._get_forward_fn(True)
-            assert (
-                recorded == (single or tokens == serving.MOST_RECORDED)
-                and forward == runner._forward_process_and_sample
-            )
+            answers = [runner._get_forward_fn(True) for _ in range(serving.BEFORE_RECORDING + 2)]
+            assert {forward for forward, _ in answers} == {runner._forward_process_and_sample}
+            often = tokens == serving.MOST_RECORDED
+            assert [recorded for _, recorded in answers] == [single] * serving.BEFORE_RECORDING + [
+                single or often
+            ] * 2, "a mixed batch that comes rarely takes longer to record than to launch"
             runner.use_cuda_graph_varlen = runner.use_cuda_graph_decode = False
             assert not runner._get_forward_fn(True)[1], "nor what the user has not asked for"
 

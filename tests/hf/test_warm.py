@@ -2,12 +2,15 @@
 
 import pytest
 import transformers
+from flashcore_kernels.cache import paged
+from flashcore_kernels.device import Device
+from flashcore_kernels.fallback import forget_warnings
 from packaging.version import Version
 
 if Version(transformers.__version__) < Version("4.57"):
     pytest.skip("FlashCoreCache needs 4.57", allow_module_level=True)
 
-from flashcore_hf import warm
+from flashcore_hf import serving, warm
 from flashcore_hf.__main__ import main, parser
 
 from .encoder_decoders import pair
@@ -32,12 +35,36 @@ def test_ways(way, tmp_path, through_torch):
     assert warm.run(way, str(tmp_path), "float32", "cpu") > 0
 
 
+@pytest.mark.skipif(serving.why_not() is not None, reason=f"supported for {serving.SUPPORTED}")
+def test_continuous_batching(tmp_path, monkeypatch):
+    """All that it may launch, also what none of these batches do, is compiled when it returns."""
+    monkeypatch.setattr(paged, "device_of", lambda device: Device("torch", reason="the test asks for it"))
+    waited, made = [], []
+    begin = serving.begin_compiling_batches
+
+    def noted(*arguments):
+        made.append(begin(*arguments))
+        monkeypatch.setattr(made[-1], "wait", lambda: waited.append(made[-1]))
+        return made[-1]
+
+    monkeypatch.setattr(serving, "begin_compiling_batches", noted)
+    _, model = model_pair("llama")
+    model.save_pretrained(tmp_path)
+    (way,) = warm.PAGED_WAYS
+    with pytest.warns(UserWarning, match="the test asks for it"):
+        assert warm.run(way._replace(batch_size=3), str(tmp_path), "float32", "cpu") > 0
+    assert len(made) == 1 and waited == made
+    forget_warnings()
+
+
 @pytest.mark.parametrize("model_type", ["t5", "whisper"])
-def test_encoder_decoders(model_type, tmp_path, through_torch):
+def test_encoder_decoders(model_type, tmp_path, through_torch, monkeypatch):
     if Version(transformers.__version__) < Version("5.17"):
         pytest.skip("their caches cannot be changed")
     pair(model_type)[1].save_pretrained(tmp_path)
     assert warm.run(warm.WAYS[1], str(tmp_path), "float32", "cpu") > 0
+    monkeypatch.setattr(warm, "_batch", lambda *_: pytest.fail("these have no pages"))
+    assert warm.run(warm.PAGED_WAYS[0], str(tmp_path), "float32", "cpu") > 0
 
 
 def test_a_model_that_sees_images(through_torch):
@@ -55,6 +82,7 @@ def test_command(tmp_path, capfd, monkeypatch):
     """In a process of its own, which tells what went wrong in it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(warm, "WAYS", warm.WAYS[:1])
+    monkeypatch.setattr(warm, "PAGED_WAYS", ())
     tiny_config("llama", num_hidden_layers=1).save_pretrained(tmp_path)
     arguments = parser().parse_args(["warm", "--model", str(tmp_path), "--device", "cpu", "--jobs", "2"])
     assert warm.main(arguments) == 0

@@ -201,6 +201,50 @@ def test_a_failure_is_the_steps_own_to_report(monkeypatch):
     assert reached.is_set()
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_servers_kernels(failing, monkeypatch):
+    """In the background, first what is needed first; a call that fails ahead will say so itself."""
+    monkeypatch.setattr(precompile, "device_of", lambda device: H200)
+    monkeypatch.setattr(precompile, "THREADS_MAY_PARSE", True)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_specialization", lambda argument: argument.dtype)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    urgent, other, seen = Kernel(), Kernel(), []
+    other.may_go_on.set()
+    meta = torch.empty(4, dtype=torch.float16, device="meta")
+
+    def call(*kernels):
+        for kernel in kernels:
+            launch.launch(kernel, 1, (meta,), (), ())
+            seen.append(kernel)
+        if failing:
+            raise ValueError("no such call")
+
+    told = precompile.Ahead(
+        GPU, {"urgent": lambda: call(urgent)}, {"later": lambda: call(urgent, other), "none": lambda: None}
+    )
+    assert seen == [urgent, urgent, other] and not launch._compiled, "nothing is compiled by whoever tells"
+    assert not told.ready("urgent") and not told.ready("later") and told.ready("none")
+    assert other.compiled == 0, "it waits for what is urgent"
+    urgent.may_go_on.set()
+    told.wait()
+    assert told.ready("urgent") and told.ready("later")
+    assert urgent.compiled == other.compiled == 1 and not urgent.launched
+    again = precompile.Ahead(GPU, {"urgent": lambda: call(urgent)}, {})
+    assert again.ready("urgent")
+    again.wait()
+    assert urgent.compiled == 1
+
+
+def test_a_server_where_nothing_is_compiled_ahead(monkeypatch):
+    """Its batches wait for nothing, and no call is made."""
+    monkeypatch.setattr(precompile, "device_of", lambda device: Device("interpreter"))
+    told = precompile.Ahead(GPU, {"urgent": lambda: pytest.fail("a call")}, {})
+    told.wait()
+    assert told.ready("urgent")
+
+
 class Kernel:
     """A jitted function that counts how often it is compiled, and what is launched."""
 

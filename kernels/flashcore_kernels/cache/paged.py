@@ -11,6 +11,7 @@ from ..fallback import note_fallback, torch_attention
 from ..op import count_path
 from ..paged_problem import PagedProblem
 from ..problem import Inputs, Window, check_options, check_problem
+from ..runtime.launch import is_planning
 from .kv_write import E4M3_LARGEST
 from .paged_kernels import serve_pages
 
@@ -104,9 +105,7 @@ def paged_attention(
         query, *pages[:5], new_key, new_value, pages.ring, query.shape[0] if max_queries is None else max_queries, left,
         right, scale, softcap, sinks, pages.key_scale, pages.value_scale, return_lse,
     )  # fmt: skip
-    # The dispatcher costs more than the launch; it is for those who listen to it.
-    past = goes_past_dispatcher(query) and not torch.compiler.is_compiling()
-    output, lse = (_attend if past else torch.ops.flashcore.paged_attention)(*arguments)
+    output, lse = (_attend if _goes_past(query) else torch.ops.flashcore.paged_attention)(*arguments)
     return (output, lse) if return_lse else output
 
 
@@ -125,8 +124,19 @@ def write_pages(pages: Pages, key: torch.Tensor, value: torch.Tensor) -> None:
     arguments = (
         pages.key, pages.value, key, value, *pages[2:5], pages.ring, pages.key_scale, pages.value_scale,
     )  # fmt: skip
-    past = goes_past_dispatcher(key) and not torch.compiler.is_compiling()
-    (_write if past else torch.ops.flashcore.write_pages)(*arguments)
+    (_write if _goes_past(key) else torch.ops.flashcore.write_pages)(*arguments)
+
+
+def _goes_past(tensor: torch.Tensor) -> bool:
+    """Whether a call does without the dispatcher. It costs more than the launch, and is for those who listen to it."""
+    if tensor.is_meta:
+        return is_planning()
+    return goes_past_dispatcher(tensor) and not torch.compiler.is_compiling()
+
+
+def _device(tensor: torch.Tensor) -> Device:
+    """What serves a call on this tensor; planned are launches on the GPU that is current."""
+    return device_of(torch.device("cuda", torch.cuda.current_device()) if tensor.is_meta else tensor.device)
 
 
 def _fail(what: str, got, accepted: str):
@@ -212,7 +222,7 @@ def _attend(
     num_tokens, num_heads, head_dim = query.shape
     num_pages, page_size, num_kv_heads, value_dim = value_pages.shape
     fp8 = key_scale is not None
-    device = device_of(query.device)
+    device = _device(query)
     output, lse = _outputs(query, value_pages, return_lse)
     reason = _reason(query.dtype, max(head_dim, value_dim), fp8, device)
     if reason is None and scale <= 0.0:
@@ -256,7 +266,7 @@ def _attend(
 def _write(
     key_pages, value_pages, key, value, block_table, cu_seqlens_q, key_lengths, ring, key_scale, value_scale
 ) -> None:
-    device = device_of(key.device)
+    device = _device(key)
     fp8 = key_scale is not None
     if device.kind == "cuda" and not (fp8 and device.arch < 89):
         from ..portable.paged.write import run_write_pages  # needs Triton

@@ -82,15 +82,17 @@ def serve_pages(
     """Launch on the current stream of query's device: writes output `[T, H, Dv]` and, where given, lse `[H, T]`.
 
     One launch of the portable kernel serves both kinds of sequences; where Gluon kernels do, each kind has its own.
+    Nothing is launched on meta tensors, and no call is counted.
     """
     states = (query, key_pages, value_pages, *(() if new_key is None else (new_key, new_value)))
     choice = choose_pages(problem, device, _aligned(*states))
     pool_and_output = (query, key_pages, value_pages, output, lse)
     where = (block_table, cu_seqlens_q, key_lengths, sinks)
-    if choice.hopper_single is not None or choice.hopper_prompts is not None:
-        count_path("flashcore_hopper_paged")
-    if choice.single or choice.prompts:
-        count_path("flashcore_paged")
+    if not query.is_meta:
+        if choice.hopper_single is not None or choice.hopper_prompts is not None:
+            count_path("flashcore_hopper_paged")
+        if choice.single or choice.prompts:
+            count_path("flashcore_paged")
     if choice.hopper_single is not None:
         from ..hopper.paged.decode_launch import run_single  # needs Triton
 

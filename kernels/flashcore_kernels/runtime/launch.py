@@ -8,7 +8,9 @@ import functools
 import operator
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ from .workspace import forget, workspace
 _compiled: dict[tuple, object] = {}
 # Held while a kernel is compiled: another thread that wants the same one waits for it. See `precompile`.
 _compiling: defaultdict[tuple, threading.Lock] = defaultdict(threading.Lock)
+# The launches on meta tensors that are planned, where they are: key of the compiled kernel -> what compiles it.
+_planned: ContextVar[dict[Hashable, Callable[[], None]] | None] = ContextVar("flashcore_planned", default=None)
 
 # The tensors that a kernel of attention may take, by name. "absent" stands for a parameter that this variant lacks.
 OPERANDS = (*Inputs._fields, "output", "lse", "partials", "counters", "absent", "mask_lines", "mask_bits")
@@ -144,6 +148,30 @@ def _key(kernel, arguments: tuple, constants: tuple, num_warps: int, num_stages:
     return kernel, index, num_warps, num_stages, constants, *map(_specialization, arguments)
 
 
+@contextmanager
+def planned_launches():
+    """Launches on meta tensors within compile nothing yet: yields a dict of what they need and is not there.
+
+    A kernel's key leads to a function that compiles it for the device that is current where it is called.
+    """
+    plan: dict[Hashable, Callable[[], None]] = {}
+    token = _planned.set(plan)
+    try:
+        yield plan
+    finally:
+        _planned.reset(token)
+
+
+def is_planning() -> bool:
+    """Whether launches on meta tensors are planned."""
+    return _planned.get() is not None
+
+
+def is_compiled(key: Hashable) -> bool:
+    """Whether the kernel of a key that `planned_launches` gave is there."""
+    return key in _compiled
+
+
 def compiled_kernel(launch: Launch, tensors: tuple[torch.Tensor | None, ...]):
     """The compiled kernel that a `run` with such tensors of OPERANDS made before, or None."""
     arguments = launch.arguments(tensors)
@@ -184,6 +212,13 @@ def launch(
     key = _key(kernel, arguments, constants, num_warps, num_stages)
     compiled = _compiled.get(key)
     if compiled is None:
+        plan = _planned.get() if device.type == "meta" else None
+        if plan is not None:
+            plan[key] = functools.partial(
+                launch, kernel, programs, arguments, scalars, constants, num_warps=num_warps, num_stages=num_stages,
+                **options,
+            )  # fmt: skip
+            return
         with _compiling[key]:
             compiled = _compiled.get(key)
             if compiled is None:

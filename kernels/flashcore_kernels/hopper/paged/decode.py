@@ -23,14 +23,12 @@ class PagedDecodeConstants(DecodeConstants):
         ring: slots that a sequence uses over and over, 0: one for each key.
         new_keys: the token's own key is not in the pages.
         cumulative: whether key lengths come as sums.
-        padding: sequences without a query write the padding, the k-th of them its token k.
     """
 
     page_size: int = 256
     ring: int = 0
     new_keys: bool = False
     cumulative: bool = False
-    padding: bool = False
 
     @property
     def paged(self) -> bool:
@@ -40,7 +38,7 @@ class PagedDecodeConstants(DecodeConstants):
 _NOT_SPECIALIZED = [
     "num_sequences", "num_tokens", "table_width", "num_pages", "window_left", "window_right", "num_splits",
     "chunks_each", "row_nodes", "stride_table", "stride_qt", "stride_qh", "stride_kp", "stride_ks", "stride_kh",
-    "stride_vp", "stride_vs", "stride_vh", "stride_nkt", "stride_nkh", "stride_nvt", "stride_nvh",
+    "stride_vp", "stride_vs", "stride_vh", "stride_nkt", "stride_nkh", "stride_nvt", "stride_nvh", "padding",
 ]  # fmt: skip
 
 
@@ -82,6 +80,7 @@ def flashcore_hopper_paged_decode(
     stride_nkh,
     stride_nvt,
     stride_nvh,
+    padding,
     score_scale,
     cap_scale,
     C: gl.constexpr,
@@ -90,7 +89,9 @@ def flashcore_hopper_paged_decode(
 
     Shapes: Q `[T, H, D]`; K, V `[pages, page_size, Hkv, D]`; NewK, NewV `[T, Hkv, D]`; Out `[T, H, Dv]`, contiguous;
     Lse `[H, T]` fp32; Pages int32 `[S, table_width]`; CuQ int32 `[S + 1]`; Lengths int32 `[S]`, or sums `[S + 1]`;
-    Sinks `[H]`; KeyScale and ValueScale fp32 `[Hkv]`. Strides but that of the table are in units of 16 bytes.
+    Sinks `[H]`; KeyScale and ValueScale fp32 `[Hkv]`. Strides but that of the table are in units of 16 bytes. With
+    `padding` sequences without a query write the padding, the k-th of them its token k. A batch of single tokens asks
+    for that and a mixed one does not; it is no constant, so that both have one kernel to compile.
     Partial and the grid: as of `flashcore_hopper_decode`, for S sequences.
     """
     VEC: gl.constexpr = 128 // K.dtype.element_ty.primitive_bitwidth
@@ -117,10 +118,10 @@ def flashcore_hopper_paged_decode(
     if C.cumulative:
         length -= gl.load(Lengths + s)
     own = queries == 1
-    if C.padding:
-        token = gl.where(own, token, gl.load(CuQ + num_sequences) + s - token)
-        length = gl.where(own, length, 0)
-        own = own | ((queries == 0) & (token < num_tokens))
+    pads = (queries == 0) & (padding != 0)
+    token = gl.where(pads, gl.load(CuQ + num_sequences) + s - token, token)
+    length = gl.where(pads, 0, length)
+    own = own | (pads & (token < num_tokens))
     if own:
         length = gl.maximum(length, 0)
         if C.ring == 0:

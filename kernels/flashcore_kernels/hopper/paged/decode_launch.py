@@ -34,14 +34,11 @@ class Shares(NamedTuple):
 
 
 @functools.lru_cache(1024)  # it takes longer than the launch, and a server asks the same in every layer
-def shares(
-    problem: PagedProblem, config: HopperDecodeConfig, steps: tuple[int, int], has_lse: bool, padding: bool
-) -> Shares:
+def shares(problem: PagedProblem, config: HopperDecodeConfig, steps: tuple[int, int], has_lse: bool) -> Shares:
     """The Shares of a call.
 
     Args:
         steps: elements from a key to the next within a page, and from a value; 0: only known at run time.
-        padding: sequences without a query write the padding.
     """
     single = problem.single
     chunks = most_chunks(single.num_keys, config.min_chunk, config.max_chunks)
@@ -50,7 +47,7 @@ def shares(
     common = vars(unpaged.kernel_constants(single, config, sharing, *steps, may_split, has_lse)) | {"range": False}
     constants = PagedDecodeConstants(
         **common, page_size=problem.page_size, ring=problem.ring, new_keys=problem.new_keys,
-        cumulative=problem.cumulative, padding=padding,
+        cumulative=problem.cumulative,
     )  # fmt: skip
     heads = problem.num_sequences * problem.num_kv_heads
     tiles = heads * constants.row_tiles
@@ -92,9 +89,7 @@ def run_single(
         padding: no sequence has more than one, and the padding is written too.
     """
     steps = _step(key_pages), _step(value_pages)
-    constants, grid, num_splits, chunks_each, row_nodes, partials = shares(
-        problem, config, steps, lse is not None, padding
-    )
+    constants, grid, num_splits, chunks_each, row_nodes, partials = shares(problem, config, steps, lse is not None)
     new_strides = (0,) * 4 if new_key is None else (*_sixteens(new_key), *_sixteens(new_value))
     try:
         launch(
@@ -107,7 +102,8 @@ def run_single(
             (
                 problem.num_sequences, problem.num_tokens, problem.table_width, problem.num_pages, problem.left,
                 problem.right, num_splits, chunks_each, row_nodes, block_table.stride(0), *_sixteens(query),
-                *_sixteens(key_pages), *_sixteens(value_pages), *new_strides, *problem.single.score_factors[:2],
+                *_sixteens(key_pages), *_sixteens(value_pages), *new_strides, int(padding),
+                *problem.single.score_factors[:2],
             ),
             (constants,),
             num_warps=config.num_warps,

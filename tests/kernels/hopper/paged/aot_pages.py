@@ -85,7 +85,7 @@ def single(problem, device, has_lse: bool):
     from flashcore_kernels.hopper.paged.decode_launch import shares
 
     config = choose_hopper_single(problem, device, True)
-    constants = shares(problem, config, (8 * problem.head_dim,) * 2, has_lse, False).constants
+    constants = shares(problem, config, (8 * problem.head_dim,) * 2, has_lse).constants
     stored = "fp8e4nv" if problem.fp8 else "bf16"
     new, scale = "bf16" if problem.new_keys else None, "fp32" if problem.fp8 else None
     pointers = {
