@@ -4,9 +4,7 @@ Without a GPU, in another process (see ../test_aot.py). FLASHCORE_TEST_FULL=1 co
 features that it serves; otherwise it is the main rows for head_dim 128 on two architectures.
 """
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -23,20 +21,10 @@ HEAD_DIMS = ["40", "64", "96", "128", "192/128", "256"] if FULL else ["128"]
 FEATURES = ["none", "range", "softcap", "rows", "bias", "bool-mask", "dropout", "all"] if FULL else ["none"]
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture
+def compiled(compiling):
     """compiled(*command line of aot_backward.py) -> its reports."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.delenv("TRITON_INTERPRET", raising=False)
-            pool.submit(os.getpid).result()  # the process begins here
-
-        def compiled(*command: str) -> list[dict]:
-            reports = pool.submit(aot_backward.all_reports, list(command)).result()
-            assert reports, command
-            return reports
-
-        yield compiled
+    return lambda *command: compiling(aot_backward.all_reports, list(command))
 
 
 @pytest.mark.parametrize("kernel", ["dq", "dkdv"])

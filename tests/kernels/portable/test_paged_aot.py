@@ -4,9 +4,7 @@ Without a GPU, in another process (see ../test_aot.py). FLASHCORE_TEST_FULL=1 co
 is what a server runs most on two architectures.
 """
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -20,14 +18,10 @@ ARCHS = (80, 89, 90, 100) if FULL else (80, 90)
 CALLS = ["single", "mixed", "small-pages", "ring-single", "fp8"] if FULL else ["mixed"]
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture
+def compiled(compiling):
     """compiled(*command line of aot_paged.py) -> its reports."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.delenv("TRITON_INTERPRET", raising=False)
-            pool.submit(os.getpid).result()  # the process begins here
-        yield lambda *command: pool.submit(aot_paged.all_reports, list(command)).result()
+    return lambda *command: compiling(aot_paged.all_reports, list(command))
 
 
 @pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")

@@ -1,8 +1,6 @@
 """The Hopper backward without a GPU: blocks that it visits, what it starts from, and what ptxas makes of it."""
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -375,15 +373,6 @@ def test_launches_with_dropout(launched):
     assert factors == {0.0: (1.0, 0.125, 0.125, 1.0), 0.25: (1.5, 0.125 / 1.5, 0.125 / 1.5, 1 / 0.75)}
 
 
-@pytest.fixture(scope="module")
-def compiling():
-    """compiling(function, *arguments) -> what that says in a process that compiles: this one interprets."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.delenv("TRITON_INTERPRET", raising=False)
-            yield lambda function, *arguments: pool.submit(function, *arguments).result()
-
-
 @pytest.mark.parametrize("value_dim", [64, 128])
 def test_rows_are_read_by_16_bytes_whatever_their_strides(value_dim, compiling):
     """And so are added up in one order. As elements, strides of one sequence may be even and those of a batch odd."""
@@ -394,7 +383,8 @@ def test_rows_are_read_by_16_bytes_whatever_their_strides(value_dim, compiling):
 @pytest.mark.parametrize("features", aot_backward.FEATURES if FULL else ["plain", "range-dropout"])
 def test_compiled(features, compiling):
     """Main loops spill nothing, their exponentials run beside the products, and these are not serialised."""
-    rows = [row for row in ROWS if FULL or not row.softcap]
+    # Consumers that share keys, above 128, run other code. Two of the others are enough without FLASHCORE_TEST_FULL=1.
+    rows = [row for row in ROWS if FULL or not row.softcap and row.head_dim == row.value_dim > 64]
     found = compiling(aot_backward.reports, features, rows)
     assert len(found) == 2 * len(rows) >= 4
     wrong = {f"{report['kernel']} {report['constants']}": report["problems"] for report in found if report["problems"]}

@@ -1,8 +1,6 @@
 """The Hopper kernels for pages compile, fit, and do not spill where it costs time, without a GPU."""
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -13,14 +11,10 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 FULL = os.environ.get("FLASHCORE_TEST_FULL") == "1"
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture
+def compiled(compiling):
     """compiled(*command line of aot_pages.py) -> its reports."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.delenv("TRITON_INTERPRET", raising=False)
-            pool.submit(os.getpid).result()  # the process begins here
-        yield lambda *command: pool.submit(aot_pages.all_reports, list(command)).result()
+    return lambda *command: compiling(aot_pages.all_reports, list(command))
 
 
 def test_compiles(compiled):

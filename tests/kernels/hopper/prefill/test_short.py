@@ -3,9 +3,7 @@
 No GPU is needed. tests/gpu/test_hopper_short.py sees what it computes.
 """
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -121,14 +119,10 @@ class TestLaunch:
         assert constants[1] == constants[2], "and not in the number of keys"
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture
+def compiled(compiling):
     """compiled(*command line of aot_short.py) -> its reports."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.delenv("TRITON_INTERPRET", raising=False)
-            pool.submit(os.getpid).result()  # the process begins here
-        yield lambda *command: pool.submit(aot_short.all_reports, list(command)).result()
+    return lambda *command: compiling(aot_short.all_reports, list(command))
 
 
 class TestCompiled:
