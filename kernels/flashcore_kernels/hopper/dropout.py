@@ -5,8 +5,12 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..dropout import dropout_hash, dropout_keys
+from .. import dropout
 from .visible import sequence_bounds
+
+# The same Python as in Triton's kernels, by Gluon's decorator: Triton's may make functions for its interpreter.
+dropout_keys = gluon.jit(dropout.dropout_keys.fn)
+dropout_hash = gluon.jit(dropout.dropout_hash.fn)
 
 
 class Dropout(NamedTuple):
