@@ -9,7 +9,6 @@ from flashcore_kernels import precompile
 from flashcore_kernels.cache import paged, paged_kernels
 from flashcore_kernels.device import Device
 from flashcore_kernels.runtime import launch
-from triton.runtime.jit import JITFunction
 
 from flashcore_hf import ahead, compat, serving
 
@@ -56,8 +55,6 @@ def batches(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(precompile, "THREADS_MAY_PARSE", True)
     monkeypatch.setattr(launch, "_compiled", {})
-    # A kernel's own hash reads what it calls, which for this process is interpreted.
-    monkeypatch.setattr(JITFunction, "__hash__", object.__hash__)
     monkeypatch.setattr(precompile, "_compile_all", lambda device, stages: None)
     runner, attend = compat.batching_module().model_runner.ModelRunner, paged_kernels.serve_pages
     init = runner.__init__
